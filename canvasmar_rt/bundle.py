@@ -1,0 +1,277 @@
+"""The bundle: a directory that holds everything an engine needs to run a model.
+
+    canvasmar_config.json      manifest: model, sampling defaults, tensors, hashes, parity
+    frame.onnx                 the whole latent frame as one graph
+    <part>/*.onnx              one graph per component
+    <part>/model.safetensors   the weights; the graphs refer to them as ONNX external data
+    golden/*.safetensors       inputs and outputs of the PyTorch reference
+    README.md                  model card
+
+Reading a bundle parses JSON and safetensors headers and hashes files; nothing in it is executed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from canvasmar_rt.components import Component, components
+from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
+from canvasmar_rt.errors import BundleError, ConfigError
+
+MANIFEST = "canvasmar_config.json"
+SCHEMA_VERSION = 1
+PACKAGED = Path(__file__).parent / "data" / "bundles"
+
+DTypeName = Literal["float32", "float16", "bfloat16"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TensorEntry:
+    name: str
+    dtype: str
+    dims: tuple[int | str, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComponentEntry:
+    """One graph: its file and its tensors, in order (the table in `canvasmar_rt.components`)."""
+
+    file: str
+    inputs: tuple[TensorEntry, ...]
+    outputs: tuple[TensorEntry, ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    sha256: str
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far outputs are from the reference: largest absolute difference, norm of the difference
+    over norm of the reference, cosine similarity; the worst over all outputs."""
+
+    max_abs: float
+    relative: float
+    cosine: float
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parity:
+    """The parity certificate, measured at export against PyTorch float32.
+
+    `drift` is the relative difference of the latents of each frame of a rollout under the same
+    noise and token order. Tolerances bound `relative` of a component and every drift value."""
+
+    engine: str
+    tolerance: float
+    drift_tolerance: float
+    components: dict[str, Difference]
+    drift: tuple[float, ...]
+    flipped_orders: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BatchRange:
+    minimum: int = 1
+    optimum: int = 1
+    maximum: int = 32
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+            raise ConfigError(
+                f"batch: need 1 <= minimum <= optimum <= maximum, got "
+                f"{self.minimum}, {self.optimum}, {self.maximum}"
+            )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """Contents of `canvasmar_config.json`."""
+
+    schema_version: int
+    producer: dict[str, str]
+    source: str
+    model: ModelConfig
+    sampling: SamplingConfig
+    dtype: DTypeName
+    weights_dtype: DTypeName
+    opset: int
+    batch: BatchRange
+    latent_mean: tuple[float, ...]
+    latent_std: tuple[float, ...]
+    components: dict[str, ComponentEntry]
+    files: dict[str, FileEntry]
+    parity: Parity | None = None
+
+
+def component_entries(config: ModelConfig, dtype: str) -> dict[str, ComponentEntry]:
+    """The component table with the dtypes a bundle of `dtype` has."""
+
+    def entry(component: Component) -> ComponentEntry:
+        def tensors(specs: tuple[Any, ...]) -> tuple[TensorEntry, ...]:
+            return tuple(
+                TensorEntry(
+                    name=s.name, dtype=dtype if s.dtype == "hidden" else s.dtype, dims=s.dims
+                )
+                for s in specs
+            )
+
+        return ComponentEntry(
+            file=component.file,
+            inputs=tensors(component.inputs),
+            outputs=tensors(component.outputs),
+        )
+
+    return {name: entry(component) for name, component in components(config).items()}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST).write_text(json.dumps(to_dict(manifest), indent=1) + "\n")
+
+
+def resolve(path_or_name: str | Path) -> Path:
+    """Directory of a bundle given by path, or by the name of one that ships with the package.
+
+    Raises:
+        BundleError: if there is neither; the message lists the packaged names.
+    """
+    path = Path(path_or_name)
+    if path.is_dir():
+        return path
+    if path.is_file() and path.name == MANIFEST:
+        return path.parent
+    packaged = packaged_names()
+    if str(path_or_name) in packaged:
+        return PACKAGED / str(path_or_name)
+    raise BundleError(
+        f"{path_or_name}: no such bundle directory, and not the name of a packaged one "
+        f"({', '.join(packaged) or 'none are packaged'}); make one with "
+        f"'canvasmar-rt export PRESET --output DIR'"
+    )
+
+
+def packaged_names() -> list[str]:
+    """Names that `canvasmar_rt.load` takes besides paths."""
+    return sorted(p.parent.name for p in PACKAGED.glob(f"*/{MANIFEST}"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: every file it lists has been checked against its hash."""
+
+    path: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(
+        cls, path_or_name: str | Path, progress: Callable[[str], None] | None = None
+    ) -> Bundle:
+        """Read and check a bundle.
+
+        Raises:
+            BundleError: missing, cut or changed file, a path that leaves the directory, another
+                schema version, or tensors that are not those of the model. The message says which
+                file and what to do.
+        """
+        directory = resolve(path_or_name)
+        manifest = _read_manifest(directory)
+        for name, entry in sorted(manifest.files.items()):
+            path = _inside(directory, name)
+            if progress is not None:
+                progress(name)
+            if not path.is_file():
+                raise BundleError(f"{directory}: {name} is missing; export or copy it again")
+            size = path.stat().st_size
+            if size != entry.bytes:
+                raise BundleError(
+                    f"{directory}: {name} has {size} bytes, expected {entry.bytes}: the copy is "
+                    "incomplete or was changed; export or copy it again"
+                )
+            if sha256(path) != entry.sha256:
+                raise BundleError(
+                    f"{directory}: {name} does not match its sha256: it was changed after export; "
+                    "export or copy it again"
+                )
+        for name, component in manifest.components.items():
+            if component.file not in manifest.files:
+                raise BundleError(f"{directory}: {name}: {component.file} is not a listed file")
+        return cls(directory, manifest)
+
+    @property
+    def hidden_dtype(self) -> np.dtype[Any]:
+        """NumPy dtype of hidden tensors.
+
+        Raises:
+            BundleError: for bfloat16, which NumPy does not have.
+        """
+        if self.manifest.dtype == "bfloat16":
+            raise BundleError(
+                f"{self.path}: a bfloat16 bundle runs on a GPU engine only; export with "
+                "--dtype fp32 or fp16 for this engine"
+            )
+        return np.dtype(self.manifest.dtype)
+
+    def file(self, component: str) -> Path:
+        """Path of a component's graph."""
+        return self.path / self.manifest.components[component].file
+
+    def tensors(self, name: str) -> dict[str, np.ndarray]:
+        """Tensors of a listed safetensors file, such as `golden/flow.safetensors`."""
+        if name not in self.manifest.files:
+            raise BundleError(f"{self.path}: {name} is not part of this bundle")
+        try:
+            return load_file(_inside(self.path, name))
+        except (SafetensorError, OSError, ValueError, KeyError) as error:
+            raise BundleError(f"{self.path}: {name} cannot be read ({error})") from None
+
+
+def _read_manifest(directory: Path) -> Manifest:
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise BundleError(f"{directory}: no {MANIFEST}: this is not a bundle directory")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON ({error}); export or copy it again") from None
+    version = data.get("schema_version") if isinstance(data, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; export the "
+            "bundle again with this version of canvasmar-rt"
+        )
+    try:
+        manifest = from_dict(Manifest, data, "manifest")
+    except ConfigError as error:
+        raise BundleError(f"{path}: {error}") from None
+    if manifest.components != component_entries(manifest.model, manifest.dtype):
+        raise BundleError(
+            f"{path}: the tensors listed are not those of the model it describes; export the "
+            "bundle again with this version of canvasmar-rt"
+        )
+    return manifest
+
+
+def _inside(directory: Path, name: str) -> Path:
+    """Path of a listed file, refused if it would leave the bundle."""
+    parts = PurePosixPath(name)
+    path = directory / parts
+    plain = not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
+    if not plain or not path.resolve().is_relative_to(directory.resolve()):
+        raise BundleError(f"{directory}: listed file {name!r} lies outside the bundle; refused")
+    return path

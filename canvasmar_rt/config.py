@@ -1,0 +1,355 @@
+"""Model and sampling configurations: frozen, validated once, JSON round-trip.
+
+Letters used across the library (paper notation where it has one): B batch, T latent frames,
+N tokens of one latent frame, P temporal tokens of one latent frame, C latent channels,
+D model width, H heads, F frames held by the ring cache, K autoregressive (AR) steps of a frame,
+E evaluations of the flow head per AR step, G guidance branches, A action size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+from canvasmar_rt.errors import ConfigError
+
+Norm = Literal["shared", "expert", "mmdit"]
+Modulation = Literal["joint", "additive"]
+ConditionAttention = Literal["all", "isolated"]
+Solver = Literal["euler", "heun", "ab2"]
+Order = Literal["motion", "maskgit", "random"]
+
+T = TypeVar("T")
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """Causal video autoencoder. `patch` pixels a side enter as channels; every further entry of
+    `widths` halves the resolution, so one latent covers `patch * 2**(len(widths)-1)` pixels."""
+
+    height: int
+    width: int
+    temporal_compression: int
+    latent_channels: int = 16
+    patch: int = 2
+    widths: tuple[int, ...] = (64, 128, 256)
+    blocks: int = 2
+    temporal_kernel: int = 3
+
+    def __post_init__(self) -> None:
+        f = self.spatial_compression
+        _require(
+            self.height > 0 and self.width > 0 and not (self.height % f or self.width % f),
+            f"autoencoder: height and width must be multiples of {f}, got "
+            f"{self.height}x{self.width}",
+        )
+        _require(self.temporal_compression >= 1, "autoencoder: temporal_compression must be >= 1")
+        _require(self.latent_channels >= 1, "autoencoder: latent_channels must be >= 1")
+        _require(self.blocks >= 1, "autoencoder: blocks must be >= 1")
+        _require(self.temporal_kernel >= 1, "autoencoder: temporal_kernel must be >= 1")
+        _require(
+            bool(self.widths) and all(w > 0 and w % 8 == 0 for w in self.widths),
+            f"autoencoder: widths must be multiples of 8, got {self.widths}",
+        )
+
+    @property
+    def spatial_compression(self) -> int:
+        return int(self.patch * 2 ** (len(self.widths) - 1))
+
+    @property
+    def latent_height(self) -> int:
+        return self.height // self.spatial_compression
+
+    @property
+    def latent_width(self) -> int:
+        return self.width // self.spatial_compression
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FlowConfig:
+    """Flow head (Table 3: width 1280, 3 blocks). `modulation` "joint" is the paper's form,
+    SiLU(time + condition); "additive" sums a time part and a condition part, each computed once."""
+
+    width: int = 1280
+    blocks: int = 3
+    modulation: Modulation = "joint"
+
+    def __post_init__(self) -> None:
+        _require(self.width >= 8 and self.blocks >= 1, "flow: width must be >= 8 and blocks >= 1")
+        _require(
+            self.modulation in typing.get_args(Modulation),
+            f"flow: modulation must be one of {typing.get_args(Modulation)}, "
+            f"got {self.modulation!r}",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """One CanvasMAR model (paper, Table 3). `encoder_layers` of the `spatial_layers` see only the
+    known tokens (NOVA's split). `context_frames` is the number of latent frames in the ring cache,
+    the current one included. `fps` is the pixel frame rate of the training data."""
+
+    name: str
+    autoencoder: AutoencoderConfig
+    flow: FlowConfig
+    dim: int
+    heads: int
+    temporal_layers: int
+    canvas_layers: int
+    spatial_layers: int
+    encoder_layers: int
+    context_frames: int
+    norm: Norm = "expert"
+    condition_attention: ConditionAttention = "all"
+    temporal_patch: int = 2
+    action_dim: int = 0
+    canvas: bool = True
+    fps: float = 10.0
+
+    def __post_init__(self) -> None:
+        _require(
+            self.dim > 0 and self.heads > 0 and self.dim % self.heads == 0,
+            f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})",
+        )
+        _require(
+            self.head_dim % 8 == 0, f"model: head size must be a multiple of 8, got {self.head_dim}"
+        )
+        for name in ("temporal_layers", "canvas_layers", "spatial_layers", "context_frames"):
+            _require(getattr(self, name) >= 1, f"model: {name} must be >= 1")
+        _require(
+            0 < self.encoder_layers < self.spatial_layers,
+            f"model: encoder_layers ({self.encoder_layers}) must lie between 1 and "
+            f"spatial_layers - 1 ({self.spatial_layers - 1})",
+        )
+        _require(self.norm in typing.get_args(Norm), f"model: unknown norm {self.norm!r}")
+        _require(
+            self.condition_attention in typing.get_args(ConditionAttention),
+            f"model: unknown condition_attention {self.condition_attention!r}",
+        )
+        _require(self.action_dim >= 0, "model: action_dim must be >= 0")
+        _require(self.fps > 0, "model: fps must be > 0")
+        h, w, p = self.autoencoder.latent_height, self.autoencoder.latent_width, self.temporal_patch
+        _require(
+            p >= 1 and not (h % p or w % p),
+            f"model: latent size {h}x{w} must be a multiple of temporal_patch ({p})",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def tokens(self) -> int:
+        """N, tokens of one latent frame."""
+        return self.autoencoder.latent_height * self.autoencoder.latent_width
+
+    @property
+    def temporal_tokens(self) -> int:
+        """P, temporal tokens of one latent frame."""
+        return self.tokens // self.temporal_patch**2
+
+    @property
+    def time_rotary_pairs(self) -> int:
+        """Channel pairs of a head that rotate with time; the others rotate with y and x."""
+        return self.head_dim // 8
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """How a frame is drawn. Defaults are the paper's where Table 3 has one.
+
+    `frame_noise` is r of eq. 11, `canvas_noise` r' of eq. 12, guidance scales are w_t and w_s of
+    eq. 8, `temperature` scales the Gumbel noise of the order."""
+
+    ar_steps: int = 4
+    flow_steps: int = 30
+    solver: Solver = "euler"
+    temporal_guidance: float = 1.2
+    canvas_guidance: float = 1.5
+    frame_noise: float = 0.3
+    canvas_noise: float = 0.2
+    temperature: float = 6.5
+    order: Order = "motion"
+
+    def __post_init__(self) -> None:
+        _require(self.ar_steps >= 1, f"sampling: ar_steps must be >= 1, got {self.ar_steps}")
+        _require(self.flow_steps >= 1, f"sampling: flow_steps must be >= 1, got {self.flow_steps}")
+        _require(
+            self.solver in typing.get_args(Solver),
+            f"sampling: solver must be one of {typing.get_args(Solver)}, got {self.solver!r}",
+        )
+        _require(
+            self.order in typing.get_args(Order),
+            f"sampling: order must be one of {typing.get_args(Order)}, got {self.order!r}",
+        )
+        for name in ("frame_noise", "canvas_noise"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1.0, f"sampling: {name} must lie in [0, 1], got {value}")
+        for name in ("temporal_guidance", "canvas_guidance", "temperature"):
+            value = getattr(self, name)
+            _require(0.0 <= value <= 1e4, f"sampling: {name} must lie in [0, 10000], got {value}")
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """JSON-ready dictionary of a configuration."""
+    return typing.cast(dict[str, Any], json.loads(json.dumps(dataclasses.asdict(config))))
+
+
+def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
+    """Build a configuration from a JSON dictionary; unknown, missing or mistyped keys raise.
+
+    Raises:
+        ConfigError: naming the key, what was expected and what came.
+    """
+    where = where or cls.__name__
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where}: expected an object, got {type(data).__name__}")
+    hints = typing.get_type_hints(cls)
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    unknown = sorted(set(data) - set(fields))
+    _require(not unknown, f"{where}: unknown keys {unknown}; known are {sorted(fields)}")
+    values: dict[str, Any] = {}
+    for name, field in fields.items():
+        if name in data:
+            values[name] = _coerce(hints[name], data[name], f"{where}.{name}")
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise ConfigError(f"{where}: key {name!r} is missing")
+    return cls(**values)
+
+
+def _coerce(hint: Any, value: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_dict(hint, value, where)
+    if origin is Literal:
+        _require(value in args, f"{where}: expected one of {args}, got {value!r}")
+        return value
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        if any(a in (int, str) and type(value) is a for a in args):
+            return value
+        return _coerce(next(a for a in args if a is not type(None)), value, where)
+    if origin is tuple:
+        _require(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
+        _require(len(value) == len(args), f"{where}: expected {len(args)} entries, got {value!r}")
+        return tuple(
+            _coerce(a, v, f"{where}[{i}]")
+            for i, (a, v) in enumerate(zip(args, value, strict=True))
+        )
+    if origin is dict:
+        _require(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
+        return {str(k): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
+    if hint is float:
+        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        _require(ok, f"{where}: expected a number, got {value!r}")
+        return float(value)
+    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    _require(ok, f"{where}: expected {hint.__name__}, got {value!r}")
+    return value
+
+
+# -- presets (Table 3) ---------------------------------------------------------------------------
+
+
+def bair() -> tuple[ModelConfig, SamplingConfig]:
+    """BAIR robot pushing: 17x64x64 pixels, 9x16x16 latents (Table 3)."""
+    model = ModelConfig(
+        name="bair",
+        autoencoder=AutoencoderConfig(
+            height=64, width=64, temporal_compression=2, widths=(128, 256)
+        ),
+        flow=FlowConfig(),
+        dim=768,
+        heads=12,
+        temporal_layers=8,
+        canvas_layers=4,
+        spatial_layers=8,
+        encoder_layers=2,
+        context_frames=9,
+        fps=10.0,
+    )
+    return model, SamplingConfig(ar_steps=4)
+
+
+def ucf101() -> tuple[ModelConfig, SamplingConfig]:
+    """UCF-101: 17x256x256 pixels, 5x32x32 latents (Table 3)."""
+    model = ModelConfig(
+        name="ucf101",
+        autoencoder=AutoencoderConfig(
+            height=256, width=256, temporal_compression=4, widths=(128, 256, 512)
+        ),
+        flow=FlowConfig(),
+        dim=1024,
+        heads=16,
+        temporal_layers=16,
+        canvas_layers=8,
+        spatial_layers=16,
+        encoder_layers=4,
+        context_frames=5,
+        fps=25.0,
+    )
+    return model, SamplingConfig(ar_steps=8)
+
+
+def kinetics600() -> tuple[ModelConfig, SamplingConfig]:
+    """Kinetics-600: 17x128x128 pixels, 5x16x16 latents, MM-DiT (Table 3)."""
+    model, _ = ucf101()
+    model = dataclasses.replace(
+        model,
+        name="kinetics600",
+        autoencoder=dataclasses.replace(model.autoencoder, height=128, width=128),
+        norm="mmdit",
+        fps=30.0,
+    )
+    sampling = SamplingConfig(
+        ar_steps=10, frame_noise=0.4, canvas_guidance=2.25, temporal_guidance=1.1
+    )
+    return model, sampling
+
+
+def toytable() -> tuple[ModelConfig, SamplingConfig]:
+    """A small world for any machine: 17x64x64 pixels, 9x8x8 latents, actions (dx, dy) of both
+    pixel frames of a step. Not in the paper; architecture ratios follow its `bair`."""
+    model = ModelConfig(
+        name="toytable",
+        autoencoder=AutoencoderConfig(
+            height=64, width=64, temporal_compression=2, widths=(32, 64, 96)
+        ),
+        flow=FlowConfig(width=384),
+        dim=256,
+        heads=4,
+        temporal_layers=4,
+        canvas_layers=2,
+        spatial_layers=6,
+        encoder_layers=2,
+        context_frames=9,
+        action_dim=4,
+        fps=10.0,
+    )
+    return model, SamplingConfig(ar_steps=4)
+
+
+PRESETS = {f.__name__: f for f in (bair, ucf101, kinetics600, toytable)}
+
+
+def preset(name: str) -> tuple[ModelConfig, SamplingConfig]:
+    """Model and sampling configuration of a named preset.
+
+    Raises:
+        ConfigError: if there is no such preset; the message lists those there are.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"no preset {name!r}; presets are {', '.join(PRESETS)}")
+    return PRESETS[name]()

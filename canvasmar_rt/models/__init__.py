@@ -1,0 +1,1 @@
+"""Reference PyTorch modules and sampler (needs the `export` extra)."""

@@ -1,0 +1,414 @@
+"""The CanvasMAR modules: Temporal ViT, Canvas ViT, Spatial MAR and flow head (paper, sec. 4).
+
+Nothing is stored on a module between calls: caches, noise and indices come in and go out.
+Latents are (B, N, C) tokens in raster order. Shape suffixes use the letters of
+`canvasmar_rt.config`; R is rows, batch times guidance branches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canvasmar_rt.config import FlowConfig, ModelConfig
+from canvasmar_rt.models.autoencoder import Autoencoder
+from canvasmar_rt.models.layers import (
+    Attention,
+    Experts,
+    LayerNorm,
+    Mlp,
+    Rotary,
+    attention,
+    init_weights,
+    rotate,
+)
+
+
+def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
+    """Pick tokens `index` (B, n) int64 of x (B, N, C): (B, n, C)."""
+    return torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1]))
+
+
+class VitBlock(nn.Module):
+    """Pre-norm transformer block; `forward` is plain bidirectional self-attention."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
+        self.attn, self.mlp = Attention(dim), Mlp(dim)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)
+        return q, k, v
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        x = x + self.attn.out(attended)
+        return x + self.mlp(self.norm2(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x)
+        return self.finish(x, attention(q, k, v, self.heads))
+
+
+class TemporalViT(nn.Module):
+    """Reads the latent frame before frame i and gives z_t for frame i (sec. 4.1): causal across
+    frames, bidirectional within one, 3D rotary positions."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim, patch = config.dim, config.temporal_patch
+        grid_h = config.autoencoder.latent_height // patch
+        grid_w = config.autoencoder.latent_width // patch
+        self.embed = nn.Linear(config.autoencoder.latent_channels * patch**2, dim)
+        self.bos = nn.Parameter(torch.randn(config.temporal_tokens, dim))
+        self.blocks = nn.ModuleList(
+            VitBlock(dim, config.heads) for _ in range(config.temporal_layers)
+        )
+        self.norm = LayerNorm(dim)
+        if config.action_dim:
+            self.action = nn.Linear(config.action_dim, dim)
+            self.no_action = nn.Parameter(torch.randn(dim))
+        self.rotary = Rotary(config.head_dim, grid_h, grid_w)
+
+    def _tokens(
+        self, latent_BNC: Tensor, is_first: Tensor, action: Tensor | None, given: Tensor | None
+    ) -> Tensor:
+        """Embed latent frames (B, N, C), or the BOS embedding where `is_first` (B,) is 1, plus the
+        action (B, A), or the learned null action where `given` (B,) is 0: (B, P, D)."""
+        p, ae = self.config.temporal_patch, self.config.autoencoder
+        grid = latent_BNC.unflatten(1, (ae.latent_height // p, p, ae.latent_width // p, p))
+        patches = grid.permute(0, 1, 3, 2, 4, 5).flatten(3).flatten(1, 2)  # (B, P, p*p*C)
+        first = is_first.to(latent_BNC.dtype)[:, None, None]
+        x = (1 - first) * self.embed(patches.to(self.bos.dtype)) + first * self.bos
+        if self.config.action_dim:
+            assert action is not None and given is not None
+            on = given[:, None].to(x.dtype)
+            told = on * self.action(action.to(x.dtype)) + (1 - on) * self.no_action
+            x = x + told[:, None]
+        return x.to(self.bos.dtype)
+
+    def step(
+        self,
+        latent_BNC: Tensor,
+        is_first: Tensor,
+        action: Tensor | None,
+        action_given: Tensor | None,
+        time: Tensor,
+        cache_bias: Tensor,
+        caches: Sequence[Tensor],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """One frame.
+
+        Args:
+            latent_BNC: latent frame i-1; ignored in rows where `is_first` (B,) is 1 (BOS).
+            action, action_given: (B, A) and (B,), None if the model takes no actions.
+            time: (2, pairs), `canvasmar_rt.schedule.time_rotation` of this step.
+            cache_bias: (B, F), 0 for slots this row may see, a large negative number for others.
+            caches: per layer keys then values, each (F, B, P, D), keys rotated at their own time.
+
+        Returns:
+            z_t (B, P, D), and per layer the new keys and values, each (B, P, D).
+        """
+        x = self._tokens(latent_BNC, is_first, action, action_given)
+        tables = self.rotary.tables(time[None])
+        batch, tokens = x.shape[0], self.config.temporal_tokens
+        frames = self.config.context_frames
+        bias = cache_bias[:, :, None].expand(-1, -1, tokens).reshape(batch, frames * tokens)
+        bias = F.pad(bias, (0, tokens))[:, None, None].to(x.dtype)  # this frame sees itself
+        new: list[Tensor] = []
+        for layer, block in enumerate(self.blocks):
+            q, k, v = block.qkv(x)
+            q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
+            new += [k, v]
+            keys, values = (
+                torch.cat([cache.transpose(0, 1).flatten(1, 2), y], dim=1)
+                for cache, y in zip(caches[2 * layer : 2 * layer + 2], (k, v), strict=True)
+            )
+            x = block.finish(x, attention(q, keys, values, self.config.heads, bias))
+        return self.norm(x), new
+
+    def forward(
+        self,
+        latents_BTNC: Tensor,
+        is_first: Tensor,
+        actions: Tensor | None,
+        actions_given: Tensor | None,
+        times: Tensor,
+    ) -> Tensor:
+        """All frames of a clip at once (training): (B, T, N, C) -> z_t (B, T, P, D). Frame i sees
+        frames i-F+1..i, as the ring cache does. `is_first`, `actions_given` (B, T), `actions`
+        (B, T, A), `times` (T, 2, pairs)."""
+        batch, frames = latents_BTNC.shape[:2]
+
+        def flat(y: Tensor | None) -> Tensor | None:
+            return None if y is None else y.flatten(0, 1)
+
+        x = self._tokens(
+            latents_BTNC.flatten(0, 1), is_first.flatten(), flat(actions), flat(actions_given)
+        )
+        x = x.unflatten(0, (batch, frames)).flatten(1, 2)  # (B, T*P, D)
+        frame = torch.arange(frames, device=x.device).repeat_interleave(
+            self.config.temporal_tokens
+        )
+        age = frame[:, None] - frame[None]
+        visible = (age >= 0) & (age < self.config.context_frames)
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill(~visible, -math.inf)
+        tables = self.rotary.tables(times)
+        for block in self.blocks:
+            q, k, v = block.qkv(x)
+            q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
+            x = block.finish(x, attention(q, k, v, self.config.heads, bias))
+        return self.norm(x).unflatten(1, (frames, -1))
+
+
+class CanvasViT(nn.Module):
+    """Guesses the next frame in one pass from z_t and the most recent frame (sec. 4.2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim, channels = config.dim, config.autoencoder.latent_channels
+        self.embed = nn.Linear(channels, dim)
+        self.position = nn.Parameter(torch.randn(config.tokens, dim))
+        self.blocks = nn.ModuleList(
+            VitBlock(dim, config.heads) for _ in range(config.canvas_layers)
+        )
+        self.norm = LayerNorm(dim)
+        self.canvas = nn.Linear(dim, channels)
+        self.staticness = nn.Linear(dim, 1)
+
+    def forward(self, z_temporal: Tensor, latent_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """z_t (B, P, D) and the latest frame, already noised by eq. 11, give the canvas tokens z_c
+        (B, N, D), the canvas (B, N, C), eq. 5, and staticness (B, N) in 0..1, eq. 7."""
+        x = self.embed(latent_BNC.to(z_temporal.dtype)) + self.position
+        x = torch.cat([z_temporal, x], dim=1)
+        for block in self.blocks:
+            x = block(x)
+        z_canvas = self.norm(x[:, z_temporal.shape[1] :])
+        staticness = self.staticness(z_canvas).float().sigmoid()[..., 0]
+        return z_canvas, self.canvas(z_canvas).float(), staticness
+
+
+class SpatialBlock(nn.Module):
+    """Block over [condition | mask | known] tokens with expert norms or MM-DiT weights."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.heads = config.heads
+        norms = {"shared": 1, "expert": 3, "mmdit": 2}[config.norm]
+        streams = 2 if config.norm == "mmdit" else 1
+        self.norm1 = Experts(norms, lambda: LayerNorm(dim))
+        self.norm2 = Experts(norms, lambda: LayerNorm(dim))
+        self.qkv = Experts(streams, lambda: nn.Linear(dim, 3 * dim))
+        self.out = Experts(streams, lambda: nn.Linear(dim, dim))
+        self.mlp = Experts(streams, lambda: Mlp(dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        condition: tuple[Tensor, Tensor] | None = None,
+        select: int | None = None,
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """x (R, L, D) -> (R, L, D) and its own keys and values. `condition` adds keys and values
+        (R, P, D) computed before; `select` returns only the first so many mask tokens."""
+        q, k, v = self.qkv(self.norm1(x, lengths), lengths).chunk(3, dim=-1)
+        keys, values = k, v
+        if condition is not None:
+            keys = torch.cat([condition[0], k], dim=1)
+            values = torch.cat([condition[1], v], dim=1)
+        if select is not None:
+            start = lengths[0]
+            q, x = q[:, start : start + select], x[:, start : start + select]
+            lengths = (0, select, 0)
+        x = x + self.out(attention(q, keys, values, self.heads), lengths)
+        return x + self.mlp(self.norm2(x, lengths), lengths), (k, v)
+
+
+class SpatialMAR(nn.Module):
+    """Embeds the tokens to draw next from the condition z_t, the tokens drawn so far and canvas
+    tokens for all others (sec. 4.2, NOVA's encoder/decoder split)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.embed = nn.Linear(config.autoencoder.latent_channels, dim)
+        self.encoder_position = nn.Parameter(torch.randn(config.tokens, dim))
+        self.decoder_position = nn.Parameter(torch.randn(config.tokens, dim))
+        self.mask = nn.Parameter(torch.randn(dim))
+        self.no_temporal = nn.Parameter(torch.randn(dim))
+        self.blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.spatial_layers))
+        self.norm = LayerNorm(dim)
+
+    @property
+    def isolated(self) -> bool:
+        return self.config.condition_attention == "isolated"
+
+    def condition_keys_values(self, condition: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per layer keys and values (R, P, D) of condition tokens that attend only to each other:
+        computed once a frame, the same for all AR steps."""
+        lengths = (condition.shape[1], 0, 0)
+        cached, x = [], condition
+        for block in self.blocks:
+            x, kv = block(x, lengths)
+            cached.append(kv)
+        return cached
+
+    def forward(
+        self,
+        condition: Tensor | list[tuple[Tensor, Tensor]],
+        canvas_tokens: Tensor,
+        mask_index: Tensor,
+        select: int,
+        known_tokens: Tensor | None = None,
+        known_index: Tensor | None = None,
+    ) -> Tensor:
+        """Token embeddings z of the next set.
+
+        Args:
+            condition: (R, P, D) condition tokens, or, for isolated condition attention, their
+                keys and values per layer from `condition_keys_values`.
+            canvas_tokens: (R, N, D) z_c or mask embeddings, in raster order.
+            mask_index: (R, M) int64, positions not drawn yet, the next set first.
+            select: how many of them make up the next set.
+            known_tokens, known_index: (R, n, C) and (R, n), tokens drawn so far and their
+                positions; None in the first AR step.
+
+        Returns:
+            (R, select, D).
+        """
+        shape = canvas_tokens.shape
+        head = self.config.encoder_layers
+        last = self.config.spatial_layers - 1
+        cached: Sequence[tuple[Tensor, Tensor] | None]
+        if isinstance(condition, list):
+            cached, x, p = condition, None, 0
+        else:
+            cached, x, p = [None] * (last + 1), condition, condition.shape[1]
+        known = 0
+        if known_tokens is not None:
+            assert known_index is not None
+            known = known_index.shape[1]
+            position = F.embedding(known_index, self.encoder_position)
+            embedded = self.embed(known_tokens.to(position.dtype)) + position
+            x = embedded if x is None else torch.cat([x, embedded], dim=1)
+        if x is not None:
+            for block, kv in zip(self.blocks[:head], cached[:head], strict=True):
+                x, _ = block(x, (p, 0, known), kv)
+        mask = gather_tokens(canvas_tokens, mask_index)
+        mask = mask + F.embedding(mask_index, self.decoder_position)
+        parts = [mask]
+        if x is not None:
+            x_condition, x_known = x[:, :p], x[:, p:]
+            if known_tokens is not None:
+                assert known_index is not None
+                x_known = x_known + F.embedding(known_index, self.decoder_position)
+                parts.append(x_known)
+            if p:
+                parts.insert(0, x_condition)
+        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+        lengths = (p, shape[1] if known_tokens is None else mask_index.shape[1], known)
+        for layer in range(head, last + 1):
+            chosen = select if layer == last else None
+            x, _ = self.blocks[layer](x, lengths, cached[layer], chosen)
+        return self.norm(x)
+
+
+class FlowHead(nn.Module):
+    """Draws each token by rectified flow given its embedding z (eq. 4; adaLN perceptron of MAR).
+
+    All adaLN modulations of a call come from one matrix product: [shift, scale, gate] of every
+    block, then [shift, scale] of the output norm."""
+
+    def __init__(self, channels: int, dim: int, config: FlowConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.width
+        self.embed = nn.Linear(channels, width)
+        self.condition = nn.Linear(dim, width)
+        self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
+        modulations = width * (3 * config.blocks + 2)
+        self.modulation = nn.Linear(width, modulations)
+        if config.modulation == "additive":
+            self.time_modulation = nn.Linear(width, modulations, bias=False)
+        self.norms = nn.ModuleList(LayerNorm(width, eps=1e-6) for _ in range(config.blocks))
+        self.mlps = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width))
+            for _ in range(config.blocks)
+        )
+        self.final_norm = LayerNorm(width, eps=1e-6, elementwise_affine=False)
+        self.out = nn.Linear(width, channels)
+        frequency = torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
+        self.register_buffer("frequency", frequency, persistent=False)
+
+    def embed_time(self, time: Tensor) -> Tensor:
+        """Flow times (E,) float32 in 0..1 -> what `velocity` needs of them, (E, width), or
+        (E, modulations) for additive modulation."""
+        angle = 1000.0 * time[:, None].float() * self.frequency.float()
+        features = torch.cat([angle.cos(), angle.sin()], dim=-1)
+        embedded = self.time(features.to(self.out.weight.dtype))
+        if self.config.modulation == "additive":
+            embedded = self.time_modulation(F.silu(embedded))
+        return embedded
+
+    def embed_condition(self, z: Tensor) -> Tensor:
+        """Token embeddings (..., D) -> what `velocity` needs of them, computed once per token."""
+        c = self.condition(z)
+        return self.modulation(F.silu(c)) if self.config.modulation == "additive" else c
+
+    def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
+        """Velocity (..., C) float32 of tokens x (..., C) given one row of `embed_time` and the
+        rows of `embed_condition`; leading dimensions broadcast (guidance branches share x)."""
+        m = time + condition
+        if self.config.modulation == "joint":
+            m = self.modulation(F.silu(m))
+        parts = m.chunk(3 * self.config.blocks + 2, dim=-1)
+        h = self.embed(x.to(m.dtype))
+        for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
+            shift, scale, gate = parts[3 * i : 3 * i + 3]
+            h = h + gate * mlp(norm(h) * (1 + scale) + shift)
+        shift, scale = parts[-2:]
+        return self.out(self.final_norm(h) * (1 + scale) + shift).float()
+
+
+
+
+class CanvasMAR(nn.Module):
+    """The whole model; `canvas` is None for the no-canvas baseline."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.temporal = TemporalViT(config)
+        self.canvas = CanvasViT(config) if config.canvas else None
+        self.spatial = SpatialMAR(config)
+        self.flow = FlowHead(config.autoencoder.latent_channels, config.dim, config.flow)
+        self.apply(init_weights)
+        self.autoencoder = Autoencoder(config.autoencoder)
+
+    def condition_tokens(self, z_temporal: Tensor, temporal_on: Tensor) -> Tensor:
+        """z_t (B, P, D), or the learned vector where a branch does not see it, `temporal_on` (G,)
+        being 0: (G, B, P, D)."""
+        on = temporal_on.to(z_temporal.dtype)[:, None, None, None]
+        return on * z_temporal + (1 - on) * self.spatial.no_temporal
+
+    def mask_tokens(self, z_canvas: Tensor, canvas_on: Tensor) -> Tensor:
+        """z_c (B, N, D), already noised by eq. 12, or the mask embedding where a branch does not
+        see it: (G, B, N, D)."""
+        on = canvas_on.to(z_canvas.dtype)[:, None, None, None]
+        return on * z_canvas + (1 - on) * self.spatial.mask
+
+
+def build(config: ModelConfig, seed: int = 0) -> CanvasMAR:
+    """An untrained model with seeded weights, in evaluation mode."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return CanvasMAR(config).eval()

@@ -1,0 +1,87 @@
+"""Checkpoints: a directory with `config.json` and `model.safetensors`."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
+from canvasmar_rt.errors import BundleError, ConfigError
+from canvasmar_rt.models.canvasmar import CanvasMAR, build
+
+CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+
+
+def save_checkpoint(directory: Path, model: CanvasMAR, sampling: SamplingConfig) -> None:
+    """Write a checkpoint; each file appears whole or not at all, the weights first."""
+    directory.mkdir(parents=True, exist_ok=True)
+    config = {"model": to_dict(model.config), "sampling": to_dict(sampling)}
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
+        os.close(handle)
+        try:
+            if name == WEIGHTS_FILE:
+                save_file(state, temporary)
+            else:
+                Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
+            os.replace(temporary, directory / name)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+
+def load_checkpoint(directory: Path) -> tuple[CanvasMAR, SamplingConfig]:
+    """Read a checkpoint into a float32 model in evaluation mode.
+
+    Raises:
+        BundleError: if a file is missing or cut, or a tensor is missing, unknown or misshapen.
+        ConfigError: if the configuration is not valid.
+    """
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (directory / name).is_file():
+            raise BundleError(
+                f"{directory}: no {name}; a checkpoint is a directory with {CONFIG_FILE} and "
+                f"{WEIGHTS_FILE}"
+            )
+    try:
+        data = json.loads((directory / CONFIG_FILE).read_text())
+    except ValueError as error:
+        raise ConfigError(f"{directory / CONFIG_FILE}: not JSON ({error})") from None
+    if not isinstance(data, dict) or set(data) != {"model", "sampling"}:
+        raise ConfigError(f"{directory / CONFIG_FILE}: expected the keys model and sampling")
+    config = from_dict(ModelConfig, data["model"], "model")
+    sampling = from_dict(SamplingConfig, data["sampling"], "sampling")
+    try:
+        state = load_file(directory / WEIGHTS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise BundleError(f"{directory / WEIGHTS_FILE}: cannot be read ({error})") from None
+    return load_state(config, state, str(directory / WEIGHTS_FILE)), sampling
+
+
+def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> CanvasMAR:
+    """A float32 model in evaluation mode with the given weights.
+
+    Raises:
+        BundleError: naming the tensor that is missing, unknown or of the wrong shape.
+    """
+    model = build(config)
+    want = model.state_dict()
+    for name in sorted(want.keys() - state.keys()):
+        raise BundleError(f"{where}: tensor {name} is missing")
+    for name in sorted(state.keys() - want.keys()):
+        raise BundleError(f"{where}: unknown tensor {name}; is this the right configuration?")
+    for name, tensor in state.items():
+        if tensor.shape != want[name].shape:
+            raise BundleError(
+                f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected "
+                f"{tuple(want[name].shape)}"
+            )
+    model.load_state_dict({k: v.float() for k, v in state.items()})
+    return model

@@ -1,0 +1,219 @@
+"""The components as modules with flat inputs and outputs in the order of `components`.
+
+Export traces these, and the torch engine runs them: one definition of what a component computes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from canvasmar_rt.components import Component, components
+from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.models.canvasmar import CanvasMAR, gather_tokens
+
+
+class Graph(nn.Module):
+    """One component: `forward` takes its inputs positionally and returns a tuple of outputs."""
+
+    def __init__(self, model: CanvasMAR, name: str) -> None:
+        super().__init__()
+        self.config = model.config
+        self.component: Component = components(model.config)[name]
+
+    def named(self, args: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return dict(zip((s.name for s in self.component.inputs), args, strict=True))
+
+
+class EncoderGraph(Graph):
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "encoder")
+        self.autoencoder = model.autoencoder
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        frames, *states = args
+        latent, new = self.autoencoder.encode(frames, states)
+        return latent[:, 0], *new
+
+
+class DecoderGraph(Graph):
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "decoder")
+        self.autoencoder = model.autoencoder
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        latent, *states = args
+        frames, new = self.autoencoder.decode(latent[:, None], states)
+        return frames, *new
+
+
+class TemporalGraph(Graph):
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "temporal")
+        self.temporal = model.temporal
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        caches = [t[s.name] for s in self.component.inputs if s.name.startswith("cache_")][1:]
+        z_temporal, new = self.temporal.step(
+            t["latent"], t["is_first"], t.get("action"), t.get("action_given"),
+            t["time"], t["cache_bias"], caches,
+        )  # fmt: skip
+        return z_temporal, *new
+
+
+class CanvasGraph(Graph):
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "canvas")
+        self.canvas = model.canvas
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        r, r2 = t["frame_noise_level"], t["canvas_noise_level"]
+        noised = t["latent"] * (1 - r) + t["frame_noise"] * r  # eq. 11
+        assert self.canvas is not None
+        z_canvas, canvas, staticness = self.canvas(t["z_temporal"], noised)
+        z_canvas = (z_canvas * (1 - r2) + t["canvas_noise"] * r2).to(z_canvas.dtype)  # eq. 12
+        return z_canvas, canvas, staticness
+
+
+class ConditionGraph(Graph):
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "condition")
+        self.spatial = model.spatial
+        self._condition = model.condition_tokens
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        condition = self._condition(t["z_temporal"], t["temporal_on"])
+        branches = condition.shape[:2]
+        cached = self.spatial.condition_keys_values(condition.flatten(0, 1))
+        return tuple(x.unflatten(0, branches) for kv in cached for x in kv)
+
+
+class SpatialGraph(Graph):
+    """Token embeddings of the next set for every guidance branch; the first AR step, which knows
+    no token yet, is a graph of its own (TensorRT takes no empty tensors)."""
+
+    def __init__(self, model: CanvasMAR, name: str) -> None:
+        super().__init__(model, name)
+        self.spatial = model.spatial
+        self._condition, self._mask = model.condition_tokens, model.mask_tokens
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        condition: Tensor | list[tuple[Tensor, Tensor]]
+        if self.spatial.isolated:
+            flat = [x.flatten(0, 1) for name, x in t.items() if name.startswith("condition_")]
+            condition = list(zip(flat[::2], flat[1::2], strict=True))
+            branches = t["condition_key_0"].shape[:2]
+        else:
+            tokens = self._condition(t["z_temporal"], t["temporal_on"])
+            branches = tokens.shape[:2]
+            condition = tokens.flatten(0, 1)
+
+        def rows(x: Tensor) -> Tensor:
+            return x[None].expand(branches[0], *x.shape).flatten(0, 1)
+
+        if self.config.canvas:
+            canvas = self._mask(t["z_canvas"], t["canvas_on"]).flatten(0, 1)
+        else:
+            mask = self.spatial.mask
+            canvas = mask.expand(branches[0] * branches[1], self.config.tokens, mask.shape[0])
+        known = {}
+        if "known_index" in t:
+            known = {
+                "known_tokens": rows(gather_tokens(t["partial"], t["known_index"])),
+                "known_index": rows(t["known_index"]),
+            }
+        select = t["select_index"].shape[1]
+        z = self.spatial(condition, canvas, rows(t["mask_index"]), select, **known)
+        return (z.unflatten(0, branches),)
+
+
+class FlowPrepare(nn.Module):
+    """Everything of the flow component that does not change from evaluation to evaluation."""
+
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__()
+        self.flow = model.flow
+
+    def forward(
+        self, z_tokens: Tensor, select_index: Tensor, flow_noise: Tensor, flow_time: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """-> (x_0 (B, S, C), condition (G, B, S, .), time (E, .))"""
+        return (
+            gather_tokens(flow_noise, select_index),
+            self.flow.embed_condition(z_tokens),
+            self.flow.embed_time(flow_time),
+        )
+
+
+class FlowEvaluation(nn.Module):
+    """One evaluation of the guided velocity and the solver's update (eq. 9, `FlowPlan`)."""
+
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__()
+        self.flow = model.flow
+
+    def forward(
+        self,
+        x: Tensor,
+        velocity: Tensor,
+        time: Tensor,
+        step_new: Tensor,
+        step_old: Tensor,
+        condition: Tensor,
+        branch_weight: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        """x and the last velocity (B, S, C) -> the next ones."""
+        branches = self.flow.velocity(x, time, condition)
+        guided = (branches * branch_weight[:, None, None, None]).sum(0)
+        return x + step_new * guided + step_old * velocity, guided
+
+
+class FlowGraph(Graph):
+    """Draws the tokens of one set and puts them into the partial frame."""
+
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "flow")
+        self.prepare, self.evaluate = FlowPrepare(model), FlowEvaluation(model)
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        x, condition, times = self.prepare(
+            t["z_tokens"], t["select_index"], t["flow_noise"], t["flow_time"]
+        )
+        velocity = torch.zeros_like(x)
+        for time, new, old in zip(times, t["step_new"], t["step_old"], strict=True):
+            x, velocity = self.evaluate(
+                x, velocity, time, new, old, condition, t["branch_weight"]
+            )
+        return (put_tokens(t["partial"], t["select_index"], x),)
+
+
+def put_tokens(partial: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
+    """`partial` (B, N, C) with `tokens` (B, S, C) at positions `index` (B, S)."""
+    return torch.scatter(partial, 1, index[..., None].expand_as(tokens), tokens)
+
+
+def graph(model: CanvasMAR, name: str) -> Graph:
+    """The module of one component.
+
+    Raises:
+        ConfigError: if the model has no such component, or it is composed from others (`frame`).
+    """
+    if name not in components(model.config) or name == "frame":
+        raise ConfigError(f"{model.config.name}: no component module {name!r}")
+    if name in ("spatial", "spatial_first"):
+        return SpatialGraph(model, name).eval()
+    kinds: dict[str, type] = {
+        "encoder": EncoderGraph,
+        "decoder": DecoderGraph,
+        "temporal": TemporalGraph,
+        "canvas": CanvasGraph,
+        "condition": ConditionGraph,
+        "flow": FlowGraph,
+    }
+    made: Graph = kinds[name](model).eval()
+    return made

@@ -1,0 +1,121 @@
+"""Building blocks shared by the three transformers and the flow head.
+
+Letters as in `canvasmar_rt.config`; R rows (batch times guidance branches), L tokens of a sequence,
+Dh head size. Norms, rotary angles and softmax run in float32 whatever the weights' dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from canvasmar_rt.schedule import ROTARY_BASE
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm computed in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = None if self.weight is None else self.weight.float()
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Mlp(nn.Sequential):
+    """Two-layer GELU perceptron, (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, ratio: int = 4) -> None:
+        super().__init__(nn.Linear(dim, ratio * dim), nn.GELU(), nn.Linear(ratio * dim, dim))
+
+
+def split_heads(x: Tensor, heads: int) -> Tensor:
+    """(R, L, D) -> (R, H, L, Dh)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None = None) -> Tensor:
+    """Scaled dot-product attention over unsplit q (R, Lq, D), k and v (R, Lk, D); `bias` is added
+    to the scores and broadcasts to (R, H, Lq, Lk)."""
+    out = F.scaled_dot_product_attention(
+        split_heads(q, heads), split_heads(k, heads), split_heads(v, heads), attn_mask=bias
+    )
+    return out.transpose(1, 2).flatten(2)
+
+
+class Rotary:
+    """3D rotary embedding over (t, y, x). A head's Dh/2 channel pairs go to time (a quarter), then
+    to y and x in equal parts; pair i rotates (channel i, channel i + Dh/2)."""
+
+    def __init__(self, head_dim: int, height: int, width: int) -> None:
+        pairs = head_dim // 2
+        self.time_pairs = head_dim // 8
+        space = (pairs - self.time_pairs) // 2
+        rest = pairs - self.time_pairs - space
+        y = torch.arange(height).repeat_interleave(width)
+        x = torch.arange(width).repeat(height)
+        angle_y = y[:, None] * ROTARY_BASE ** (-torch.arange(space) / space)
+        angle_x = x[:, None] * ROTARY_BASE ** (-torch.arange(rest) / rest)
+        angle = torch.cat([angle_y, angle_x], dim=-1)  # (P, pairs - time_pairs)
+        self.space_cos, self.space_sin = angle.cos(), angle.sin()
+
+    def tables(self, time: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (T*P, Dh/2) for frames whose time rotations are `time` (T, 2, pairs)."""
+        frames, tokens = time.shape[0], self.space_cos.shape[0]
+        out = []
+        for part, space in enumerate((self.space_cos, self.space_sin)):
+            t = time[:, None, part].expand(frames, tokens, self.time_pairs)
+            s = space.to(time.device)[None].expand(frames, tokens, space.shape[1])
+            out.append(torch.cat([t, s], dim=-1).flatten(0, 1))
+        return out[0], out[1]
+
+
+def rotate(x: Tensor, tables: tuple[Tensor, Tensor], heads: int) -> Tensor:
+    """Rotate x (R, L, D) by tables (L, Dh/2) in float32."""
+    cos, sin = (t[:, None] for t in tables)  # (L, 1, Dh/2), the same for every head
+    a, b = x.float().unflatten(-1, (heads, 2, -1)).unbind(-2)  # each (R, L, H, Dh/2)
+    out = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-2)
+    return out.flatten(-3).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head attention weights: one projection for queries, keys and values, one back."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.out = nn.Linear(dim, dim)
+
+
+class Experts(nn.Module):
+    """One module per token segment. A sequence is [condition | mask | known] with `lengths` of the
+    three; one expert serves all, two serve condition+mask and known (MM-DiT), three one each."""
+
+    def __init__(self, count: int, make: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(make() for _ in range(count))
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        if len(self.experts) == 1:
+            return self.experts[0](x)
+        condition, mask, known = lengths
+        sizes = (condition, mask, known) if len(self.experts) == 3 else (condition + mask, known)
+        parts, start = [], 0
+        for expert, size in zip(self.experts, sizes, strict=True):
+            if isinstance(size, int) and size == 0:
+                continue
+            parts.append(expert(x[:, start : start + size]))
+            start = start + size
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def init_weights(module: nn.Module) -> None:
+    """Fan-in scaled weights, zero biases: activations keep their scale through any depth, so that
+    an untrained model is a meaningful test of numerics."""
+    if isinstance(module, (nn.Linear, nn.Conv2d)):
+        fan_in = module.weight[0].numel()
+        nn.init.trunc_normal_(module.weight, std=fan_in**-0.5)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

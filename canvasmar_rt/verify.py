@@ -1,0 +1,133 @@
+"""Parity on the user's machine: golden tensors of a bundle against an engine, without torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from canvasmar_rt.bundle import Bundle, Difference
+from canvasmar_rt.engines import Engine, create
+from canvasmar_rt.errors import BundleError, ParityError
+from canvasmar_rt.rollout import Predictor
+
+Array = npt.NDArray[Any]
+
+ROLLOUT = "golden/rollout.safetensors"
+
+
+def golden_file(component: str) -> str:
+    return f"golden/{component}.safetensors"
+
+
+def difference(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> Difference:
+    """The worst difference over all outputs; NaN anywhere gives NaN, which no tolerance passes."""
+    worst = Difference(max_abs=0.0, relative=0.0, cosine=1.0)
+    for name, want in reference.items():
+        a, b = outputs[name].astype(np.float64).ravel(), want.astype(np.float64).ravel()
+        norm_a, norm_b = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+        gap = a - b
+        relative = float(np.linalg.norm(gap)) / max(norm_b, 1e-12)
+        cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
+        worst = Difference(
+            max_abs=float(np.maximum(worst.max_abs, np.abs(gap).max())),
+            relative=float(np.maximum(worst.relative, relative)),
+            cosine=float(np.minimum(worst.cosine, cosine)),
+        )
+    return worst
+
+
+def compare_component(
+    engine: Engine, name: str, inputs: Mapping[str, Array], reference: Mapping[str, Array]
+) -> Difference:
+    """Run one component on golden inputs and compare with the reference outputs."""
+    entry = engine.bundle.manifest.components[name]
+    given = {
+        t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype).reshape(inputs[t.name].shape)
+        for t in entry.inputs
+    }
+    outputs = {t.name: np.full(reference[t.name].shape, 7, t.dtype) for t in entry.outputs}
+    engine.bind(name, given, outputs)()
+    return difference(outputs, reference)
+
+
+def compare_rollout(
+    engine: Engine, golden: Mapping[str, Array]
+) -> tuple[tuple[float, ...], int]:
+    """Replay the golden rollout, forcing its token order.
+
+    Returns:
+        Relative difference of the latents of every frame, and the number of frames whose own order
+        would have differed (near ties of the staticness).
+    """
+    predictor = Predictor(engine)
+    rollout = predictor.start(seed=int(golden["seed"][0]))
+    drift, flipped = [], 0
+    for latent, order in zip(golden["latents"], golden["orders"], strict=True):
+        before = rollout.state()
+        own = rollout.step()
+        if (own.order[0] != order).any():
+            flipped += 1
+            rollout.restore(before)
+            own = rollout._step(None, order=order[None])
+        drift.append(float(np.linalg.norm(own.latent[0] - latent) / np.linalg.norm(latent)))
+    return tuple(drift), flipped
+
+
+def verify(
+    path: str | Path,
+    *,
+    engine: str = "onnxruntime",
+    device: str = "cpu",
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Check a bundle's files, then every component and the golden rollout on this machine.
+
+    Returns:
+        A JSON-ready report: engine, device, tolerances, and the differences found.
+
+    Raises:
+        BundleError: a file is missing or changed, or the bundle carries no golden tensors.
+        ParityError: a difference is past the tolerance stored in the bundle.
+    """
+    bundle = Bundle.open(path, progress=lambda name: progress(f"checking {name}"))
+    parity = bundle.manifest.parity
+    if parity is None:
+        raise BundleError(f"{bundle.path}: no parity certificate; export the bundle again")
+    made = create(engine, bundle, device=device, threads=None)
+    report: dict[str, Any] = {
+        "bundle": str(bundle.path),
+        "engine": made.name,
+        "device": made.device,
+        "tolerance": parity.tolerance,
+        "drift_tolerance": parity.drift_tolerance,
+        "components": {},
+    }
+    failed = []
+    for name in bundle.manifest.components:
+        if name == "frame" and made.name == "torch":
+            continue  # composed from the others; the torch engine runs those
+        progress(f"running {name}")
+        tensors = bundle.tensors(golden_file(name))
+        split: dict[str, dict[str, Array]] = {"in": {}, "out": {}}
+        for key, value in tensors.items():
+            kind, _, tensor = key.partition(".")
+            split[kind][tensor] = value
+        found = compare_component(made, name, split["in"], split["out"])
+        report["components"][name] = vars(found)
+        if not found.relative <= parity.tolerance:
+            failed.append(f"{name} differs by {found.relative:.2e}")
+    progress("running the golden rollout")
+    drift, flipped = compare_rollout(made, bundle.tensors(ROLLOUT))
+    report |= {"drift": list(drift), "flipped_orders": flipped}
+    if not max(drift) <= parity.drift_tolerance:
+        failed.append(f"the rollout drifts by {max(drift):.2e}")
+    if failed:
+        raise ParityError(
+            f"{bundle.path} on {made.name}/{made.device}: {'; '.join(failed)}; tolerance "
+            f"{parity.tolerance:.0e} per component, {parity.drift_tolerance:.0e} per frame"
+        )
+    return report

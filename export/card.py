@@ -1,0 +1,51 @@
+"""The model card of a bundle."""
+
+from __future__ import annotations
+
+from canvasmar_rt.bundle import Manifest
+from canvasmar_rt.models.canvasmar import CanvasMAR
+
+
+def parameters(model: CanvasMAR) -> dict[str, int]:
+    """Parameters of each module."""
+    return {
+        name: sum(p.numel() for p in module.parameters())
+        for name, module in model.named_children()
+    }
+
+
+def model_card(manifest: Manifest, model: CanvasMAR) -> str:
+    """Markdown: where the weights come from, sizes, and the parity certificate."""
+    config, ae, parity = manifest.model, manifest.model.autoencoder, manifest.parity
+    assert parity is not None
+    counts = parameters(model)
+    rows = "\n".join(f"| {k} | {v:,} |" for k, v in counts.items())
+    checks = "\n".join(
+        f"| {k} | {d.max_abs:.2e} | {d.relative:.2e} | {d.cosine:.6f} |"
+        for k, d in parity.components.items()
+    )
+    return f"""# {config.name}
+
+A canvasmar-rt bundle. Weights: {manifest.source}.
+
+Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent frame is
+{ae.temporal_compression} pixel frames and {ae.latent_height}x{ae.latent_width} tokens of
+{ae.latent_channels} channels; window of {config.context_frames} latent frames; actions:
+{config.action_dim or "none"}. Graphs {manifest.dtype}, weights {manifest.weights_dtype}, opset
+{manifest.opset}, batch {manifest.batch.minimum} to {manifest.batch.maximum}.
+
+| module | parameters |
+|---|---|
+{rows}
+| total | {sum(counts.values()):,} |
+
+## Parity
+
+{parity.engine} against PyTorch float32; tolerance {parity.tolerance:.0e} relative per component,
+{parity.drift_tolerance:.0e} per frame of a {len(parity.drift)}-frame rollout (largest
+{max(parity.drift):.2e}; {parity.flipped_orders} frames with a near tie in the token order).
+
+| component | max abs | relative | cosine |
+|---|---|---|---|
+{checks}
+"""

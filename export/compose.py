@@ -1,0 +1,271 @@
+"""Graph surgery on exported components: the flow loop as a Scan, the whole frame as one graph.
+
+Both are built by inlining exported graphs into a new one, so a composed graph computes exactly
+what its parts compute. Weights keep their names and are shared by all inlined copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+
+from canvasmar_rt.components import Component, TensorSpec, components
+from canvasmar_rt.config import ModelConfig, SamplingConfig
+from canvasmar_rt.schedule import order_temperatures, set_sizes
+
+ELEMENT_TYPES = {
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
+    "int64": TensorProto.INT64,
+    "uint8": TensorProto.UINT8,
+}
+
+
+def value_info(spec: TensorSpec, dtype: str, dims: Mapping[str, int] | None = None) -> onnx.ValueInfoProto:
+    """ONNX description of one table entry; `dims` fixes symbolic dimensions."""
+    fixed = dims or {}
+    shape = [fixed.get(d, d) if isinstance(d, str) else d for d in spec.dims]
+    element = ELEMENT_TYPES[dtype if spec.dtype == "hidden" else spec.dtype]
+    return helper.make_tensor_value_info(spec.name, element, shape)
+
+
+class Builder:
+    """A graph under construction."""
+
+    def __init__(self) -> None:
+        self.nodes: list[NodeProto] = []
+        self.initializers: dict[str, TensorProto] = {}
+        self._count = 0
+
+    def name(self, hint: str) -> str:
+        self._count += 1
+        return f"{hint}__{self._count}"
+
+    def constant(self, value: np.ndarray, hint: str) -> str:
+        name = self.name(hint)
+        self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
+        return name
+
+    def op(self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: object) -> str:
+        """Add a node and return the name of its first output."""
+        names = [self.name(op_type.lower()) for _ in range(outputs)]
+        self.nodes.append(
+            helper.make_node(op_type, list(inputs), names, self.name(op_type), **attributes)
+        )
+        return names[0]
+
+    def identity(self, source: str, target: str) -> None:
+        self.nodes.append(helper.make_node("Identity", [source], [target], self.name("identity")))
+
+    def inline(self, part: ModelProto, inputs: Mapping[str, str], label: str) -> dict[str, str]:
+        """Copy the nodes of `part` in, reading its inputs from the named values. `label` is
+        `<component>` or `<component>/<copy>`; copies of a component share its constants.
+
+        Returns:
+            The value that holds each of its outputs.
+        """
+        graph = part.graph
+        names = dict(inputs)
+        for tensor in graph.initializer:
+            # state-dict weights are called the same in every copy; folded constants are not
+            name = tensor.name if "." in tensor.name else f"{label.split('/')[0]}.{tensor.name}"
+            names[tensor.name] = name
+            if name not in self.initializers:
+                copy = TensorProto()
+                copy.CopyFrom(tensor)
+                copy.name = name
+                self.initializers[name] = copy
+        missing = [i.name for i in graph.input if i.name not in names]
+        assert not missing, f"{label}: inputs {missing} are not connected"
+        prefix = self.name(label)
+        for node in graph.node:
+            self.nodes.append(_renamed(node, names, prefix))
+        return {o.name: names.get(o.name, f"{prefix}/{o.name}") for o in graph.output}
+
+
+def _renamed(node: NodeProto, names: Mapping[str, str], prefix: str) -> NodeProto:
+    copy = NodeProto()
+    copy.CopyFrom(node)
+
+    def new(name: str) -> str:
+        return name and names.get(name, f"{prefix}/{name}")
+
+    copy.name = f"{prefix}/{node.name}"
+    copy.input[:] = [new(n) for n in node.input]
+    copy.output[:] = [new(n) for n in node.output]
+    for attribute in copy.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            body = attribute.g
+            for value in (*body.input, *body.output):
+                value.name = new(value.name)
+            nodes = [_renamed(n, names, prefix) for n in body.node]
+            del body.node[:]
+            body.node.extend(nodes)
+            assert not body.initializer, "a loop body keeps its weights in the outer graph"
+    return copy
+
+
+def model(
+    builder: Builder, component: Component, dtype: str, opset: int,
+    dims: Mapping[str, int] | None = None,
+) -> ModelProto:  # fmt: skip
+    """Close a builder into a model whose inputs and outputs are those of the component table."""
+    graph = helper.make_graph(
+        builder.nodes,
+        component.name,
+        [value_info(s, dtype, dims) for s in component.inputs],
+        [value_info(s, dtype, dims) for s in component.outputs],
+        list(builder.initializers.values()),
+    )
+    return helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10 if opset < 23 else 11,
+        producer_name="canvasmar-rt",
+    )  # fmt: skip
+
+
+def flow_loop(
+    prepare: ModelProto, evaluate: ModelProto, config: ModelConfig, dtype: str, opset: int
+) -> ModelProto:
+    """The flow component: `evaluate` in a Scan over the E evaluations of the solver's plan."""
+    component = components(config)["flow"]
+    b = Builder()
+    prepared = b.inline(
+        prepare,
+        {n: n for n in ("z_tokens", "select_index", "flow_noise", "flow_time")},
+        "flow_prepare",
+    )
+    x0, condition, time = (prepared[o.name] for o in prepare.graph.output)
+    zero = b.op("Mul", [x0, b.constant(np.float32(0.0), "zero")])
+
+    body = Builder()
+    body._count = 10_000  # names inside the body must not meet those outside
+    loop_inputs = ["x", "velocity", "time", "step_new", "step_old"]
+    wired = {n: f"flow_body/{n}" for n in loop_inputs}
+    outputs = body.inline(
+        evaluate, {**wired, "condition": condition, "branch_weight": "branch_weight"},
+        "flow_evaluate",
+    )  # fmt: skip
+    b.initializers.update(body.initializers)
+    shapes = {i.name: i for i in evaluate.graph.input}
+
+    def described(name: str, source: str) -> onnx.ValueInfoProto:
+        info = onnx.ValueInfoProto()
+        info.CopyFrom(shapes[source])
+        info.name = name
+        return info
+
+    ends = []
+    for out, source in zip(evaluate.graph.output, ("x", "velocity"), strict=True):
+        end = f"flow_body/next_{source}"
+        body.identity(outputs[out.name], end)
+        ends.append(described(end, source))
+    scan_body: GraphProto = helper.make_graph(
+        body.nodes, "flow_evaluation", [described(wired[n], n) for n in loop_inputs], ends
+    )
+    x = b.name("x")
+    b.nodes.append(
+        helper.make_node(
+            "Scan", [x0, zero, time, "step_new", "step_old"], [x, b.name("velocity")],
+            "flow_loop", body=scan_body, num_scan_inputs=3,
+        )  # fmt: skip
+    )
+    index = b.op(
+        "Expand",
+        [
+            b.op("Unsqueeze", ["select_index", b.constant(np.array([2]), "axis")]),
+            b.op("Shape", [x]),
+        ],
+    )
+    b.nodes.append(
+        helper.make_node(
+            "ScatterElements", ["partial", index, x], ["next_partial"], "put_tokens", axis=1
+        )
+    )
+    return model(b, component, dtype, opset)
+
+
+def whole_frame(
+    parts: Mapping[str, ModelProto], config: ModelConfig, sampling: SamplingConfig, dtype: str,
+    opset: int,
+) -> ModelProto:  # fmt: skip
+    """One latent frame as one graph: every component but encoder and decoder, K AR steps unrolled,
+    the order drawn inside. Set sizes and order temperatures are constants; guidance weights, the
+    flow plan and all noise are inputs."""
+    component = components(config)["frame"]
+    sizes = set_sizes(config.tokens, sampling.ar_steps)
+    b = Builder()
+    have = {s.name: s.name for s in component.inputs}
+
+    def run(name: str, step: int = 0, **extra: str) -> dict[str, str]:
+        part, at = parts[name], {**have, **extra}
+        return b.inline(part, {i.name: at[i.name] for i in part.graph.input}, f"{name}/{step}")
+
+    have.update(run("temporal"))
+    if config.canvas:
+        have.update(run("canvas"))
+    if config.condition_attention == "isolated":
+        have.update(run("condition"))
+
+    indices = _order(b, have.get("staticness"), sampling, sizes)
+    partial = b.op(
+        "Mul", ["flow_noise", b.constant(np.float32(0.0), "zero")]
+    )  # an all-zero frame of the right batch
+    for k in range(len(sizes)):
+        step = {
+            "select_index": indices[k],
+            "mask_index": _concat(b, indices[k:]),
+            "partial": partial,
+        }
+        if k:
+            step["known_index"] = _concat(b, indices[:k])
+        z = run("spatial" if k else "spatial_first", k, **step)
+        partial = run("flow", k, **step, **z)["next_partial"]
+    have["next_latent"], have["order"] = partial, _concat(b, indices)
+    for spec in component.outputs:
+        if have[spec.name] != spec.name:
+            b.identity(have[spec.name], spec.name)
+    return model(b, component, dtype, opset, {"AR": sampling.ar_steps})
+
+
+def _concat(b: Builder, values: Sequence[str]) -> str:
+    return values[0] if len(values) == 1 else b.op("Concat", values, axis=1)
+
+
+def _order(
+    b: Builder, staticness: str | None, sampling: SamplingConfig, sizes: Sequence[int]
+) -> list[str]:
+    """`canvasmar_rt.schedule.generation_order` in ONNX: the indices (B, n_k) of every AR step."""
+    tau = order_temperatures(sampling)
+    axes = b.constant(np.array([1]), "axis")
+    if staticness is not None and sampling.order != "random":
+        floor = b.constant(np.float32(1e-6), "floor")
+        score = b.op("Log", [b.op("Max", [staticness, floor])])
+    else:
+        score = ""
+    taken = ""
+    indices = []
+    for k, size in enumerate(sizes):
+        at = b.constant(np.array([k]), "step")
+        noise = b.op("Gather", ["order_noise", at], axis=1)
+        noise = b.op("Mul", [b.op("Squeeze", [noise, axes]), b.constant(tau[k], "tau")])
+        total = b.op("Add", [score, noise]) if score else noise
+        if taken:
+            total = b.op("Add", [total, taken])
+        index = b.name("index")
+        b.nodes.append(
+            helper.make_node(
+                "TopK", [total, b.constant(np.array([size]), "size")], [b.name("best"), index],
+                b.name("topk"), axis=1, largest=1, sorted=1,
+            )  # fmt: skip
+        )
+        indices.append(index)
+        if k + 1 < len(sizes):
+            if not taken:
+                taken = b.op("Mul", [total, b.constant(np.float32(0.0), "zero")])
+            gone = b.op("Expand", [b.constant(np.float32(-1e30), "gone"), b.op("Shape", [index])])
+            taken = b.op("ScatterElements", [taken, index, gone], axis=1)
+    return indices

@@ -1,0 +1,440 @@
+"""From a model to a bundle: trace the components, compose, write, measure parity, publish."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from onnx import ModelProto, TensorProto
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+import canvasmar_rt
+from canvasmar_rt.bundle import (
+    SCHEMA_VERSION,
+    BatchRange,
+    Bundle,
+    DTypeName,
+    FileEntry,
+    Manifest,
+    component_entries,
+    sha256,
+    write_manifest,
+)
+from canvasmar_rt.components import TensorSpec, components
+from canvasmar_rt.config import ModelConfig, SamplingConfig
+from canvasmar_rt.engines.torch_engine import TRANSPOSED
+from canvasmar_rt.errors import BundleError, ConfigError, ParityError
+from canvasmar_rt.export import compose, parity, tensorrt_ops
+from canvasmar_rt.export.card import model_card
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
+
+DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
+    "fp32": ("float32", torch.float32),
+    "fp16": ("float16", torch.float16),
+    "bf16": ("bfloat16", torch.bfloat16),
+}
+
+Progress = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
+    rounded to float16, half the size; parity is then against the model with those weights."""
+
+    dtype: str = "fp32"
+    weights: str = ""
+    opset: int = 20
+    batch: BatchRange = BatchRange()
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if self.weights not in ("", self.dtype) and (self.dtype, self.weights) != ("fp32", "fp16"):
+            raise ConfigError(
+                f"weights can be stored in the graph's dtype, or in fp16 under an fp32 graph; got "
+                f"weights {self.weights!r} under {self.dtype!r}"
+            )
+        if self.opset not in tensorrt_ops.OPSETS:
+            raise ConfigError(f"opset must be one of {tensorrt_ops.OPSETS}, got {self.opset}")
+        if self.opset != 20 and self.dtype == "fp32":
+            raise ConfigError(
+                f"opset {self.opset} writes Attention nodes, which TensorRT does not build in "
+                "fp32; use opset 20, or --dtype fp16 or bf16"
+            )
+
+
+def cast(model: CanvasMAR, dtype: torch.dtype) -> CanvasMAR:
+    """Cast the weights; tables that are always float32 (flow frequencies, latent statistics) keep
+    their precision."""
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    model = model.to(dtype)
+    for name, buffer in model.named_buffers():
+        buffer.data = kept[name].float()
+    return model
+
+
+def export_bundle(
+    model: CanvasMAR,
+    sampling: SamplingConfig,
+    output: Path,
+    options: ExportOptions,
+    *,
+    source: str,
+    force: bool = False,
+    progress: Progress = lambda _: None,
+) -> Bundle:
+    """Export `model` (float32, evaluation mode) into a new bundle directory.
+
+    The directory appears whole, after every graph has passed the operator table and parity has
+    been measured within tolerance, or not at all.
+
+    Raises:
+        BundleError: if `output` exists and `force` is not given, or a graph holds an operator
+            TensorRT does not take.
+        ParityError: if a component or a rollout is further from PyTorch than the tolerance.
+    """
+    if output.exists() and not force:
+        raise BundleError(f"{output} exists; give another --output, or --force to replace it")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        os.chmod(work, 0o755)
+        _write(model, sampling, work, options, source, progress)
+        if output.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+            os.replace(output, old / output.name)
+            os.replace(work, output)
+            shutil.rmtree(old)
+        else:
+            os.replace(work, output)
+    except BaseException:
+        shutil.rmtree(work, ignore_errors=True)
+        raise
+    return Bundle.open(output)
+
+
+def _write(
+    model: CanvasMAR, sampling: SamplingConfig, work: Path, options: ExportOptions, source: str,
+    progress: Progress,
+) -> None:  # fmt: skip
+    config = model.config
+    dtype_name, dtype = DTYPES[options.dtype]
+    halved = options.weights == "fp16" and options.dtype == "fp32"
+    reference = model
+    if halved:
+        reference = cast(cast(_copy(model), torch.float16), torch.float32)
+    cast_model = cast(_copy(reference), dtype)
+    graphs = trace(cast_model, sampling, dtype_name, options.opset, progress)
+    progress("writing graphs and weights")
+    files = write_graphs(graphs, cast_model, config, work, halve=halved)
+    for name, problems in ((n, tensorrt_ops.problems(g)) for n, g in graphs.items()):
+        if problems:
+            raise BundleError(f"{name}: TensorRT would refuse this graph: {'; '.join(problems)}")
+    ae = model.autoencoder
+    manifest = Manifest(
+        schema_version=SCHEMA_VERSION,
+        producer={
+            "canvasmar_rt": canvasmar_rt.__version__,
+            "torch": torch.__version__,
+            "onnx": onnx.__version__,
+        },
+        source=source,
+        model=config,
+        sampling=sampling,
+        dtype=dtype_name,
+        weights_dtype="float16" if halved else dtype_name,
+        opset=options.opset,
+        batch=options.batch,
+        latent_mean=tuple(ae.latent_mean.tolist()),
+        latent_std=tuple(ae.latent_std.tolist()),
+        components=component_entries(config, dtype_name),
+        files=_hashes(work, files),
+    )
+    write_manifest(work, manifest)
+    certificate, golden = parity.measure(
+        Bundle.open(work), reference, cast_model, seed=options.seed, progress=progress
+    )
+    manifest = dataclasses.replace(manifest, parity=certificate)
+    (work / "README.md").write_text(model_card(manifest, reference))
+    manifest = dataclasses.replace(
+        manifest, files=_hashes(work, [*files, *golden, "README.md"])
+    )
+    write_manifest(work, manifest)
+    problems = parity.failures(certificate)
+    if problems:
+        raise ParityError("export refused: " + "; ".join(problems))
+
+
+def _hashes(work: Path, names: Sequence[str]) -> dict[str, FileEntry]:
+    return {
+        name: FileEntry(sha256=sha256(work / name), bytes=(work / name).stat().st_size)
+        for name in names
+    }
+
+
+def _copy(model: CanvasMAR) -> CanvasMAR:
+    copy = CanvasMAR(model.config).eval()
+    copy.load_state_dict(model.state_dict())
+    return copy
+
+
+# -- tracing --------------------------------------------------------------------------------------
+
+EXAMPLE_SIZES = {"B": 2, "G": 3, "S": 5, "K": 7, "M": 9, "E": 4}
+"""Sizes of symbolic dimensions while tracing: all different, none 0 or 1."""
+
+
+def trace(
+    model: CanvasMAR, sampling: SamplingConfig, dtype_name: str, opset: int, progress: Progress
+) -> dict[str, ModelProto]:
+    """ONNX graphs of all components of `model`, whose weights have the graphs' dtype."""
+    config = model.config
+    dtype = getattr(torch, dtype_name)
+    sizes = EXAMPLE_SIZES
+    if config.tokens < 16:
+        raise ConfigError(f"{config.name}: a latent frame has {config.tokens} tokens, 16 needed")
+
+    def example(spec: TensorSpec) -> Tensor:
+        shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
+        if spec.dtype == "int64":
+            return torch.stack([torch.randperm(config.tokens)[: shape[1]] for _ in range(shape[0])])
+        if spec.dtype == "uint8":
+            return torch.randint(0, 256, shape, dtype=torch.uint8)
+        return torch.randn(shape).to(dtype if spec.dtype == "hidden" else torch.float32)
+
+    graphs: dict[str, ModelProto] = {}
+    table = components(config)
+    for name, component in table.items():
+        if name in ("flow", "frame"):
+            continue
+        progress(f"tracing {name}")
+        dims = [{i: d for i, d in enumerate(s.dims) if isinstance(d, str)} for s in component.inputs]
+        graphs[name] = _to_onnx(
+            graph(model, name),
+            tuple(example(s) for s in component.inputs),
+            (tuple(dims),),
+            [s.name for s in component.inputs],
+            [s.name for s in component.outputs],
+            opset,
+        )
+    progress("tracing flow")
+    specs = {s.name: s for s in table["flow"].inputs}
+    names = ("z_tokens", "select_index", "flow_noise", "flow_time")
+    args = [example(specs[n]) for n in names]
+    dims = [{i: d for i, d in enumerate(specs[n].dims) if isinstance(d, str)} for n in names]
+    prepare = _to_onnx(
+        FlowPrepare(model).eval(), tuple(args), tuple(dims), list(names), ["x", "condition", "time"],
+        opset,
+    )  # fmt: skip
+    with torch.inference_mode():
+        x, condition, time = FlowPrepare(model)(*args)
+    evaluate = _to_onnx(
+        FlowEvaluation(model).eval(),
+        (x.clone(), x.clone(), time[0].clone(), torch.tensor(0.1), torch.tensor(0.2),
+         condition.clone(), torch.randn(sizes["G"])),
+        ({0: "B", 1: "S"}, {0: "B", 1: "S"}, {}, {}, {}, {0: "G", 1: "B", 2: "S"}, {0: "G"}),
+        ["x", "velocity", "time", "step_new", "step_old", "condition", "branch_weight"],
+        ["next_x", "next_velocity"],
+        opset,
+    )  # fmt: skip
+    graphs["flow"] = compose.flow_loop(prepare, evaluate, config, dtype_name, opset)
+    for name, part in graphs.items():
+        _describe(part, table[name].inputs, table[name].outputs, dtype_name)
+    progress("composing the whole frame")
+    graphs["frame"] = compose.whole_frame(graphs, config, sampling, dtype_name, opset)
+    return graphs
+
+
+def _describe(
+    part: ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], dtype: str
+) -> None:
+    """Give a graph the table's names, dtypes and dimensions, and no other shape annotations."""
+    for values, specs in ((part.graph.input, inputs), (part.graph.output, outputs)):
+        assert [v.name for v in values] == [s.name for s in specs]
+        wanted = [compose.value_info(s, dtype) for s in specs]
+        for value, want in zip(values, wanted, strict=True):
+            assert value.type.tensor_type.elem_type == want.type.tensor_type.elem_type, value.name
+        del values[:]
+        values.extend(wanted)
+    del part.graph.value_info[:]
+
+
+def _to_onnx(
+    module: nn.Module, args: tuple[Tensor, ...], dynamic_shapes: Any, inputs: list[str],
+    outputs: list[str], opset: int,
+) -> ModelProto:  # fmt: skip
+    with _quiet():
+        program = torch.onnx.export(
+            module, args, dynamo=True, opset_version=opset, dynamic_shapes=dynamic_shapes,
+            input_names=inputs, output_names=outputs, verbose=False,
+        )  # fmt: skip
+    assert program is not None
+    proto = program.model_proto
+    for node in proto.graph.node:  # metadata names source files of the exporting machine
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del proto.metadata_props[:]
+    proto.graph.doc_string = ""
+    made: ModelProto = proto
+    assert not made.functions
+    return made
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's deprecation warnings and notes about optional packages are not the user's."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+# -- weights --------------------------------------------------------------------------------------
+
+EXTERNAL_BYTES = 1024
+"""Smaller tensors stay inside the graph."""
+
+
+def write_graphs(
+    graphs: Mapping[str, ModelProto], model: CanvasMAR, config: ModelConfig, work: Path,
+    *, halve: bool,
+) -> list[str]:  # fmt: skip
+    """Write the graphs and one safetensors file of weights per directory, which the graphs refer
+    to as external data, so that the whole-frame graph shares the components' files.
+
+    Every tensor of the state dictionary is in exactly one file, under its own name, or transposed
+    (name + "^T") if its graph reads it that way: a bundle is also a checkpoint.
+
+    Returns:
+        Paths of the files written, relative to `work`.
+    """
+    table = components(config)
+    homes = {
+        "temporal": ("temporal.",), "canvas": ("canvas.",), "spatial": ("spatial.",),
+        "flow": ("flow.",), "encoder": ("autoencoder.encoder.",),
+        "decoder": ("autoencoder.decoder.", "autoencoder.latent_"),
+    }  # fmt: skip
+    state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
+    keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents
+    for name, tensor in state.items():
+        known = keys[home_of[name]]
+        known.setdefault(_digest(tensor), name)
+        if tensor.ndim == 2:
+            known.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
+
+    uses: dict[str, dict[str, list[str]]] = {}  # graph -> key -> initializers
+    stored: set[str] = set()
+    for label, proto in graphs.items():
+        directory = Path(table[label].file).parent.name
+        within = [keys[directory]] if directory else list(keys.values())
+        for tensor in proto.graph.initializer:
+            if len(tensor.raw_data) < EXTERNAL_BYTES:
+                continue
+            digest = _digest_raw(tensor.data_type, tensor.dims, tensor.raw_data)
+            key = next((known[digest] for known in within if digest in known), None)
+            if key is not None:
+                uses.setdefault(label, {}).setdefault(key, []).append(tensor.name)
+                stored.add(key)
+    written = []
+    places: dict[str, tuple[str, int, int]] = {}
+    for home in homes:
+        tensors = {}
+        for name, value in state.items():
+            if home_of[name] != home:
+                continue
+            if name + TRANSPOSED in stored:
+                tensors[name + TRANSPOSED] = value.T.contiguous()
+            if name in stored or name + TRANSPOSED not in stored:
+                tensors[name] = value
+        if not tensors:
+            continue
+        if halve:
+            tensors = {
+                k: v.half() if k in stored and v.dtype == torch.float32 else v
+                for k, v in tensors.items()
+            }
+        (work / home).mkdir(exist_ok=True)
+        path = f"{home}/model.safetensors"
+        save_file(tensors, work / path)
+        os.chmod(work / path, 0o644)  # safetensors writes files only their owner can read
+        written.append(path)
+        for key, (begin, end) in _offsets(work / path).items():
+            places[key] = (path, begin, end - begin)
+    for label, proto in graphs.items():
+        component = table[label]
+        directory = Path(component.file).parent
+        for key, names in uses.get(label, {}).items():
+            path, offset, length = places[key]
+            location = os.path.relpath(path, directory)
+            assert not location.startswith(".."), (label, location)
+            for name in names:
+                _externalise(proto, name, location, offset, length, halve)
+        file = work / component.file
+        file.parent.mkdir(exist_ok=True)
+        file.write_bytes(proto.SerializeToString())
+        onnx.checker.check_model(file)
+        written.append(component.file)
+    return written
+
+
+def _externalise(
+    proto: ModelProto, name: str, location: str, offset: int, length: int, halve: bool
+) -> None:
+    tensor = next(t for t in proto.graph.initializer if t.name == name)
+    tensor.ClearField("raw_data")
+    tensor.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", location), ("offset", offset), ("length", length)):
+        entry = tensor.external_data.add()
+        entry.key, entry.value = key, str(value)
+    if halve:
+        tensor.data_type = TensorProto.FLOAT16
+        tensor.name = f"{name}.fp16"
+        widen = onnx.helper.make_node(
+            "Cast", [tensor.name], [name], f"{name}.widen", to=TensorProto.FLOAT
+        )
+        proto.graph.node.insert(0, widen)
+
+
+def _offsets(path: Path) -> dict[str, tuple[int, int]]:
+    """Where each tensor of a safetensors file lies, in bytes from the start of the file."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        k: (8 + size + v["data_offsets"][0], 8 + size + v["data_offsets"][1])
+        for k, v in header.items()
+    }
+
+
+def _digest(tensor: Tensor) -> bytes:
+    element = compose.ELEMENT_TYPES[str(tensor.dtype).removeprefix("torch.")]
+    raw = tensor.reshape(-1).contiguous().view(torch.uint8).numpy().tobytes()
+    return _digest_raw(element, tensor.shape, raw)
+
+
+def _digest_raw(element: int, dims: Sequence[int], raw: bytes) -> bytes:
+    return hashlib.sha256(f"{element}:{list(dims)}:".encode() + raw).digest()

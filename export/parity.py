@@ -1,0 +1,277 @@
+"""Parity, measured and never assumed: every component and a 32-frame rollout against PyTorch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import numpy as np
+import torch
+from safetensors.numpy import save_file
+
+from canvasmar_rt.bundle import Bundle, Difference, Parity
+from canvasmar_rt.components import MASKED, TensorSpec, components
+from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.engines import create
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.graphs import graph
+from canvasmar_rt.schedule import (
+    flow_plan,
+    generation_order,
+    guidance_branches,
+    set_sizes,
+    time_rotation,
+)
+from canvasmar_rt.verify import (
+    ROLLOUT,
+    Array,
+    compare_component,
+    compare_rollout,
+    difference,
+    golden_file,
+)
+
+TOLERANCE = {"float32": (1e-4, 1e-3), "float16": (2e-2, 2e-1), "bfloat16": (1e-1, 1.0)}
+"""Per dtype: tolerance on a component's relative difference, and on each frame of the rollout."""
+
+FRAMES = 32
+
+
+def measure(
+    bundle: Bundle,
+    reference: CanvasMAR,
+    cast: CanvasMAR,
+    *,
+    seed: int,
+    progress: Callable[[str], None],
+) -> tuple[Parity, list[str]]:
+    """Write golden inputs and outputs into the bundle and compare the exported graphs with them.
+
+    A bfloat16 bundle has no engine on the CPU: its certificate compares the bfloat16 PyTorch
+    modules with float32 ones and says so; `canvasmar-rt verify` on the GPU is the real check.
+
+    Returns:
+        The certificate, and the names of the golden files written.
+    """
+    manifest, config = bundle.manifest, bundle.manifest.model
+    tolerance, drift_tolerance = TOLERANCE[manifest.dtype]
+    on_engine = manifest.dtype != "bfloat16"
+    (bundle.path / "golden").mkdir(exist_ok=True)
+    rng = np.random.default_rng(seed)
+    written: list[str] = []
+    results: dict[str, Difference] = {}
+    engine = create("onnxruntime", bundle, device="cpu", threads=None) if on_engine else None
+    for name, component in components(config).items():
+        progress(f"measuring {name}")
+        for batch in (2, 1):  # the second, of batch 1, is what the bundle keeps
+            if not manifest.batch.minimum <= batch <= manifest.batch.maximum:
+                continue
+            inputs = {
+                s.name: _random(s, config, bundle, batch, rng) for s in component.inputs
+            }
+            _consistent(inputs, config, rng)
+            outputs = _frame(reference, inputs, bundle) if name == "frame" else _run(
+                reference, name, inputs
+            )
+            if engine is not None:
+                found = compare_component(engine, name, inputs, outputs)
+            elif name == "frame":
+                found = results["flow"]
+            else:
+                found = difference(_run(cast, name, inputs), outputs)
+            results[name] = _worse(results.get(name), found)
+        path = golden_file(name)
+        tensors = {f"in.{k}": v for k, v in inputs.items()}
+        tensors |= {f"out.{k}": v for k, v in outputs.items()}
+        _save(tensors, bundle, path)
+        written.append(path)
+    progress(f"measuring a rollout of {FRAMES} frames")
+    golden = rollout_golden(reference, bundle, seed=seed, frames=FRAMES)
+    _save(golden, bundle, ROLLOUT)
+    written.append(ROLLOUT)
+    if engine is not None:
+        drift, flipped = compare_rollout(engine, golden)
+    else:
+        drift, flipped = _drift_of(cast, golden, bundle)
+    return Parity(
+        engine="onnxruntime" if on_engine else "torch (bfloat16 modules; no engine here runs it)",
+        tolerance=tolerance,
+        drift_tolerance=drift_tolerance,
+        components=results,
+        drift=drift,
+        flipped_orders=flipped,
+    ), written
+
+
+def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
+    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, bundle.path / name)
+    os.chmod(bundle.path / name, 0o644)  # safetensors writes files only their owner can read
+
+
+def failures(parity: Parity) -> list[str]:
+    """Every value of a certificate that is past its tolerance, one line each."""
+    found = [
+        f"{name}: relative difference {d.relative:.2e} is past {parity.tolerance:.0e}"
+        for name, d in parity.components.items()
+        if not d.relative <= parity.tolerance
+    ]
+    found += [
+        f"rollout frame {i}: relative difference {d:.2e} is past {parity.drift_tolerance:.0e}"
+        for i, d in enumerate(parity.drift)
+        if not d <= parity.drift_tolerance
+    ]
+    return found
+
+
+def rollout_golden(
+    model: CanvasMAR, bundle: Bundle, *, seed: int, frames: int
+) -> dict[str, Array]:
+    """A reference rollout from nothing: latents (frames, N, C) and orders (frames, N)."""
+    config, sampling = model.config, bundle.manifest.sampling
+    state = sampler.empty_state(model, 1)
+    latents, orders = [], []
+    for _ in range(frames):
+        noise = sampler.draw_noise(config, sampling, seed=seed, streams=[0], frame=state.time)
+        state, sample = sampler.step(model, sampling, state, noise)
+        latents.append(sample.latent[0].numpy())
+        orders.append(sample.order[0].numpy())
+    return {
+        "seed": np.array([seed], np.int64),
+        "latents": np.stack(latents),
+        "orders": np.stack(orders),
+        "last_frames": sample.frames[0].numpy(),
+    }
+
+
+def _drift_of(
+    model: CanvasMAR, golden: Mapping[str, Array], bundle: Bundle
+) -> tuple[tuple[float, ...], int]:
+    other = rollout_golden(model, bundle, seed=int(golden["seed"][0]), frames=FRAMES)
+    drift = tuple(
+        float(np.linalg.norm(a - b) / np.linalg.norm(b))
+        for a, b in zip(other["latents"], golden["latents"], strict=True)
+    )
+    return drift, int((other["orders"] != golden["orders"]).any(axis=1).sum())
+
+
+def _random(
+    spec: TensorSpec, config: ModelConfig, bundle: Bundle, batch: int, rng: np.random.Generator
+) -> Array:
+    sampling = bundle.manifest.sampling
+    branches = guidance_branches(sampling, has_canvas=config.canvas)
+    plan = flow_plan(sampling)
+    sizes = set_sizes(config.tokens, sampling.ar_steps)
+    fixed = {
+        "temporal_on": branches.temporal_on,
+        "canvas_on": branches.canvas_on,
+        "branch_weight": branches.weight,
+        "flow_time": plan.time,
+        "step_new": plan.step_new,
+        "step_old": plan.step_old,
+        "frame_noise_level": np.float32(sampling.frame_noise),
+        "canvas_noise_level": np.float32(sampling.canvas_noise),
+        "time": time_rotation(int(rng.integers(0, 1000)), config.time_rotary_pairs),
+    }
+    if spec.name in fixed:
+        return np.array(fixed[spec.name], np.float32)
+    k = len(sizes) // 2  # an AR step in the middle
+    symbols = {
+        "B": batch,
+        "G": len(branches.weight),
+        "S": sizes[k],
+        "K": max(1, sum(sizes[:k])),
+        "M": max(sizes[k], config.tokens - sum(sizes[:k])),
+        "AR": sampling.ar_steps,
+    }
+    shape = tuple(symbols[d] if isinstance(d, str) else d for d in spec.dims)
+    if spec.dtype == "uint8":
+        return rng.integers(0, 256, shape, dtype=np.uint8)
+    if spec.dtype == "int64":
+        return np.zeros(shape, np.int64)
+    if spec.name == "order_noise":
+        # wide gaps: a near tie could flip between engines and would measure nothing
+        ranks = rng.permuted(np.broadcast_to(np.arange(config.tokens), shape), axis=-1)
+        return (4.0 * ranks).astype(np.float32)
+    if spec.name == "is_first":
+        return np.zeros(shape, np.float32)
+    if spec.name == "action_given":
+        return np.ones(shape, np.float32)
+    if spec.name == "cache_bias":
+        bias = np.zeros(shape, np.float32)
+        bias[:, : shape[1] // 2] = MASKED
+        return bias
+    value = rng.standard_normal(shape, dtype=np.float32)
+    if spec.dtype == "hidden":
+        value = value.astype(np.float16).astype(np.float32)  # the same number in every dtype
+    return value
+
+
+def _consistent(inputs: dict[str, Array], config: ModelConfig, rng: np.random.Generator) -> None:
+    """Make the index inputs slices of one permutation a row, as they are in a rollout."""
+    if "select_index" not in inputs:
+        return
+    batch, select = inputs["select_index"].shape
+    order = np.stack([rng.permutation(config.tokens) for _ in range(batch)])
+    known = inputs["known_index"].shape[1] if "known_index" in inputs else 0
+    inputs["select_index"] = order[:, known : known + select].copy()
+    if "mask_index" in inputs:
+        mask = inputs["mask_index"].shape[1]
+        inputs["mask_index"] = order[:, known : known + mask].copy()
+    if known:
+        inputs["known_index"] = order[:, :known].copy()
+
+
+@torch.inference_mode()
+def _run(model: CanvasMAR, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+    module = graph(model, name)
+    hidden = model.spatial.mask.dtype
+    args = [
+        torch.from_numpy(np.ascontiguousarray(inputs[s.name])).to(hidden)
+        if s.dtype == "hidden"
+        else torch.from_numpy(np.ascontiguousarray(inputs[s.name]))
+        for s in module.component.inputs
+    ]
+    values = [v.float() if v.is_floating_point() else v for v in module(*args)]
+    return {s.name: v.numpy() for s, v in zip(module.component.outputs, values, strict=True)}
+
+
+def _frame(model: CanvasMAR, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
+    """The whole-frame graph's outputs, from the component modules and the host's order."""
+    config, sampling = model.config, bundle.manifest.sampling
+    have = dict(inputs)
+
+    def run(name: str) -> None:
+        component = components(config)[name]
+        have.update(_run(model, name, {s.name: have[s.name] for s in component.inputs}))
+
+    run("temporal")
+    if config.canvas:
+        run("canvas")
+    if config.condition_attention == "isolated":
+        run("condition")
+    have["order"] = np.empty((len(have["latent"]), config.tokens), np.int64)
+    generation_order(have.get("staticness"), have["order_noise"], sampling, have["order"])
+    have["partial"] = np.zeros_like(have["flow_noise"])
+    known = 0
+    for size in set_sizes(config.tokens, sampling.ar_steps):
+        have["known_index"] = have["order"][:, :known]
+        have["mask_index"] = have["order"][:, known:]
+        have["select_index"] = have["order"][:, known : known + size]
+        run("spatial" if known else "spatial_first")
+        run("flow")
+        have["partial"] = have["next_partial"]
+        known += size
+    have["next_latent"] = have["partial"]
+    return {s.name: have[s.name] for s in components(config)["frame"].outputs}
+
+
+def _worse(a: Difference | None, b: Difference) -> Difference:
+    if a is None:
+        return b
+    return Difference(
+        max_abs=max(a.max_abs, b.max_abs),
+        relative=max(a.relative, b.relative),
+        cosine=min(a.cosine, b.cosine),
+    )
+
