@@ -72,9 +72,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
 
     def states(prefix: str, decoder: bool) -> tuple[TensorSpec, ...]:
         shapes = autoencoder_states(ae, decoder=decoder)
-        return tuple(
-            TensorSpec(f"{prefix}_{i}", "hidden", ("B", *s)) for i, s in enumerate(shapes)
-        )
+        return tuple(TensorSpec(f"{prefix}_{i}", "hidden", ("B", *s)) for i, s in enumerate(shapes))
 
     def per_layer(prefix: str, dims: Dims, layers: int) -> tuple[TensorSpec, ...]:
         return tuple(

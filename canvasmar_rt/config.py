@@ -46,6 +46,11 @@ class AutoencoderConfig:
     temporal_kernel: int = 3
 
     def __post_init__(self) -> None:
+        _require(
+            bool(self.widths) and all(w > 0 and w % 8 == 0 for w in self.widths),
+            f"autoencoder: widths must be multiples of 8, got {self.widths}",
+        )
+        _require(self.patch >= 1, f"autoencoder: patch must be >= 1, got {self.patch}")
         f = self.spatial_compression
         _require(
             self.height > 0 and self.width > 0 and not (self.height % f or self.width % f),
@@ -56,10 +61,6 @@ class AutoencoderConfig:
         _require(self.latent_channels >= 1, "autoencoder: latent_channels must be >= 1")
         _require(self.blocks >= 1, "autoencoder: blocks must be >= 1")
         _require(self.temporal_kernel >= 1, "autoencoder: temporal_kernel must be >= 1")
-        _require(
-            bool(self.widths) and all(w > 0 and w % 8 == 0 for w in self.widths),
-            f"autoencoder: widths must be multiples of 8, got {self.widths}",
-        )
 
     @property
     def spatial_compression(self) -> int:
@@ -245,8 +246,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
         _require(len(value) == len(args), f"{where}: expected {len(args)} entries, got {value!r}")
         return tuple(
-            _coerce(a, v, f"{where}[{i}]")
-            for i, (a, v) in enumerate(zip(args, value, strict=True))
+            _coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin is dict:
         _require(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
@@ -254,13 +254,16 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is float:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(ok, f"{where}: expected a number, got {value!r}")
-        return float(value)
+        try:
+            return float(value)
+        except OverflowError:
+            raise ConfigError(f"{where}: expected a number, got one too large") from None
     ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
     _require(ok, f"{where}: expected {hint.__name__}, got {value!r}")
     return value
 
 
-# -- presets (Table 3) ---------------------------------------------------------------------------
+# -- presets (Table 3)
 
 
 def bair() -> tuple[ModelConfig, SamplingConfig]:

@@ -2,7 +2,7 @@
 
 Generator: Philox4x64-10 with key (seed, stream) and counter (0, 0, purpose, frame), read as
 64-bit words w_0, w_1, ... in NumPy's order (the counter is incremented before each block of four).
-Uniforms are u = ((w >> 11) + 0.5) * 2**-53, which lies strictly inside (0, 1).
+Uniforms are u = ((w >> 12) + 0.5) * 2**-52, exact in float64 and strictly inside (0, 1).
 
 * normals, in pairs:  z_2i = sqrt(-2 ln u_2i) cos(2 pi u_2i+1),  z_2i+1 = the same with sin
 * Gumbel:             g_i = -ln(-ln u_i)
@@ -14,6 +14,7 @@ stream b, so batch 8 draws what eight runs of batch 1 on streams 0..7 draw, on e
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -34,9 +35,9 @@ class Purpose(enum.IntEnum):
     PARITY = 4
 
 
-def _uniform(seed: int, stream: int, frame: int, purpose: Purpose, count: int) -> npt.NDArray[
-    np.float64
-]:
+def _uniform(
+    seed: int, stream: int, frame: int, purpose: Purpose, count: int
+) -> npt.NDArray[np.float64]:
     for name, value in (("seed", seed), ("stream", stream), ("frame", frame)):
         if not 0 <= value < 2**64:
             raise ConfigError(f"noise: {name} must lie in [0, 2**64), got {value}")
@@ -44,9 +45,9 @@ def _uniform(seed: int, stream: int, frame: int, purpose: Purpose, count: int) -
         counter=np.array([0, 0, int(purpose), frame], np.uint64),
         key=np.array([seed, stream], np.uint64),
     ).random_raw(count)
-    uniform = (bits >> np.uint64(11)).astype(np.float64)
+    uniform = (bits >> np.uint64(12)).astype(np.float64)
     uniform += 0.5
-    uniform *= 2.0**-53
+    uniform *= 2.0**-52
     return uniform
 
 
@@ -54,21 +55,23 @@ def fill_normal(
     out: Float32, *, seed: int, streams: Sequence[int], frame: int, purpose: Purpose
 ) -> None:
     """Fill `out` (B, ...) float32 with standard normals, row b from `streams[b]`."""
-    for row, stream in zip(out, streams, strict=True):
-        count = row.size + row.size % 2
+    size = math.prod(out.shape[1:])
+    count = size + size % 2
+    for b, stream in zip(range(len(out)), streams, strict=True):
         uniform = _uniform(seed, stream, frame, purpose, count)
         radius = np.sqrt(-2.0 * np.log(uniform[0::2]))
         angle = (2.0 * np.pi) * uniform[1::2]
         pairs = np.empty((count // 2, 2), np.float32)
         pairs[:, 0] = radius * np.cos(angle)
         pairs[:, 1] = radius * np.sin(angle)
-        row.reshape(-1)[:] = pairs.reshape(-1)[: row.size]
+        out[b] = pairs.reshape(-1)[:size].reshape(out.shape[1:])
 
 
 def fill_gumbel(
     out: Float32, *, seed: int, streams: Sequence[int], frame: int, purpose: Purpose
 ) -> None:
     """Fill `out` (B, ...) float32 with standard Gumbel noise, row b from `streams[b]`."""
-    for row, stream in zip(out, streams, strict=True):
-        uniform = _uniform(seed, stream, frame, purpose, row.size)
-        row.reshape(-1)[:] = -np.log(-np.log(uniform))
+    size = math.prod(out.shape[1:])
+    for b, stream in zip(range(len(out)), streams, strict=True):
+        uniform = _uniform(seed, stream, frame, purpose, size)
+        out[b] = -np.log(-np.log(uniform)).reshape(out.shape[1:])

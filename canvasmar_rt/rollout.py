@@ -20,7 +20,7 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.components import MASKED, autoencoder_states, components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines import Engine, Run, create
-from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError
+from canvasmar_rt.errors import ConfigError, InputError, StateError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import (
     flow_plan,
@@ -157,7 +157,7 @@ class Rollout:
         self._bind()
         self._check_noise_key()
 
-    # -- buffers and bindings ---------------------------------------------------------------------
+    # -- buffers and bindings
 
     def _allocate(self) -> None:
         c, ae, b = self.config, self.config.autoencoder, len(self._streams)
@@ -195,8 +195,10 @@ class Rollout:
             self._inputs["action_given"] = np.zeros(b, np.float32)
         plan = flow_plan(self.sampling)
         self._inputs |= {
-            "flow_time": plan.time, "step_new": plan.step_new, "step_old": plan.step_old
-        }  # fmt: skip
+            "flow_time": plan.time,
+            "step_new": plan.step_new,
+            "step_old": plan.step_old,
+        }
         self._gumbel = np.zeros((b, len(self._sizes), n), np.float32)
         self._order = np.zeros((b, n), np.int64)
 
@@ -281,10 +283,12 @@ class Rollout:
                 "partial": source,
                 "next_partial": target,
             }
-            runs.append((
-                self._bound("spatial" if known else "spatial_first", **step),
-                self._bound("flow", **step),
-            ))  # fmt: skip
+            runs.append(
+                (
+                    self._bound("spatial" if known else "spatial_first", **step),
+                    self._bound("flow", **step),
+                )
+            )
             indices.append(index)
             known += size
         return _Steps(condition, runs, indices)
@@ -293,10 +297,10 @@ class Rollout:
         if not 0 <= self._seed < 2**64 or any(not 0 <= s < 2**64 for s in self._streams):
             raise ConfigError("seed and stream must lie in [0, 2**64)")
 
-    # -- starting -----------------------------------------------------------------------------------
+    # -- starting
 
     def _begin(self, context: UInt8 | None, actions: Float32 | None) -> None:
-        ae, t = self.config.autoencoder, self.config.autoencoder.temporal_compression
+        t = self.config.autoencoder.temporal_compression
         if context is not None:
             clip = self._checked_frames("context", context, None)
             frames = clip.shape[1]
@@ -318,7 +322,6 @@ class Rollout:
             self._encoder_current = True
         elif actions is not None:
             raise InputError("actions: there is no context they could belong to")
-        _ = ae
         self._start_state = self.state()
 
     def _checked_frames(self, what: str, frames: UInt8, count: int | None) -> UInt8:
@@ -364,7 +367,7 @@ class Rollout:
             )
         return array
 
-    # -- one frame ----------------------------------------------------------------------------------
+    # -- one frame
 
     def _advance(self, action: Float32 | None) -> None:
         """Feed the latest latent frame to the Temporal ViT."""
@@ -404,9 +407,12 @@ class Rollout:
         return self._step(action, decode_canvas=decode_canvas)
 
     def _step(
-        self, action: Float32 | Sequence[float] | None, *, decode_canvas: bool = False,
+        self,
+        action: Float32 | Sequence[float] | None,
+        *,
+        decode_canvas: bool = False,
         order: npt.NDArray[np.int64] | None = None,
-    ) -> Prediction:  # fmt: skip
+    ) -> Prediction:
         told = self._checked_action(action)
         clock = _Clock()
         frame = self._time
@@ -490,19 +496,20 @@ class Rollout:
             spare = {f"next_state_{i}": x for i, x in enumerate(self._canvas_history)}
             self._decode_canvas = [
                 self._bound(
-                    "decoder", frames=self._canvas_frames, latent=self._inputs["canvas"],
-                    **{f"state_{i}": x for i, x in enumerate(side)}, **spare,
+                    "decoder",
+                    frames=self._canvas_frames,
+                    latent=self._inputs["canvas"],
+                    **{f"state_{i}": x for i, x in enumerate(side)},
+                    **spare,
                 )
                 for side in self._decoder
-            ]  # fmt: skip
+            ]
         self._decode_canvas[self._decoder_side]()
         return self._canvas_frames.copy()
 
-    # -- what really happened ---------------------------------------------------------------------
+    # -- what really happened
 
-    def observe(
-        self, frames: UInt8, action: Float32 | Sequence[float] | None = None
-    ) -> Float32:
+    def observe(self, frames: UInt8, action: Float32 | Sequence[float] | None = None) -> Float32:
         """Tell the rollout what really happened.
 
         After a `step`, the real frames take the place of that prediction (its action stands);
@@ -562,7 +569,7 @@ class Rollout:
         self._run_decoder()
         self._unobserved = 0
 
-    # -- copies -------------------------------------------------------------------------------------
+    # -- copies
 
     def _arrays(self) -> dict[str, Array]:
         """Everything that lasts from frame to frame, by name; the batch axis is 1 in caches."""
@@ -685,7 +692,3 @@ class _Clock:
 
     def finish(self) -> None:
         self.timings["total"] = self._last - self._start
-
-
-__all__ = ["Predictor", "Prediction", "Rollout", "RolloutState", "load"]
-_ = EngineError

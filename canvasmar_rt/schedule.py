@@ -42,13 +42,16 @@ def order_temperatures(sampling: SamplingConfig) -> Float32:
     k = np.arange(1, sampling.ar_steps + 1) / sampling.ar_steps
     if sampling.order == "random":
         return np.ones(sampling.ar_steps, np.float32)
-    return np.float32(sampling.temperature) * (
-        k if sampling.order == "motion" else 1.0 - k
-    ).astype(np.float32)
+    return np.float32(sampling.temperature) * (k if sampling.order == "motion" else 1.0 - k).astype(
+        np.float32
+    )
 
 
 def generation_order(
-    staticness: Float32 | None, gumbel: Float32, sampling: SamplingConfig, out: npt.NDArray[np.int64]
+    staticness: Float32 | None,
+    gumbel: Float32,
+    sampling: SamplingConfig,
+    out: npt.NDArray[np.int64],
 ) -> None:
     """Write the order in which the N tokens of a frame are drawn into `out` (B, N) int64.
 
@@ -122,7 +125,8 @@ def flow_plan(sampling: SamplingConfig) -> FlowPlan:
         if sampling.solver == "ab2":
             new[1:], old[1:] = 1.5 * dt, -0.5 * dt
     return FlowPlan(
-        time=time.astype(np.float32), step_new=new.astype(np.float32),
+        time=time.astype(np.float32),
+        step_new=new.astype(np.float32),
         step_old=old.astype(np.float32),
     )
 

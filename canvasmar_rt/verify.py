@@ -54,9 +54,7 @@ def compare_component(
     return difference(outputs, reference)
 
 
-def compare_rollout(
-    engine: Engine, golden: Mapping[str, Array]
-) -> tuple[tuple[float, ...], int]:
+def compare_rollout(engine: Engine, golden: Mapping[str, Array]) -> tuple[tuple[float, ...], int]:
     """Replay the golden rollout, forcing its token order.
 
     Returns:

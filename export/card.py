@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 from canvasmar_rt.bundle import Manifest
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import count_parameters
 
 
-def parameters(model: CanvasMAR) -> dict[str, int]:
-    """Parameters of each module."""
-    return {
-        name: sum(p.numel() for p in module.parameters())
-        for name, module in model.named_children()
-    }
-
-
-def model_card(manifest: Manifest, model: CanvasMAR) -> str:
+def model_card(manifest: Manifest) -> str:
     """Markdown: where the weights come from, sizes, and the parity certificate."""
     config, ae, parity = manifest.model, manifest.model.autoencoder, manifest.parity
     assert parity is not None
-    counts = parameters(model)
+    counts = count_parameters(config)
     rows = "\n".join(f"| {k} | {v:,} |" for k, v in counts.items())
     checks = "\n".join(
         f"| {k} | {d.max_abs:.2e} | {d.relative:.2e} | {d.cosine:.6f} |"

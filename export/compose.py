@@ -25,7 +25,9 @@ ELEMENT_TYPES = {
 }
 
 
-def value_info(spec: TensorSpec, dtype: str, dims: Mapping[str, int] | None = None) -> onnx.ValueInfoProto:
+def value_info(
+    spec: TensorSpec, dtype: str, dims: Mapping[str, int] | None = None
+) -> onnx.ValueInfoProto:
     """ONNX description of one table entry; `dims` fixes symbolic dimensions."""
     fixed = dims or {}
     shape = [fixed.get(d, d) if isinstance(d, str) else d for d in spec.dims]
@@ -50,7 +52,9 @@ class Builder:
         self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def op(self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: object) -> str:
+    def op(
+        self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: object
+    ) -> str:
         """Add a node and return the name of its first output."""
         names = [self.name(op_type.lower()) for _ in range(outputs)]
         self.nodes.append(
@@ -110,9 +114,12 @@ def _renamed(node: NodeProto, names: Mapping[str, str], prefix: str) -> NodeProt
 
 
 def model(
-    builder: Builder, component: Component, dtype: str, opset: int,
+    builder: Builder,
+    component: Component,
+    dtype: str,
+    opset: int,
     dims: Mapping[str, int] | None = None,
-) -> ModelProto:  # fmt: skip
+) -> ModelProto:
     """Close a builder into a model whose inputs and outputs are those of the component table."""
     graph = helper.make_graph(
         builder.nodes,
@@ -122,9 +129,11 @@ def model(
         list(builder.initializers.values()),
     )
     return helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=10 if opset < 23 else 11,
+        graph,
+        opset_imports=[helper.make_opsetid("", opset)],
+        ir_version=10 if opset < 23 else 11,
         producer_name="canvasmar-rt",
-    )  # fmt: skip
+    )
 
 
 def flow_loop(
@@ -146,9 +155,10 @@ def flow_loop(
     loop_inputs = ["x", "velocity", "time", "step_new", "step_old"]
     wired = {n: f"flow_body/{n}" for n in loop_inputs}
     outputs = body.inline(
-        evaluate, {**wired, "condition": condition, "branch_weight": "branch_weight"},
+        evaluate,
+        {**wired, "condition": condition, "branch_weight": "branch_weight"},
         "flow_evaluate",
-    )  # fmt: skip
+    )
     b.initializers.update(body.initializers)
     shapes = {i.name: i for i in evaluate.graph.input}
 
@@ -169,9 +179,13 @@ def flow_loop(
     x = b.name("x")
     b.nodes.append(
         helper.make_node(
-            "Scan", [x0, zero, time, "step_new", "step_old"], [x, b.name("velocity")],
-            "flow_loop", body=scan_body, num_scan_inputs=3,
-        )  # fmt: skip
+            "Scan",
+            [x0, zero, time, "step_new", "step_old"],
+            [x, b.name("velocity")],
+            "flow_loop",
+            body=scan_body,
+            num_scan_inputs=3,
+        )
     )
     index = b.op(
         "Expand",
@@ -189,9 +203,12 @@ def flow_loop(
 
 
 def whole_frame(
-    parts: Mapping[str, ModelProto], config: ModelConfig, sampling: SamplingConfig, dtype: str,
+    parts: Mapping[str, ModelProto],
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    dtype: str,
     opset: int,
-) -> ModelProto:  # fmt: skip
+) -> ModelProto:
     """One latent frame as one graph: every component but encoder and decoder, K AR steps unrolled,
     the order drawn inside. Set sizes and order temperatures are constants; guidance weights, the
     flow plan and all noise are inputs."""
@@ -258,9 +275,14 @@ def _order(
         index = b.name("index")
         b.nodes.append(
             helper.make_node(
-                "TopK", [total, b.constant(np.array([size]), "size")], [b.name("best"), index],
-                b.name("topk"), axis=1, largest=1, sorted=1,
-            )  # fmt: skip
+                "TopK",
+                [total, b.constant(np.array([size]), "size")],
+                [b.name("best"), index],
+                b.name("topk"),
+                axis=1,
+                largest=1,
+                sorted=1,
+            )
         )
         indices.append(index)
         if k + 1 < len(sizes):

@@ -60,7 +60,7 @@ class ExportOptions:
     dtype: str = "fp32"
     weights: str = ""
     opset: int = 20
-    batch: BatchRange = BatchRange()
+    batch: BatchRange = dataclasses.field(default_factory=BatchRange)
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -131,9 +131,13 @@ def export_bundle(
 
 
 def _write(
-    model: CanvasMAR, sampling: SamplingConfig, work: Path, options: ExportOptions, source: str,
+    model: CanvasMAR,
+    sampling: SamplingConfig,
+    work: Path,
+    options: ExportOptions,
+    source: str,
     progress: Progress,
-) -> None:  # fmt: skip
+) -> None:
     config = model.config
     dtype_name, dtype = DTYPES[options.dtype]
     halved = options.weights == "fp16" and options.dtype == "fp32"
@@ -172,10 +176,8 @@ def _write(
         Bundle.open(work), reference, cast_model, seed=options.seed, progress=progress
     )
     manifest = dataclasses.replace(manifest, parity=certificate)
-    (work / "README.md").write_text(model_card(manifest, reference))
-    manifest = dataclasses.replace(
-        manifest, files=_hashes(work, [*files, *golden, "README.md"])
-    )
+    (work / "README.md").write_text(model_card(manifest))
+    manifest = dataclasses.replace(manifest, files=_hashes(work, [*files, *golden, "README.md"]))
     write_manifest(work, manifest)
     problems = parity.failures(certificate)
     if problems:
@@ -195,7 +197,7 @@ def _copy(model: CanvasMAR) -> CanvasMAR:
     return copy
 
 
-# -- tracing --------------------------------------------------------------------------------------
+# -- tracing
 
 EXAMPLE_SIZES = {"B": 2, "G": 3, "S": 5, "K": 7, "M": 9, "E": 4}
 """Sizes of symbolic dimensions while tracing: all different, none 0 or 1."""
@@ -221,11 +223,15 @@ def trace(
 
     graphs: dict[str, ModelProto] = {}
     table = components(config)
+
+    def dynamic(spec: TensorSpec) -> dict[int, str]:
+        return {i: d for i, d in enumerate(spec.dims) if isinstance(d, str)}
+
     for name, component in table.items():
         if name in ("flow", "frame"):
             continue
         progress(f"tracing {name}")
-        dims = [{i: d for i, d in enumerate(s.dims) if isinstance(d, str)} for s in component.inputs]
+        dims = [dynamic(s) for s in component.inputs]
         graphs[name] = _to_onnx(
             graph(model, name),
             tuple(example(s) for s in component.inputs),
@@ -238,22 +244,33 @@ def trace(
     specs = {s.name: s for s in table["flow"].inputs}
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
     args = [example(specs[n]) for n in names]
-    dims = [{i: d for i, d in enumerate(specs[n].dims) if isinstance(d, str)} for n in names]
+    dims = [dynamic(specs[n]) for n in names]
     prepare = _to_onnx(
-        FlowPrepare(model).eval(), tuple(args), tuple(dims), list(names), ["x", "condition", "time"],
+        FlowPrepare(model).eval(),
+        tuple(args),
+        tuple(dims),
+        list(names),
+        ["x", "condition", "time"],
         opset,
-    )  # fmt: skip
+    )
     with torch.inference_mode():
         x, condition, time = FlowPrepare(model)(*args)
     evaluate = _to_onnx(
         FlowEvaluation(model).eval(),
-        (x.clone(), x.clone(), time[0].clone(), torch.tensor(0.1), torch.tensor(0.2),
-         condition.clone(), torch.randn(sizes["G"])),
+        (
+            x.clone(),
+            x.clone(),
+            time[0].clone(),
+            torch.tensor(0.1),
+            torch.tensor(0.2),
+            condition.clone(),
+            torch.randn(sizes["G"]),
+        ),
         ({0: "B", 1: "S"}, {0: "B", 1: "S"}, {}, {}, {}, {0: "G", 1: "B", 2: "S"}, {0: "G"}),
         ["x", "velocity", "time", "step_new", "step_old", "condition", "branch_weight"],
         ["next_x", "next_velocity"],
         opset,
-    )  # fmt: skip
+    )
     graphs["flow"] = compose.flow_loop(prepare, evaluate, config, dtype_name, opset)
     for name, part in graphs.items():
         _describe(part, table[name].inputs, table[name].outputs, dtype_name)
@@ -277,14 +294,24 @@ def _describe(
 
 
 def _to_onnx(
-    module: nn.Module, args: tuple[Tensor, ...], dynamic_shapes: Any, inputs: list[str],
-    outputs: list[str], opset: int,
-) -> ModelProto:  # fmt: skip
+    module: nn.Module,
+    args: tuple[Tensor, ...],
+    dynamic_shapes: Any,
+    inputs: list[str],
+    outputs: list[str],
+    opset: int,
+) -> ModelProto:
     with _quiet():
         program = torch.onnx.export(
-            module, args, dynamo=True, opset_version=opset, dynamic_shapes=dynamic_shapes,
-            input_names=inputs, output_names=outputs, verbose=False,
-        )  # fmt: skip
+            module,
+            args,
+            dynamo=True,
+            opset_version=opset,
+            dynamic_shapes=dynamic_shapes,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
     assert program is not None
     proto = program.model_proto
     for node in proto.graph.node:  # metadata names source files of the exporting machine
@@ -311,16 +338,20 @@ def _quiet() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# -- weights --------------------------------------------------------------------------------------
+# -- weights
 
 EXTERNAL_BYTES = 1024
 """Smaller tensors stay inside the graph."""
 
 
 def write_graphs(
-    graphs: Mapping[str, ModelProto], model: CanvasMAR, config: ModelConfig, work: Path,
-    *, halve: bool,
-) -> list[str]:  # fmt: skip
+    graphs: Mapping[str, ModelProto],
+    model: CanvasMAR,
+    config: ModelConfig,
+    work: Path,
+    *,
+    halve: bool,
+) -> list[str]:
     """Write the graphs and one safetensors file of weights per directory, which the graphs refer
     to as external data, so that the whole-frame graph shares the components' files.
 
@@ -332,10 +363,13 @@ def write_graphs(
     """
     table = components(config)
     homes = {
-        "temporal": ("temporal.",), "canvas": ("canvas.",), "spatial": ("spatial.",),
-        "flow": ("flow.",), "encoder": ("autoencoder.encoder.",),
+        "temporal": ("temporal.",),
+        "canvas": ("canvas.",),
+        "spatial": ("spatial.",),
+        "flow": ("flow.",),
+        "encoder": ("autoencoder.encoder.",),
         "decoder": ("autoencoder.decoder.", "autoencoder.latent_"),
-    }  # fmt: skip
+    }
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents

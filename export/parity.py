@@ -67,12 +67,12 @@ def measure(
         for batch in (2, 1):  # the second, of batch 1, is what the bundle keeps
             if not manifest.batch.minimum <= batch <= manifest.batch.maximum:
                 continue
-            inputs = {
-                s.name: _random(s, config, bundle, batch, rng) for s in component.inputs
-            }
+            inputs = {s.name: _random(s, config, bundle, batch, rng) for s in component.inputs}
             _consistent(inputs, config, rng)
-            outputs = _frame(reference, inputs, bundle) if name == "frame" else _run(
-                reference, name, inputs
+            outputs = (
+                _frame(reference, inputs, bundle)
+                if name == "frame"
+                else _run(reference, name, inputs)
             )
             if engine is not None:
                 found = compare_component(engine, name, inputs, outputs)
@@ -105,7 +105,7 @@ def measure(
 
 
 def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
-    save_file({k: np.ascontiguousarray(v) for k, v in tensors.items()}, bundle.path / name)
+    save_file({k: np.require(v, requirements="C") for k, v in tensors.items()}, bundle.path / name)
     os.chmod(bundle.path / name, 0o644)  # safetensors writes files only their owner can read
 
 
@@ -124,9 +124,7 @@ def failures(parity: Parity) -> list[str]:
     return found
 
 
-def rollout_golden(
-    model: CanvasMAR, bundle: Bundle, *, seed: int, frames: int
-) -> dict[str, Array]:
+def rollout_golden(model: CanvasMAR, bundle: Bundle, *, seed: int, frames: int) -> dict[str, Array]:
     """A reference rollout from nothing: latents (frames, N, C) and orders (frames, N)."""
     config, sampling = model.config, bundle.manifest.sampling
     state = sampler.empty_state(model, 1)
@@ -274,4 +272,3 @@ def _worse(a: Difference | None, b: Difference) -> Difference:
         relative=max(a.relative, b.relative),
         cosine=min(a.cosine, b.cosine),
     )
-

@@ -11,6 +11,7 @@ Shapes: B batch, T latent frames, t pixel frames per latent frame, C channels.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -84,15 +85,12 @@ class Encoder(nn.Module):
         super().__init__()
         self.config = config
         c, widths, kernel = config, config.widths, config.temporal_kernel
-        self.conv_in = CausalConv(
-            3 * c.temporal_compression * c.patch**2, widths[0], kernel
-        )
+        self.conv_in = CausalConv(3 * c.temporal_compression * c.patch**2, widths[0], kernel)
         self.stages = nn.ModuleList(
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
         )
         self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1)
-            for a, b in zip(widths, widths[1:], strict=False)
+            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
         )
         self.norm = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
@@ -127,12 +125,10 @@ class Decoder(nn.Module):
         )
         self.up = nn.ModuleList(
             nn.Sequential(nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2))
-            for a, b in zip(widths, widths[1:], strict=False)
+            for a, b in itertools.pairwise(widths)
         )
         self.norm = GroupNorm(widths[-1])
-        self.conv_out = nn.Conv2d(
-            widths[-1], 3 * c.temporal_compression * c.patch**2, 3, padding=1
-        )
+        self.conv_out = nn.Conv2d(widths[-1], 3 * c.temporal_compression * c.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Latents (B, T, C, h, w), not normalised -> frames (B, T*t, H, W, 3) float32, states."""
@@ -163,18 +159,14 @@ class Autoencoder(nn.Module):
         self.register_buffer("latent_std", torch.ones(config.latent_channels))
         self.apply(init_weights)
 
-    def encode(
-        self, frames: Tensor, states: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def encode(self, frames: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """uint8 frames (B, T*t, H, W, 3) -> normalised latents (B, T, N, C) float32, states."""
         x = frames.to(self.encoder.conv_out.weight.dtype) / 127.5 - 1.0
         mean, _, new = self.encoder(x, states)
         mean = mean.flatten(3).transpose(2, 3)
         return (mean - self.latent_mean.float()) / self.latent_std.float(), new
 
-    def decode(
-        self, latents: Tensor, states: Sequence[Tensor]
-    ) -> tuple[Tensor, list[Tensor]]:
+    def decode(self, latents: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Normalised latents (B, T, N, C) -> uint8 frames (B, T*t, H, W, 3), states."""
         x = latents.float() * self.latent_std.float() + self.latent_mean.float()
         h, w = self.config.latent_height, self.config.latent_width

@@ -87,7 +87,8 @@ class TemporalViT(nn.Module):
         first = is_first.to(latent_BNC.dtype)[:, None, None]
         x = (1 - first) * self.embed(patches.to(self.bos.dtype)) + first * self.bos
         if self.config.action_dim:
-            assert action is not None and given is not None
+            assert action is not None
+            assert given is not None
             on = given[:, None].to(x.dtype)
             told = on * self.action(action.to(x.dtype)) + (1 - on) * self.no_action
             x = x + told[:, None]
@@ -153,9 +154,7 @@ class TemporalViT(nn.Module):
             latents_BTNC.flatten(0, 1), is_first.flatten(), flat(actions), flat(actions_given)
         )
         x = x.unflatten(0, (batch, frames)).flatten(1, 2)  # (B, T*P, D)
-        frame = torch.arange(frames, device=x.device).repeat_interleave(
-            self.config.temporal_tokens
-        )
+        frame = torch.arange(frames, device=x.device).repeat_interleave(self.config.temporal_tokens)
         age = frame[:, None] - frame[None]
         visible = (age >= 0) & (age < self.config.context_frames)
         bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
@@ -379,8 +378,6 @@ class FlowHead(nn.Module):
         return self.out(self.final_norm(h) * (1 + scale) + shift).float()
 
 
-
-
 class CanvasMAR(nn.Module):
     """The whole model; `canvas` is None for the no-canvas baseline."""
 
@@ -412,3 +409,12 @@ def build(config: ModelConfig, seed: int = 0) -> CanvasMAR:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CanvasMAR(config).eval()
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Parameters of each module, without making the weights."""
+    with torch.device("meta"):
+        model = CanvasMAR(config)
+    return {
+        name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()
+    }

@@ -56,9 +56,14 @@ class TemporalGraph(Graph):
         t = self.named(args)
         caches = [t[s.name] for s in self.component.inputs if s.name.startswith("cache_")][1:]
         z_temporal, new = self.temporal.step(
-            t["latent"], t["is_first"], t.get("action"), t.get("action_given"),
-            t["time"], t["cache_bias"], caches,
-        )  # fmt: skip
+            t["latent"],
+            t["is_first"],
+            t.get("action"),
+            t.get("action_given"),
+            t["time"],
+            t["cache_bias"],
+            caches,
+        )
         return z_temporal, *new
 
 
@@ -186,9 +191,7 @@ class FlowGraph(Graph):
         )
         velocity = torch.zeros_like(x)
         for time, new, old in zip(times, t["step_new"], t["step_old"], strict=True):
-            x, velocity = self.evaluate(
-                x, velocity, time, new, old, condition, t["branch_weight"]
-            )
+            x, velocity = self.evaluate(x, velocity, time, new, old, condition, t["branch_weight"])
         return (put_tokens(t["partial"], t["select_index"], x),)
 
 

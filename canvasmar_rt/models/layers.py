@@ -62,7 +62,7 @@ class Rotary:
         self.space_cos, self.space_sin = angle.cos(), angle.sin()
 
     def tables(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T*P, Dh/2) for frames whose time rotations are `time` (T, 2, pairs)."""
+        """Cosines and sines (T*P, Dh/2) of frames with time rotations `time` (T, 2, pairs)."""
         frames, tokens = time.shape[0], self.space_cos.shape[0]
         out = []
         for part, space in enumerate((self.space_cos, self.space_sin)):

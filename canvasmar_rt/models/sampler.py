@@ -180,8 +180,10 @@ def step(
     order_np = np.empty(noise.flow.shape[:2], np.int64)
     generation_order(
         None if staticness is None else staticness.cpu().numpy(),
-        noise.order.cpu().numpy(), sampling, order_np,
-    )  # fmt: skip
+        noise.order.cpu().numpy(),
+        sampling,
+        order_np,
+    )
     order = torch.from_numpy(order_np).to(state.latent.device)
 
     branches = guidance_branches(sampling, has_canvas=canvas is not None)
@@ -224,7 +226,5 @@ def step(
 
     frames, decoder = model.autoencoder.decode(latent[:, None], state.decoder)
     state = dataclasses.replace(state, latent=latent, decoder=tuple(decoder))
-    sample = Sample(
-        frames=frames, latent=latent, canvas=canvas, staticness=staticness, order=order
-    )
+    sample = Sample(frames=frames, latent=latent, canvas=canvas, staticness=staticness, order=order)
     return state, sample

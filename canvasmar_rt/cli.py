@@ -1,0 +1,425 @@
+"""The `canvasmar-rt` command. A user's mistake is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import signal
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from canvasmar_rt import __version__
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import PRESETS, SamplingConfig, preset
+from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError
+from canvasmar_rt.rollout import Predictor, load
+
+DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
+DEFAULT_MODEL = "toytable-untrained"
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Masked-autoregressive video prediction: export, verify, predict, measure.",
+)
+stdout, stderr = Console(), Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Engine = Annotated[str, typer.Option(help="onnxruntime, or torch (the eager reference).")]
+Device = Annotated[str, typer.Option(help="Where the engine runs.")]
+Threads = Annotated[
+    int | None, typer.Option(help="CPU threads; the engine's default if not given.")
+]
+Model = Annotated[str, typer.Option(help="Bundle directory, or the name of a packaged bundle.")]
+Steps = Annotated[int | None, typer.Option(help="AR steps of a latent frame.")]
+FlowSteps = Annotated[int | None, typer.Option(help="Steps of the flow solver.")]
+Solver = Annotated[str | None, typer.Option(help="Flow solver: euler, heun or ab2.")]
+TemporalGuidance = Annotated[float | None, typer.Option(help="w_t of eq. 8; 1 turns it off.")]
+CanvasGuidance = Annotated[float | None, typer.Option(help="w_s of eq. 8; 1 turns it off.")]
+Order = Annotated[str | None, typer.Option(help="Token order: motion, maskgit or random.")]
+Output = Annotated[
+    Path, typer.Option("--output", "-o", help=".mp4, .gif or .png; a folder for many clips.")
+]
+Frames = Annotated[int, typer.Option(help="Pixel frames to predict.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same video, on every engine.")]
+Batch = Annotated[int, typer.Option(help="Futures to predict at once.")]
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    try:
+        app()
+    except CanvasMarError as error:
+        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        stderr.print("interrupted")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    return text.replace("[", "\\[")
+
+
+def _terminate(signum: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _steps_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
+    """A spinner with the current step, for work whose length is not known."""
+    if quiet:
+        yield lambda _: None
+        return
+    with stderr.status("starting") as status:
+        yield lambda text: status.update(_plain(text))
+
+
+def _sampling(base: SamplingConfig, **given: Any) -> SamplingConfig:
+    return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
+
+
+def _version(value: bool) -> None:
+    if value:
+        stdout.print(f"canvasmar-rt {__version__}", highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(help="A video, a folder, or an .npz of frames.")],
+    output: Output,
+    model: Model = DEFAULT_MODEL,
+    frames: Frames = 16,
+    context: Annotated[int, typer.Option(help="Pixel frames of the clip to start from.")] = 5,
+    steps: Steps = None,
+    flow_steps: FlowSteps = None,
+    solver: Solver = None,
+    temporal_guidance: TemporalGuidance = None,
+    canvas_guidance: CanvasGuidance = None,
+    order: Order = None,
+    seed: Seed = 0,
+    batch: Batch = 1,
+    fps: Annotated[
+        float | None, typer.Option(help="Sampling rate; the model's by default.")
+    ] = None,
+    start: Annotated[float, typer.Option(help="Second of the clip to start at.")] = 0.0,
+    actions: Annotated[bool, typer.Option(help="Use the actions stored in the .npz.")] = False,
+    engine: Engine = "onnxruntime",
+    device: Device = "cpu",
+    threads: Threads = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Continue a real clip and write the video and a contact sheet."""
+    from canvasmar_rt.predict import PredictOptions
+    from canvasmar_rt.video import find_clips
+
+    predictor = load(model, engine=engine, device=device, threads=threads)
+    sampling = _sampling(
+        predictor.sampling, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
+        temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
+    )  # fmt: skip
+    options = PredictOptions(
+        frames=frames, context=context, seed=seed, batch=batch, fps=fps, start=start,
+        actions=actions, sampling=sampling,
+    )  # fmt: skip
+    clips = find_clips(source)
+    if len(clips) == 1 and output.suffix:
+        _predict_one(predictor, clips[0], output, options, json_, quiet)
+        return
+    failed = 0
+    for clip in clips:
+        target = output / f"{clip.stem}.mp4"
+        try:
+            _predict_one(predictor, clip, target, options, json_, quiet)
+        except CanvasMarError as error:
+            failed += 1
+            stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+    if failed:
+        stderr.print(f"{failed} of {len(clips)} clips failed")
+        raise typer.Exit(1)
+
+
+def _predict_one(
+    predictor: Predictor, clip: Path, output: Path, options: Any, as_json: bool, quiet: bool
+) -> None:
+    from canvasmar_rt.predict import predict_clip
+
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=stderr, transient=True, disable=quiet or as_json,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task(_plain(clip.name), total=None)
+        summary = predict_clip(
+            predictor, clip, output, options,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )  # fmt: skip
+    if as_json:
+        print(json.dumps(summary))
+    elif not quiet:
+        for note in summary["notes"]:
+            stderr.print(f"note: {_plain(note)}", soft_wrap=True)
+        milliseconds = 1000 * summary["seconds_per_latent_frame"]
+        stdout.print(
+            f"{_plain(', '.join(summary['output'][:2]))}\n{_plain(summary['sheet'])}\n"
+            f"{summary['context_frames']} context frames, {summary['predicted_frames']} predicted "
+            f"by {summary['model']} on {summary['engine']}/{summary['device']}, "
+            f"{milliseconds:.0f} ms a latent frame",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+@app.command()
+def demo(
+    output: Output = Path("canvasmar_demo.mp4"),
+    frames: Frames = 16,
+    seed: Seed = 0,
+    batch: Batch = 1,
+    engine: Engine = "onnxruntime",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Run the packaged model on the packaged clip."""
+    predictor = load(DEFAULT_MODEL, engine=engine)
+    from canvasmar_rt.predict import PredictOptions
+
+    options = PredictOptions(
+        frames=frames, seed=seed, batch=batch, actions=bool(predictor.config.action_dim)
+    )
+    _predict_one(predictor, DEMO_CLIP, output, options, json_, quiet)
+    if not (json_ or quiet):
+        stdout.print(f"weights: {_plain(predictor.bundle.manifest.source)}", highlight=False)
+
+
+@app.command()
+def verify(
+    bundle: Annotated[str, typer.Argument(help="Bundle directory or packaged name.")],
+    engine: Engine = "onnxruntime",
+    device: Device = "cpu",
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Check a bundle's hashes, then its parity with PyTorch on this machine and engine."""
+    from canvasmar_rt.verify import verify as run
+
+    with _steps_shown(quiet or json_) as progress:
+        report = run(bundle, engine=engine, device=device, progress=progress)
+    if json_:
+        print(json.dumps(report))
+    elif not quiet:
+        table = Table("component", "max abs", "relative", "cosine", title=report["bundle"])
+        for name, d in report["components"].items():
+            table.add_row(name, f"{d['max_abs']:.2e}", f"{d['relative']:.2e}", f"{d['cosine']:.7f}")
+        stdout.print(table)
+        stdout.print(
+            f"rollout of {len(report['drift'])} frames: largest difference "
+            f"{max(report['drift']):.2e} (tolerance {report['drift_tolerance']:.0e}), "
+            f"{report['flipped_orders']} frames with a near tie in the token order\n"
+            f"within tolerance on {report['engine']}/{report['device']}",
+            highlight=False,
+        )  # fmt: skip
+
+
+@app.command()
+def export(
+    source: Annotated[str, typer.Argument(help="A preset, or a checkpoint directory.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write.")],
+    dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
+    weights: Annotated[str, typer.Option(help="fp16 halves the files of an fp32 bundle.")] = "",
+    opset: Annotated[
+        int | None, typer.Option(help="20, 23 or 24; by default 20 for fp32, else 23.")
+    ] = None,
+    batch_min: Annotated[int, typer.Option(help="Smallest batch.")] = 1,
+    batch_opt: Annotated[int, typer.Option(help="Batch engines are tuned for.")] = 1,
+    batch_max: Annotated[int, typer.Option(help="Largest batch.")] = 32,
+    steps: Steps = None,
+    flow_steps: FlowSteps = None,
+    solver: Solver = None,
+    temporal_guidance: TemporalGuidance = None,
+    canvas_guidance: CanvasGuidance = None,
+    order: Order = None,
+    seed: Annotated[int, typer.Option(help="Seed of a preset's random weights.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Export a model to a verified bundle (needs the `export` extra)."""
+    if source not in PRESETS and not Path(source).is_dir():
+        raise ConfigError(
+            f"{source}: neither a preset ({', '.join(PRESETS)}) nor a checkpoint directory"
+        )
+    _need_torch("export")
+    from canvasmar_rt.bundle import BatchRange
+    from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+    from canvasmar_rt.models.canvasmar import build
+    from canvasmar_rt.models.checkpoint import load_checkpoint
+
+    options = ExportOptions(
+        dtype=dtype, weights=weights, opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
+        batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
+    )  # fmt: skip
+    if source in PRESETS:
+        config, base = preset(source)
+        model, origin = build(config, seed), f"preset {source}, random weights, seed {seed}"
+    else:
+        model, base = load_checkpoint(Path(source))
+        origin = f"checkpoint {Path(source).name}"
+    sampling = _sampling(
+        base, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
+        temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
+    )  # fmt: skip
+    with _steps_shown(quiet or json_) as progress:
+        bundle = export_bundle(
+            model, sampling, output, options, source=origin, force=force, progress=progress
+        )
+    parity = bundle.manifest.parity
+    assert parity is not None
+    size = sum(entry.bytes for entry in bundle.manifest.files.values())
+    worst = max(d.relative for d in parity.components.values())
+    if json_:
+        print(json.dumps({
+            "bundle": str(output), "bytes": size, "largest_relative_difference": worst,
+            "largest_drift": max(parity.drift), "parity_engine": parity.engine,
+        }))  # fmt: skip
+    elif not quiet:
+        stdout.print(
+            f"{_plain(str(output))}: {len(bundle.manifest.components)} graphs, {size / 1e6:.1f} MB"
+            f"\nparity with PyTorch ({_plain(parity.engine)}): components within {worst:.1e}, "
+            f"{len(parity.drift)}-frame rollout within {max(parity.drift):.1e}",
+            highlight=False, soft_wrap=True,
+        )  # fmt: skip
+
+
+def _need_torch(what: str) -> None:
+    import importlib.util
+
+    missing = [m for m in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[export]'")
+
+
+PAPER_TOTALS = {
+    "bair": (
+        211e6,
+        "Table 3 does not say what it counts. The layers it lists make the total without the "
+        "autoencoder; what is missing is of the size of a video autoencoder, and the paper's "
+        "(trained with the code of DFoT) is larger than the one here.",
+    ),
+    "ucf101": (
+        733e6,
+        "Table 3 gives the total of kinetics600, whose MM-DiT doubles the Spatial MAR. With expert "
+        "norms, which add less than 0.5M, the layers it lists make far less: the difference is "
+        "those 200M of MM-DiT weights.",
+    ),
+    "kinetics600": (
+        733e6,
+        "The total without the autoencoder is within 1% of Table 3: 201.7M of it are the second "
+        "stream of MM-DiT weights in all 16 spatial layers.",
+    ),
+}
+
+
+@app.command()
+def info(
+    source: Annotated[str, typer.Argument(help="A preset, a bundle, or a packaged name.")],
+    json_: Json = False,
+) -> None:
+    """Sizes of a preset (parameters beside the paper's Table 3), or contents of a bundle."""
+    if source in PRESETS and not Path(source).is_dir():
+        _preset_info(source, json_)
+    else:
+        _bundle_info(Bundle.open(source), json_)
+
+
+def _preset_info(name: str, as_json: bool) -> None:
+    _need_torch("info on a preset")
+    from canvasmar_rt.models.canvasmar import count_parameters
+
+    config, sampling = preset(name)
+    counts = count_parameters(config)
+    total = sum(counts.values())
+    paper, why = PAPER_TOTALS.get(name, (None, ""))
+    if as_json:
+        print(json.dumps({
+            "preset": name, "parameters": counts, "total": total, "paper_total": paper, "note": why,
+            "model": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling),
+        }))  # fmt: skip
+        return
+    table = Table("module", "parameters", title=f"{name}", show_footer=False)
+    for module, count in counts.items():
+        table.add_row(module, f"{count / 1e6:.1f}M")
+    table.add_section()
+    table.add_row("without autoencoder", f"{(total - counts['autoencoder']) / 1e6:.1f}M")
+    table.add_row("total", f"{total / 1e6:.1f}M")
+    if paper is not None:
+        table.add_row("paper, Table 3", f"{paper / 1e6:.0f}M")
+    stdout.print(table)
+    if why:
+        stdout.print(why)
+
+
+def _bundle_info(bundle: Bundle, as_json: bool) -> None:
+    manifest = bundle.manifest
+    if as_json:
+        print(json.dumps(dataclasses.asdict(manifest)))
+        return
+    table = Table("component", "file", "inputs", "outputs", title=str(bundle.path))
+    for name, c in manifest.components.items():
+        table.add_row(name, c.file, str(len(c.inputs)), str(len(c.outputs)))
+    stdout.print(table)
+    ae = manifest.model.autoencoder
+    stdout.print(
+        f"{manifest.model.name}: {_plain(manifest.source)}; {manifest.dtype}, weights "
+        f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
+        f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
+        f"{ae.temporal_compression} frames a step, actions "
+        f"{manifest.model.action_dim or 'none'}, {manifest.sampling.ar_steps} AR steps",
+        highlight=False,
+    )  # fmt: skip
+
+
+@app.command()
+def doctor(json_: Json = False) -> None:
+    """Say what this machine can run, what is missing, and how to fix it."""
+    from canvasmar_rt.doctor import examine
+
+    findings = examine()
+    if json_:
+        print(json.dumps([dataclasses.asdict(f) for f in findings]))
+    else:
+        table = Table("", "what", "found", "to fix")
+        colours = {"ok": "green", "missing": "yellow", "problem": "red"}
+        for f in findings:
+            table.add_row(
+                f"[{colours[f.status]}]{f.status}[/]", f.name, _plain(f.detail), _plain(f.fix)
+            )
+        stdout.print(table)
+    if any(f.status == "problem" for f in findings):
+        raise typer.Exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Small models and their bundles, exported once a session."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+
+
+def small_config(name: str = "small", **changes: object) -> ModelConfig:
+    """16x16 pixels, 4x4 latents, two pixel frames a step, a window of three latent frames."""
+    config = ModelConfig(
+        name=name,
+        autoencoder=AutoencoderConfig(
+            height=16, width=16, temporal_compression=2, latent_channels=4, widths=(8, 16), blocks=1
+        ),
+        flow=FlowConfig(width=32, blocks=2),
+        dim=32,
+        heads=2,
+        temporal_layers=2,
+        canvas_layers=1,
+        spatial_layers=3,
+        encoder_layers=1,
+        context_frames=3,
+        action_dim=4,
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
+SAMPLING = SamplingConfig(ar_steps=3, flow_steps=4)
+
+VARIANTS = {
+    "expert": small_config("expert"),
+    "mmdit": small_config(
+        "mmdit",
+        norm="mmdit",
+        condition_attention="isolated",
+        flow=FlowConfig(width=32, blocks=2, modulation="additive"),
+        action_dim=0,
+    ),
+    "no-canvas": small_config("no-canvas", norm="shared", canvas=False),
+}
+"""Between them every option of a model: norms, condition attention, modulation, actions, canvas."""
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
+    """Bundle of a variant by name, exported on first use."""
+    from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+    from canvasmar_rt.models.canvasmar import build
+
+    root = tmp_path_factory.mktemp("bundles")
+    made: dict[str, Bundle] = {}
+
+    def get(name: str) -> Bundle:
+        if name not in made:
+            made[name] = export_bundle(
+                build(VARIANTS[name], seed=3),
+                SAMPLING,
+                root / name,
+                ExportOptions(seed=5),
+                source="test",
+            )
+        return made[name]
+
+    return get
+
+
+@pytest.fixture
+def clip() -> np.ndarray:
+    """Seven frames of smooth colours moving over a 16x16 picture, uint8 (7, 16, 16, 3)."""
+    t, y, x = np.mgrid[0:7, 0:16, 0:16].astype(np.float64)
+    channels = [np.sin(0.4 * x + 0.5 * t), np.cos(0.3 * y - 0.4 * t), np.sin(0.2 * (x + y) + t)]
+    return (127.5 + 120 * np.stack(channels, axis=-1)).astype(np.uint8)
+
+
+@pytest.fixture(scope="session")
+def clips_folder() -> Path:
+    """Real videos that are not part of the project; tests on them skip where there are none."""
+    default = Path(__file__).resolve().parents[2] / "shared" / "clips"
+    folder = Path(os.environ.get("CANVASMAR_RT_CLIPS", default))
+    if not folder.is_dir():
+        pytest.skip("no folder of real clips; set CANVASMAR_RT_CLIPS to one")
+    return folder

@@ -1,0 +1,311 @@
+"""The rollout's own promises: forks, replays, observation, guidance, memory, input checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import canvasmar_rt
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError, StateError
+from canvasmar_rt.rollout import Predictor, Rollout
+
+
+@pytest.fixture(scope="module")
+def predictor(bundles: Callable[[str], Bundle]) -> Predictor:
+    return canvasmar_rt.load(bundles("expert").path)
+
+
+@pytest.fixture
+def rollout(predictor: Predictor, clip: np.ndarray) -> Rollout:
+    return predictor.start(clip, seed=9)
+
+
+def latents(rollout: Rollout, count: int) -> np.ndarray:
+    return np.stack([rollout.step().latent for _ in range(count)])
+
+
+def test_same_seed_same_video_and_another_seed_another(
+    predictor: Predictor, clip: np.ndarray
+) -> None:
+    a, b, c = (latents(predictor.start(clip, seed=s), 4) for s in (1, 1, 2))
+    np.testing.assert_array_equal(a, b)
+    assert np.abs(a - c).max() > 0.1
+
+
+def test_reset_goes_back_to_the_start(rollout: Rollout) -> None:
+    first = latents(rollout, 5)
+    rollout.reset()
+    np.testing.assert_array_equal(latents(rollout, 5), first)
+    rollout.reset(seed=10)
+    assert np.abs(latents(rollout, 5) - first).max() > 0.1
+    rollout.reset(seed=9)
+    np.testing.assert_array_equal(latents(rollout, 5), first)
+
+
+def test_restore_continues_bit_for_bit(rollout: Rollout) -> None:
+    rollout.step()
+    kept = rollout.state()
+    want = latents(rollout, 6)
+    rollout.restore(kept)
+    np.testing.assert_array_equal(latents(rollout, 6), want)
+
+
+def test_state_is_a_copy(rollout: Rollout) -> None:
+    kept = rollout.state()
+    before = {k: v.copy() for k, v in kept.arrays.items()}
+    latents(rollout, 4)
+    for name, array in kept.arrays.items():
+        np.testing.assert_array_equal(array, before[name], err_msg=name)
+
+
+def test_fork_replays_and_branches(rollout: Rollout) -> None:
+    """The first copy of a fork does what the parent will do; the others do something else."""
+    rollout.step()
+    forked = rollout.fork(3)
+    assert forked.batch == 3
+    futures = latents(forked, 5)
+    own = latents(rollout, 5)
+    np.testing.assert_allclose(futures[:, 0], own[:, 0], atol=1e-5)
+    for j in (1, 2):
+        assert np.abs(futures[:, j] - own[:, 0]).max() > 0.1
+    again = latents(rollout.fork(1), 3)
+    np.testing.assert_array_equal(again, latents(rollout, 3))
+
+
+def test_fork_of_a_batch_continues_every_row(predictor: Predictor, clip: np.ndarray) -> None:
+    rollout = predictor.start(np.stack([clip, clip[::-1]]), seed=2, batch=2)
+    rollout.step()
+    forked = rollout.fork(2)
+    futures, own = latents(forked, 4), latents(rollout, 4)
+    np.testing.assert_allclose(futures[:, [0, 2]], own, atol=1e-5)
+
+
+def test_many_forks_and_rewinds_are_bit_equal(rollout: Rollout) -> None:
+    rollout.step()
+    kept = rollout.state()
+    want = rollout.step().latent
+    for _ in range(40):
+        rollout.restore(kept)
+        np.testing.assert_array_equal(rollout.fork(1).step().latent, want)
+
+
+def test_observing_its_own_latent_changes_nothing(predictor: Predictor, clip: np.ndarray) -> None:
+    plain, told = predictor.start(clip, seed=5), predictor.start(clip, seed=5)
+    for _ in range(6):
+        a, b = plain.step(), told.step()
+        np.testing.assert_array_equal(a.latent, b.latent)
+        np.testing.assert_array_equal(a.frames, b.frames)
+        told.observe_latent(b.latent)
+
+
+def test_observing_real_frames_equals_starting_from_them(
+    predictor: Predictor, clip: np.ndarray
+) -> None:
+    """Told of frames one group at a time, with or without predicting them first, a rollout goes
+    on as if it had started from the longer clip."""
+    rng = np.random.default_rng(1)
+    actions = rng.standard_normal((3, 4)).astype(np.float32)
+    whole = predictor.start(clip, seed=3, actions=actions)
+    told = predictor.start(clip[:1], seed=3)
+    mixed = predictor.start(clip[:1], seed=3)
+    for i in range(3):
+        group = clip[1 + 2 * i : 3 + 2 * i]
+        told.observe(group, actions[i])
+        mixed.step(actions[i])
+        mixed.observe(group)
+    want = latents(whole, 4)
+    np.testing.assert_array_equal(latents(told, 4), want)
+    np.testing.assert_array_equal(latents(mixed, 4), want)
+
+
+def test_observe_after_several_predictions_is_refused(rollout: Rollout, clip: np.ndarray) -> None:
+    rollout.step()
+    rollout.step()
+    with pytest.raises(StateError, match=r"2 steps.*fork"):
+        rollout.observe(clip[:2])
+
+
+def test_observe_refuses_a_second_action(rollout: Rollout, clip: np.ndarray) -> None:
+    rollout.step()
+    with pytest.raises(InputError, match="already had its action"):
+        rollout.observe(clip[:2], np.zeros(4, np.float32))
+    rollout.observe(clip[:2])  # and nothing was lost
+
+
+def test_observe_needs_an_encoder_that_saw_the_video(
+    predictor: Predictor, clip: np.ndarray
+) -> None:
+    rollout = predictor.start()
+    with pytest.raises(StateError, match="encoder"):
+        rollout.observe(clip[:2])
+
+
+def test_guidance_of_one_is_a_single_branch(
+    predictor: Predictor, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With w_t = w_s = 1 one branch is computed, and it equals all three with weights 0, 0, 1."""
+    import canvasmar_rt.rollout as module
+    from canvasmar_rt.schedule import Branches
+
+    sampling = dataclasses.replace(predictor.sampling, temporal_guidance=1.0, canvas_guidance=1.0)
+    single = predictor.start(clip, sampling=sampling)
+    want = latents(single, 3)
+    whole = Branches(
+        temporal_on=np.array([0, 1, 1], np.float32),
+        canvas_on=np.array([0, 0, 1], np.float32),
+        weight=np.array([0, 0, 1], np.float32),
+    )
+    assert [len(s["select_index"]) for s in single._steps.indices] == [1, 1, 1]
+    monkeypatch.setattr(module, "guidance_branches", lambda *a, **k: whole)
+    np.testing.assert_allclose(
+        latents(predictor.start(clip, sampling=sampling), 3), want, atol=1e-5
+    )
+
+
+def test_guidance_steps_and_solver_matter(predictor: Predictor, clip: np.ndarray) -> None:
+    base = latents(predictor.start(clip), 2)
+    for change in (
+        {"canvas_guidance": 3.0},
+        {"temporal_guidance": 3.0},
+        {"ar_steps": 2},
+        {"flow_steps": 9},
+        {"solver": "heun"},
+        {"order": "random"},
+        {"frame_noise": 0.0},
+        {"canvas_noise": 0.0},
+    ):
+        sampling = dataclasses.replace(predictor.sampling, **change)
+        assert np.abs(latents(predictor.start(clip, sampling=sampling), 2) - base).max() > 1e-3
+
+
+def test_actions_matter(predictor: Predictor, clip: np.ndarray) -> None:
+    def run(action: object) -> np.ndarray:
+        return predictor.start(clip).step(action).latent  # type: ignore[arg-type]
+
+    none, zero, one = run(None), run([0, 0, 0, 0]), run(np.ones(4, np.float32))
+    assert np.abs(none - zero).max() > 1e-3
+    assert np.abs(zero - one).max() > 1e-3
+
+
+def test_every_token_alone_and_all_at_once(predictor: Predictor, clip: np.ndarray) -> None:
+    for steps in (1, 16):
+        sampling = dataclasses.replace(predictor.sampling, ar_steps=steps)
+        prediction = predictor.start(clip, sampling=sampling).step()
+        assert sorted(prediction.order[0]) == list(range(16))
+        assert np.isfinite(prediction.latent).all()
+    with pytest.raises(ConfigError, match="1..16"):
+        predictor.start(clip, sampling=dataclasses.replace(predictor.sampling, ar_steps=17))
+
+
+def test_prediction_describes_itself(rollout: Rollout) -> None:
+    p = rollout.step(decode_canvas=True)
+    assert p.frames.shape == (1, 2, 16, 16, 3)
+    assert p.frames.dtype == np.uint8
+    assert p.canvas_frames is not None
+    assert p.canvas_frames.shape == p.frames.shape
+    assert p.staticness is not None
+    assert p.staticness.shape == (1, 4, 4)
+    assert (p.staticness > 0).all()
+    assert (p.staticness < 1).all()
+    assert p.frame == 4
+    parts = sum(v for k, v in p.timings.items() if k != "total")
+    assert parts == pytest.approx(p.timings["total"])
+    assert rollout.step().canvas_frames is None
+
+
+def test_decoding_the_canvas_leaves_the_video_alone(predictor: Predictor, clip: np.ndarray) -> None:
+    plain, shown = predictor.start(clip), predictor.start(clip)
+    for _ in range(4):
+        a, b = plain.step(), shown.step(decode_canvas=True)
+        np.testing.assert_array_equal(a.frames, b.frames)
+
+
+def test_predictions_belong_to_the_caller(rollout: Rollout) -> None:
+    first = rollout.step()
+    kept = first.frames.copy(), first.latent.copy(), first.order.copy()
+    rollout.step()
+    for a, b in zip(kept, (first.frames, first.latent, first.order), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_from_nothing_begins_with_one_pixel_frame(predictor: Predictor) -> None:
+    rollout = predictor.start(batch=2)
+    first, second = rollout.step(), rollout.step()
+    assert first.frames.shape == (2, 1, 16, 16, 3)
+    assert first.canvas is None
+    assert second.frames.shape == (2, 2, 16, 16, 3)
+    assert second.canvas is not None
+
+
+def test_buffers_never_move(rollout: Rollout) -> None:
+    """Nothing is allocated anew from frame to frame: every buffer stays where it is."""
+    addresses = {k: v.ctypes.data for k, v in rollout._inputs.items()}
+    caches = {k: v.ctypes.data for k, v in rollout._caches.items()}
+    latents(rollout, 7)
+    assert {k: v.ctypes.data for k, v in rollout._inputs.items()} == addresses
+    assert {k: v.ctypes.data for k, v in rollout._caches.items()} == caches
+
+
+@pytest.mark.parametrize(
+    ("context", "message"),
+    [
+        (np.zeros((4, 16, 16, 3), np.uint8), r"1 \+ n\*2 frames.*got 4, give 3 or 5"),
+        (np.zeros((3, 16, 16, 3), np.float32), "float32"),
+        (np.zeros((3, 8, 16, 3), np.uint8), r"\(T, 16, 16, 3\).*\(3, 8, 16, 3\)"),
+        (np.zeros((3, 16, 16, 4), np.uint8), r"16, 4"),
+        (np.zeros((2, 3, 16, 16, 3), np.uint8), "1 or no videos"),
+        (np.zeros((0, 16, 16, 3), np.uint8), r"\(0, 16"),
+        (np.zeros((16, 16, 3), np.uint8), r"\(16, 16, 3\)"),
+    ],
+    ids=["count", "dtype", "size", "channels", "batch", "empty", "rank"],
+)
+def test_bad_context_is_one_clear_error(
+    predictor: Predictor, context: np.ndarray, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        predictor.start(context)
+
+
+def test_bad_actions_are_one_clear_error(
+    predictor: Predictor, rollout: Rollout, bundles: Callable[[str], Bundle], clip: np.ndarray
+) -> None:
+    with pytest.raises(InputError, match=r"\(4,\) or \(1, 4\), got \(3,\)"):
+        rollout.step([1, 2, 3])
+    with pytest.raises(InputError, match="not finite"):
+        rollout.step([1, 2, 3, float("nan")])
+    with pytest.raises(InputError, match=r"\(3, 4\)"):
+        predictor.start(clip, actions=np.zeros((2, 4), np.float32))
+    with pytest.raises(InputError, match="no context"):
+        predictor.start(actions=np.zeros((2, 4), np.float32))
+    actionless = canvasmar_rt.load(bundles("mmdit").path)
+    with pytest.raises(InputError, match="takes none"):
+        actionless.start(clip).step([1, 2, 3, 4])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"batch": 0}, "batch 0"),
+        ({"batch": 33}, "batch 33 .*1..32.*--batch-max"),
+        ({"seed": -1}, "seed"),
+        ({"stream": 2**64}, "stream"),
+    ],
+)
+def test_bad_start_is_one_clear_error(
+    predictor: Predictor, arguments: dict[str, int], message: str
+) -> None:
+    with pytest.raises(CanvasMarError, match=message):
+        predictor.start(**arguments)  # type: ignore[arg-type]
+
+
+def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: Predictor) -> None:
+    with pytest.raises(InputError, match="33 futures"):
+        rollout.fork(33)
+    with pytest.raises(InputError, match="expected 2 streams"):
+        rollout.fork(2, streams=[1])
+    with pytest.raises(StateError, match="another model or batch"):
+        rollout.restore(predictor.start(batch=2).state())
