@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -28,6 +29,7 @@ from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError
 
 MANIFEST = "canvasmar_config.json"
+MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 PACKAGED = Path(__file__).parent / "data" / "bundles"
 
@@ -152,9 +154,10 @@ def resolve(path_or_name: str | Path) -> Path:
         BundleError: if there is neither; the message lists the packaged names.
     """
     path = Path(path_or_name)
-    if path.is_dir():
+    # not Path.is_dir, which raises on names too long for the file system
+    if os.path.isdir(path):
         return path
-    if path.is_file() and path.name == MANIFEST:
+    if os.path.isfile(path) and path.name == MANIFEST:
         return path.parent
     packaged = packaged_names()
     if str(path_or_name) in packaged:
@@ -190,27 +193,13 @@ class Bundle:
                 file and what to do.
         """
         directory = resolve(path_or_name)
-        manifest = _read_manifest(directory)
-        for name, entry in sorted(manifest.files.items()):
-            path = _inside(directory, name)
-            if progress is not None:
-                progress(name)
-            if not path.is_file():
-                raise BundleError(f"{directory}: {name} is missing; export or copy it again")
-            size = path.stat().st_size
-            if size != entry.bytes:
-                raise BundleError(
-                    f"{directory}: {name} has {size} bytes, expected {entry.bytes}: the copy is "
-                    "incomplete or was changed; export or copy it again"
-                )
-            if sha256(path) != entry.sha256:
-                raise BundleError(
-                    f"{directory}: {name} does not match its sha256: it was changed after export; "
-                    "export or copy it again"
-                )
-        for name, component in manifest.components.items():
-            if component.file not in manifest.files:
-                raise BundleError(f"{directory}: {name}: {component.file} is not a listed file")
+        try:
+            manifest = _read_manifest(directory)
+            _check_files(directory, manifest, progress)
+        except OSError as error:
+            raise BundleError(
+                f"{directory}: cannot be read ({error}); check its permissions"
+            ) from None
         return cls(directory, manifest)
 
     @property
@@ -234,17 +223,27 @@ class Bundle:
     def tensors(self, name: str) -> dict[str, np.ndarray]:
         """Tensors of a listed safetensors file, such as `golden/flow.safetensors`."""
         if name not in self.manifest.files:
-            raise BundleError(f"{self.path}: {name} is not part of this bundle")
+            raise BundleError(f"{self.path}: {name} is not part of this bundle; export it again")
         try:
             return load_file(_inside(self.path, name))
         except (SafetensorError, OSError, ValueError, KeyError) as error:
-            raise BundleError(f"{self.path}: {name} cannot be read ({error})") from None
+            raise BundleError(
+                f"{self.path}: {name} cannot be read ({error}); export or copy it again"
+            ) from None
 
 
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
-        raise BundleError(f"{directory}: no {MANIFEST}: this is not a bundle directory")
+        raise BundleError(
+            f"{directory}: no {MANIFEST}: this is not a bundle directory; make one with "
+            "'canvasmar-rt export PRESET --output DIR'"
+        )
+    if path.stat().st_size > MANIFEST_BYTES:
+        raise BundleError(
+            f"{path}: {path.stat().st_size} bytes are too many for a manifest; export or copy it "
+            "again"
+        )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -258,7 +257,7 @@ def _read_manifest(directory: Path) -> Manifest:
     try:
         manifest = from_dict(Manifest, data, "manifest")
     except ConfigError as error:
-        raise BundleError(f"{path}: {error}") from None
+        raise BundleError(f"{path}: {error}; export or copy it again") from None
     if manifest.components != component_entries(manifest.model, manifest.dtype):
         raise BundleError(
             f"{path}: the tensors listed are not those of the model it describes; export the "
@@ -267,11 +266,45 @@ def _read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
+def _check_files(
+    directory: Path, manifest: Manifest, progress: Callable[[str], None] | None
+) -> None:
+    """Every listed file is there, of its size and hash, and every graph is listed."""
+    for name, entry in sorted(manifest.files.items()):
+        path = _inside(directory, name)
+        if progress is not None:
+            progress(name)
+        if not os.path.isfile(path):
+            raise BundleError(f"{directory}: {name} is missing; export or copy it again")
+        size = path.stat().st_size
+        if size != entry.bytes:
+            raise BundleError(
+                f"{directory}: {name} has {size} bytes, expected {entry.bytes}: the copy is "
+                "incomplete or was changed; export or copy it again"
+            )
+        if sha256(path) != entry.sha256:
+            raise BundleError(
+                f"{directory}: {name} does not match its sha256: it was changed after export; "
+                "export or copy it again"
+            )
+    for name, component in manifest.components.items():
+        if component.file not in manifest.files:
+            raise BundleError(
+                f"{directory}: {name}: {component.file} is not a listed file; export or copy "
+                "it again"
+            )
+
+
 def _inside(directory: Path, name: str) -> Path:
     """Path of a listed file, refused if it would leave the bundle."""
     parts = PurePosixPath(name)
     path = directory / parts
     plain = not parts.is_absolute() and ".." not in parts.parts and "\\" not in name
-    if not plain or not path.resolve().is_relative_to(directory.resolve()):
-        raise BundleError(f"{directory}: listed file {name!r} lies outside the bundle; refused")
+    # control characters would reach the terminal, and NUL or half a surrogate pair the system calls
+    plain = plain and name.isprintable()
+    if not plain or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
+        raise BundleError(
+            f"{directory}: listed file {name!r} lies outside the bundle; refused: get the bundle "
+            "again from a source you trust"
+        )
     return path

@@ -26,6 +26,8 @@ from canvasmar_rt.rollout import Predictor, load
 DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
 DEFAULT_MODEL = "toytable-untrained"
 
+INTERRUPTED = 130
+
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -64,9 +66,10 @@ def main() -> None:
     except CanvasMarError as error:
         stderr.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        stderr.print("interrupted")
-        sys.exit(130)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            stderr.print("interrupted")
+        raise
 
 
 def _plain(text: str) -> str:
@@ -262,6 +265,9 @@ def export(
     canvas_guidance: CanvasGuidance = None,
     order: Order = None,
     seed: Annotated[int, typer.Option(help="Seed of a preset's random weights.")] = 0,
+    drift_frames: Annotated[
+        int, typer.Option(help="Latent frames of the rollout compared with PyTorch.")
+    ] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -279,6 +285,7 @@ def export(
 
     options = ExportOptions(
         dtype=dtype, weights=weights, opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
+        drift_frames=drift_frames,
         batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
     )  # fmt: skip
     if source in PRESETS:
@@ -399,6 +406,87 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
         f"{manifest.model.action_dim or 'none'}, {manifest.sampling.ar_steps} AR steps",
         highlight=False,
     )  # fmt: skip
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        str, typer.Argument(help="Bundle directory or packaged name.")
+    ] = DEFAULT_MODEL,
+    batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
+    baseline: Annotated[str, typer.Option(help="none, or eager (PyTorch, interleaved).")] = "none",
+    engine: Engine = "onnxruntime",
+    device: Device = "cpu",
+    threads: Threads = None,
+    warmup: Annotated[int, typer.Option(help="Untimed frames.")] = 5,
+    iterations: Annotated[int, typer.Option(help="Timed frames.")] = 30,
+    soak: Annotated[int, typer.Option(help="Frames to run for the memory check; 0: none.")] = 0,
+    seed: Seed = 0,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON to write.")] = None,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the latency of a latent frame on this machine."""
+    from canvasmar_rt.benchmarks.latency import BenchOptions
+    from canvasmar_rt.benchmarks.latency import bench as run
+
+    try:
+        batches = tuple(int(b) for b in batch.split(","))
+    except ValueError:
+        raise ConfigError(f"--batch takes numbers such as 1,8,32; got {batch!r}") from None
+    options = BenchOptions(
+        batches=batches, baseline=baseline, warmup=warmup, iterations=iterations, soak=soak,
+        seed=seed,
+    )  # fmt: skip
+    predictor = load(model, engine=engine, device=device, threads=threads)
+    bar = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=stderr, transient=True, disable=quiet or json_,
+    )  # fmt: skip
+    with bar:
+        task = bar.add_task("", total=None)
+        report = run(
+            predictor, options,
+            lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )  # fmt: skip
+    text = json.dumps(report, indent=1)
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_name(f".{output.name}.part")
+        temporary.write_text(text + "\n")
+        temporary.replace(output)
+    if json_:
+        print(text)
+    elif not quiet:
+        _print_bench(report)
+
+
+def _print_bench(report: dict[str, Any]) -> None:
+    config = report["config"]
+    table = Table(
+        "batch", "p50 ms", "p95 ms", "p99 ms", "frames/s", "outside engine", "eager p50 ms",
+        "eager / ours",
+        title=f"{config['model']} on {config['engine']}/{config['device']}, {config['dtype']}",
+    )  # fmt: skip
+    for m in report["metrics"]:
+        f, eager = m["frame_ms"], m.get("eager_over_ours")
+        table.add_row(
+            str(m["batch"]), f"{f['p50']:.1f}", f"{f['p95']:.1f}", f"{f['p99']:.1f}",
+            f"{m['pixel_frames_per_second']:.1f}", f"{m['outside_engine_share']:.2%}",
+            f"{m['eager_frame_ms']['p50']:.1f}" if eager else "",
+            f"{eager['median']:.2f} ({eager['p5']:.2f} to {eager['p95']:.2f})" if eager else "",
+        )  # fmt: skip
+    stdout.print(table)
+    stdout.print(f"timed: {report['timed_boundary']}")
+    if "soak" in report:
+        soak = report["soak"]
+        stdout.print(
+            f"soak of {soak['frames']} frames: resident memory {soak['resident_mb_at_end']:.1f} MB,"
+            f" {soak['growth']:+.2%} since frame 100",
+            highlight=False,
+        )  # fmt: skip
 
 
 @app.command()

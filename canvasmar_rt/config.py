@@ -26,9 +26,23 @@ Order = Literal["motion", "maskgit", "random"]
 T = TypeVar("T")
 
 
+LARGEST = 65536
+"""Bound of every size and count of a model: a hostile configuration fails here, not in malloc."""
+
+
 def _require(ok: bool, message: str) -> None:
     if not ok:
         raise ConfigError(message)
+
+
+def _require_sizes(config: Any, where: str) -> None:
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        for size in value if isinstance(value, tuple) else (value,):
+            _require(
+                not isinstance(size, int) or 0 <= size <= LARGEST,
+                f"{where}: {field.name} must lie in 0..{LARGEST}, got {size}",
+            )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,6 +60,8 @@ class AutoencoderConfig:
     temporal_kernel: int = 3
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "autoencoder")
+        _require(len(self.widths) <= 16, "autoencoder: at most 16 widths")
         _require(
             bool(self.widths) and all(w > 0 and w % 8 == 0 for w in self.widths),
             f"autoencoder: widths must be multiples of 8, got {self.widths}",
@@ -85,6 +101,7 @@ class FlowConfig:
     modulation: Modulation = "joint"
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "flow")
         _require(self.width >= 8 and self.blocks >= 1, "flow: width must be >= 8 and blocks >= 1")
         _require(
             self.modulation in typing.get_args(Modulation),
@@ -117,6 +134,7 @@ class ModelConfig:
     fps: float = 10.0
 
     def __post_init__(self) -> None:
+        _require_sizes(self, "model")
         _require(
             self.dim > 0 and self.heads > 0 and self.dim % self.heads == 0,
             f"model: dim ({self.dim}) must be a multiple of heads ({self.heads})",
@@ -125,7 +143,8 @@ class ModelConfig:
             self.head_dim % 8 == 0, f"model: head size must be a multiple of 8, got {self.head_dim}"
         )
         for name in ("temporal_layers", "canvas_layers", "spatial_layers", "context_frames"):
-            _require(getattr(self, name) >= 1, f"model: {name} must be >= 1")
+            value = getattr(self, name)
+            _require(1 <= value <= 1024, f"model: {name} must lie in 1..1024, got {value}")
         _require(
             0 < self.encoder_layers < self.spatial_layers,
             f"model: encoder_layers ({self.encoder_layers}) must lie between 1 and "
@@ -250,7 +269,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         )
     if origin is dict:
         _require(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
-        return {str(k): _coerce(args[1], v, f"{where}.{k}") for k, v in value.items()}
+        return {str(k): _coerce(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     if hint is float:
         ok = isinstance(value, (int, float)) and not isinstance(value, bool)
         _require(ok, f"{where}: expected a number, got {value!r}")

@@ -77,7 +77,7 @@ def predict_clip(
     if options.frames < 1:
         raise InputError(f"frames: at least 1 is needed, got {options.frames}")
     length = context_length(config, options.context)
-    rate = options.fps or config.fps
+    rate = config.fps if options.fps is None else options.fps
     clip = read_clip(
         source,
         size=(ae.height, ae.width),

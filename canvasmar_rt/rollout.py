@@ -20,7 +20,7 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.components import MASKED, autoencoder_states, components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines import Engine, Run, create
-from canvasmar_rt.errors import ConfigError, InputError, StateError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import (
     flow_plan,
@@ -403,6 +403,7 @@ class Rollout:
 
         Raises:
             InputError: an action of the wrong shape, or any action for a model without.
+            EngineError: the engine returned values that are not finite.
         """
         return self._step(action, decode_canvas=decode_canvas)
 
@@ -427,6 +428,8 @@ class Rollout:
             self._canvas()
             clock.lap("canvas")
         staticness = self._inputs["staticness"] if has_canvas else None
+        if staticness is not None:
+            self._require_finite("canvas", staticness)
         if order is None:
             generation_order(staticness, self._gumbel, self.sampling, self._order)
         else:
@@ -446,6 +449,7 @@ class Rollout:
             clock.lap("spatial")
             flow()
             clock.lap("flow")
+        self._require_finite("flow", self._latent)
         canvas_frames = None
         if decode_canvas and has_canvas:
             canvas_frames = self._decoded_canvas()
@@ -469,6 +473,13 @@ class Rollout:
         clock.lap("output")
         clock.finish()
         return prediction
+
+    def _require_finite(self, component: str, values: Float32) -> None:
+        if not np.isfinite(values).all():
+            raise EngineError(
+                f"{component}: engine {self.predictor.engine.name} returned values that are not "
+                f"finite; run 'canvasmar-rt verify' on this bundle and engine"
+            )
 
     def _checked_action(self, action: Float32 | Sequence[float] | None) -> Float32 | None:
         if action is None:

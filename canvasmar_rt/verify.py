@@ -54,7 +54,9 @@ def compare_component(
     return difference(outputs, reference)
 
 
-def compare_rollout(engine: Engine, golden: Mapping[str, Array]) -> tuple[tuple[float, ...], int]:
+def compare_rollout(
+    engine: Engine, golden: Mapping[str, Array], progress: Callable[[str], None] = lambda _: None
+) -> tuple[tuple[float, ...], int]:
     """Replay the golden rollout, forcing its token order.
 
     Returns:
@@ -63,8 +65,10 @@ def compare_rollout(engine: Engine, golden: Mapping[str, Array]) -> tuple[tuple[
     """
     predictor = Predictor(engine)
     rollout = predictor.start(seed=int(golden["seed"][0]))
-    drift, flipped = [], 0
+    drift: list[float] = []
+    flipped = 0
     for latent, order in zip(golden["latents"], golden["orders"], strict=True):
+        progress(f"golden rollout on {engine.name}: frame {len(drift) + 1}")
         before = rollout.state()
         own = rollout.step()
         if (own.order[0] != order).any():
@@ -118,8 +122,7 @@ def verify(
         report["components"][name] = vars(found)
         if not found.relative <= parity.tolerance:
             failed.append(f"{name} differs by {found.relative:.2e}")
-    progress("running the golden rollout")
-    drift, flipped = compare_rollout(made, bundle.tensors(ROLLOUT))
+    drift, flipped = compare_rollout(made, bundle.tensors(ROLLOUT), progress)
     report |= {"drift": list(drift), "flipped_orders": flipped}
     if not max(drift) <= parity.drift_tolerance:
         failed.append(f"the rollout drifts by {max(drift):.2e}")

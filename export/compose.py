@@ -7,8 +7,10 @@ what its parts compute. Weights keep their names and are shared by all inlined c
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
@@ -47,14 +49,12 @@ class Builder:
         self._count += 1
         return f"{hint}__{self._count}"
 
-    def constant(self, value: np.ndarray, hint: str) -> str:
+    def constant(self, value: npt.ArrayLike, hint: str) -> str:
         name = self.name(hint)
         self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def op(
-        self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: object
-    ) -> str:
+    def op(self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: Any) -> str:
         """Add a node and return the name of its first output."""
         names = [self.name(op_type.lower()) for _ in range(outputs)]
         self.nodes.append(

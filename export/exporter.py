@@ -55,13 +55,15 @@ Progress = Callable[[str], None]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
-    rounded to float16, half the size; parity is then against the model with those weights."""
+    rounded to float16, half the size; parity is then against the model with those weights.
+    `drift_frames` is the length of the rollout compared with PyTorch."""
 
     dtype: str = "fp32"
     weights: str = ""
     opset: int = 20
     batch: BatchRange = dataclasses.field(default_factory=BatchRange)
     seed: int = 0
+    drift_frames: int = 32
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -71,6 +73,8 @@ class ExportOptions:
                 f"weights can be stored in the graph's dtype, or in fp16 under an fp32 graph; got "
                 f"weights {self.weights!r} under {self.dtype!r}"
             )
+        if self.drift_frames < 1:
+            raise ConfigError(f"drift_frames must be >= 1, got {self.drift_frames}")
         if self.opset not in tensorrt_ops.OPSETS:
             raise ConfigError(f"opset must be one of {tensorrt_ops.OPSETS}, got {self.opset}")
         if self.opset != 20 and self.dtype == "fp32":
@@ -173,7 +177,12 @@ def _write(
     )
     write_manifest(work, manifest)
     certificate, golden = parity.measure(
-        Bundle.open(work), reference, cast_model, seed=options.seed, progress=progress
+        Bundle.open(work),
+        reference,
+        cast_model,
+        seed=options.seed,
+        frames=options.drift_frames,
+        progress=progress,
     )
     manifest = dataclasses.replace(manifest, parity=certificate)
     (work / "README.md").write_text(model_card(manifest))
@@ -419,10 +428,10 @@ def write_graphs(
             places[key] = (path, begin, end - begin)
     for label, proto in graphs.items():
         component = table[label]
-        directory = Path(component.file).parent
+        folder = Path(component.file).parent
         for key, names in uses.get(label, {}).items():
             path, offset, length = places[key]
-            location = os.path.relpath(path, directory)
+            location = os.path.relpath(path, folder)
             assert not location.startswith(".."), (label, location)
             for name in names:
                 _externalise(proto, name, location, offset, length, halve)

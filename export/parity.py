@@ -35,8 +35,6 @@ from canvasmar_rt.verify import (
 TOLERANCE = {"float32": (1e-4, 1e-3), "float16": (2e-2, 2e-1), "bfloat16": (1e-1, 1.0)}
 """Per dtype: tolerance on a component's relative difference, and on each frame of the rollout."""
 
-FRAMES = 32
-
 
 def measure(
     bundle: Bundle,
@@ -44,6 +42,7 @@ def measure(
     cast: CanvasMAR,
     *,
     seed: int,
+    frames: int,
     progress: Callable[[str], None],
 ) -> tuple[Parity, list[str]]:
     """Write golden inputs and outputs into the bundle and compare the exported graphs with them.
@@ -86,12 +85,11 @@ def measure(
         tensors |= {f"out.{k}": v for k, v in outputs.items()}
         _save(tensors, bundle, path)
         written.append(path)
-    progress(f"measuring a rollout of {FRAMES} frames")
-    golden = rollout_golden(reference, bundle, seed=seed, frames=FRAMES)
+    golden = rollout_golden(reference, bundle, seed=seed, frames=frames, progress=progress)
     _save(golden, bundle, ROLLOUT)
     written.append(ROLLOUT)
     if engine is not None:
-        drift, flipped = compare_rollout(engine, golden)
+        drift, flipped = compare_rollout(engine, golden, progress)
     else:
         drift, flipped = _drift_of(cast, golden, bundle)
     return Parity(
@@ -124,12 +122,20 @@ def failures(parity: Parity) -> list[str]:
     return found
 
 
-def rollout_golden(model: CanvasMAR, bundle: Bundle, *, seed: int, frames: int) -> dict[str, Array]:
+def rollout_golden(
+    model: CanvasMAR,
+    bundle: Bundle,
+    *,
+    seed: int,
+    frames: int,
+    progress: Callable[[str], None] = lambda _: None,
+) -> dict[str, Array]:
     """A reference rollout from nothing: latents (frames, N, C) and orders (frames, N)."""
     config, sampling = model.config, bundle.manifest.sampling
     state = sampler.empty_state(model, 1)
     latents, orders = [], []
-    for _ in range(frames):
+    for i in range(frames):
+        progress(f"golden rollout in PyTorch: frame {i + 1} of {frames}")
         noise = sampler.draw_noise(config, sampling, seed=seed, streams=[0], frame=state.time)
         state, sample = sampler.step(model, sampling, state, noise)
         latents.append(sample.latent[0].numpy())
@@ -145,7 +151,8 @@ def rollout_golden(model: CanvasMAR, bundle: Bundle, *, seed: int, frames: int) 
 def _drift_of(
     model: CanvasMAR, golden: Mapping[str, Array], bundle: Bundle
 ) -> tuple[tuple[float, ...], int]:
-    other = rollout_golden(model, bundle, seed=int(golden["seed"][0]), frames=FRAMES)
+    frames = len(golden["latents"])
+    other = rollout_golden(model, bundle, seed=int(golden["seed"][0]), frames=frames)
     drift = tuple(
         float(np.linalg.norm(a - b) / np.linalg.norm(b))
         for a, b in zip(other["latents"], golden["latents"], strict=True)

@@ -43,7 +43,7 @@ def problems(model: ModelProto) -> list[str]:
             found.append(f"opset {opset.version} is not one of {OPSETS}")
     for value in (*model.graph.input, *model.graph.output):
         for i, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.dim_param and dim.dim_value == 0:
+            if dim.HasField("dim_value") and dim.dim_value == 0:
                 found.append(f"{value.name}: dimension {i} is empty")
     half = any(t in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for t in types.values())
     for node in _nodes(model.graph):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
@@ -48,6 +49,12 @@ VARIANTS = {
     "no-canvas": small_config("no-canvas", norm="shared", canvas=False),
 }
 """Between them every option of a model: norms, condition attention, modulation, actions, canvas."""
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    """The models here are too small to share between threads."""
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

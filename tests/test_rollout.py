@@ -10,7 +10,13 @@ import pytest
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError, StateError
+from canvasmar_rt.errors import (
+    CanvasMarError,
+    ConfigError,
+    EngineError,
+    InputError,
+    StateError,
+)
 from canvasmar_rt.rollout import Predictor, Rollout
 
 
@@ -197,7 +203,7 @@ def test_every_token_alone_and_all_at_once(predictor: Predictor, clip: np.ndarra
         prediction = predictor.start(clip, sampling=sampling).step()
         assert sorted(prediction.order[0]) == list(range(16))
         assert np.isfinite(prediction.latent).all()
-    with pytest.raises(ConfigError, match="1..16"):
+    with pytest.raises(ConfigError, match=r"1\.\.16"):
         predictor.start(clip, sampling=dataclasses.replace(predictor.sampling, ar_steps=17))
 
 
@@ -309,3 +315,11 @@ def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: 
         rollout.fork(2, streams=[1])
     with pytest.raises(StateError, match="another model or batch"):
         rollout.restore(predictor.start(batch=2).state())
+
+
+def test_an_engine_that_returns_nan_is_an_error(predictor: Predictor, clip: np.ndarray) -> None:
+    """A miscompiled engine must not quietly poison the video."""
+    rollout = predictor.start(clip)
+    rollout._inputs["canvas_noise_level"].fill(np.nan)
+    with pytest.raises(EngineError, match=r"flow: .*not finite.*verify"):
+        rollout.step()

@@ -122,6 +122,7 @@ class TemporalViT(nn.Module):
         frames = self.config.context_frames
         bias = cache_bias[:, :, None].expand(-1, -1, tokens).reshape(batch, frames * tokens)
         bias = F.pad(bias, (0, tokens))[:, None, None].to(x.dtype)  # this frame sees itself
+        bias = bias.expand(-1, -1, tokens, -1)
         new: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
             q, k, v = block.qkv(x)

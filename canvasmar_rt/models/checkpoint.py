@@ -31,6 +31,7 @@ def save_checkpoint(directory: Path, model: CanvasMAR, sampling: SamplingConfig)
                 save_file(state, temporary)
             else:
                 Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
+            os.chmod(temporary, 0o644)  # made readable by its owner only
             os.replace(temporary, directory / name)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
@@ -51,8 +52,8 @@ def load_checkpoint(directory: Path) -> tuple[CanvasMAR, SamplingConfig]:
                 f"{WEIGHTS_FILE}"
             )
     try:
-        data = json.loads((directory / CONFIG_FILE).read_text())
-    except ValueError as error:
+        data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{directory / CONFIG_FILE}: not JSON ({error})") from None
     if not isinstance(data, dict) or set(data) != {"model", "sampling"}:
         raise ConfigError(f"{directory / CONFIG_FILE}: expected the keys model and sampling")

@@ -1,0 +1,257 @@
+"""Exports: what is in a bundle, what is refused, and that nothing half-written stays."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+import canvasmar_rt
+from canvasmar_rt.bundle import MANIFEST, Bundle, FileEntry, sha256, write_manifest
+from canvasmar_rt.components import components
+from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.engines.torch_engine import load_model
+from canvasmar_rt.errors import BundleError, ConfigError, ParityError
+from canvasmar_rt.export import exporter, parity, tensorrt_ops
+from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.verify import verify
+
+LEAST = ModelConfig(
+    name="least",
+    autoencoder=AutoencoderConfig(
+        height=8, width=8, temporal_compression=1, latent_channels=2, widths=(8,), blocks=1
+    ),
+    flow=FlowConfig(width=16, blocks=1),
+    dim=16,
+    heads=2,
+    temporal_layers=1,
+    canvas_layers=1,
+    spatial_layers=2,
+    encoder_layers=1,
+    context_frames=2,
+)
+SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
+
+
+@pytest.fixture(scope="module")
+def model() -> CanvasMAR:
+    return build(LEAST, seed=1)
+
+
+@pytest.fixture(scope="module")
+def graphs(model: CanvasMAR) -> dict[str, onnx.ModelProto]:
+    return exporter.trace(model, SAMPLING, "float32", 20, lambda _: None)
+
+
+@pytest.fixture
+def traced_once(graphs: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Exports of `model` reuse one tracing; what a test looks at comes after it."""
+
+    def copies(*_: object) -> dict[str, onnx.ModelProto]:
+        out = {}
+        for name, proto in graphs.items():
+            out[name] = onnx.ModelProto()
+            out[name].CopyFrom(proto)
+        return out
+
+    monkeypatch.setattr(exporter, "trace", copies)
+
+
+@pytest.fixture
+def bundle(model: CanvasMAR, traced_once: None, tmp_path: Path) -> Bundle:
+    return export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
+
+
+@pytest.mark.parametrize("variant", ["expert", "mmdit", "no-canvas"])
+def test_every_graph_stays_inside_the_operator_table(
+    bundles: Callable[[str], Bundle], variant: str
+) -> None:
+    bundle = bundles(variant)
+    for name in components(bundle.manifest.model):
+        proto = onnx.load(bundle.file(name), load_external_data=False)
+        assert tensorrt_ops.problems(proto) == [], name
+        assert proto.opset_import[0].version == 20
+
+
+def test_graphs_open_by_themselves(bundle: Bundle) -> None:
+    """Another program opens a graph by its path alone: external data is found, names and
+    dimensions are the manifest's."""
+    for name, entry in bundle.manifest.components.items():
+        session = onnxruntime.InferenceSession(
+            bundle.file(name), providers=["CPUExecutionProvider"]
+        )
+        for got, want in (
+            (session.get_inputs(), entry.inputs),
+            (session.get_outputs(), entry.outputs),
+        ):
+            assert [t.name for t in got] == [t.name for t in want]
+            for a, b in zip(got, want, strict=True):
+                dims = [SAMPLING.ar_steps if d == "AR" else d for d in b.dims]
+                assert list(a.shape) == dims, (name, a.name)
+
+
+def test_weights_are_stored_once(bundle: Bundle, model: CanvasMAR) -> None:
+    stored = sum(
+        e.bytes for n, e in bundle.manifest.files.items() if n.endswith("model.safetensors")
+    )
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    assert stored < 1.25 * weights
+    largest = max(e.bytes for n, e in bundle.manifest.files.items() if n.endswith(".onnx"))
+    assert largest < 0.5e6
+
+
+def test_a_bundle_is_a_checkpoint(bundle: Bundle, model: CanvasMAR) -> None:
+    state = load_model(bundle).state_dict()
+    for name, want in model.state_dict().items():
+        torch.testing.assert_close(state[name], want, rtol=0, atol=0, msg=name)
+
+
+def test_the_certificate_holds_what_was_measured(bundle: Bundle) -> None:
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert set(certificate.components) == set(components(LEAST))
+    assert all(0 <= d.relative < 1e-4 for d in certificate.components.values())
+    assert all(d.cosine > 0.9999 for d in certificate.components.values())
+    assert len(certificate.drift) == 32
+    assert max(certificate.drift) < 1e-3
+    assert certificate.engine == "onnxruntime"
+    assert "| flow |" in (bundle.path / "README.md").read_text()
+
+
+def test_a_wrong_weight_is_caught(bundle: Bundle) -> None:
+    """Hashes made to fit a changed weight do not help: verify compares outputs."""
+    path = bundle.path / "flow" / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    end = 8 + int.from_bytes(data[:8], "little")
+    weights = np.frombuffer(data, np.float32, offset=end).copy()
+    weights[: len(weights) // 2] += 0.01
+    path.write_bytes(bytes(data[:end]) + weights.tobytes())
+    files = dict(bundle.manifest.files)
+    files["flow/model.safetensors"] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+    with pytest.raises(ParityError, match=r"flow differs by .*rollout drifts by"):
+        verify(bundle.path)
+
+
+@pytest.mark.parametrize("change", ["flipped", "cut", "missing"])
+def test_tampering_is_one_clear_error(bundle: Bundle, change: str) -> None:
+    path = bundle.path / "spatial" / "model.onnx"
+    data = bytearray(path.read_bytes())
+    if change == "flipped":
+        data[len(data) // 2] ^= 1
+        path.write_bytes(data)
+    elif change == "cut":
+        path.write_bytes(data[:-10])
+    else:
+        path.unlink()
+    with pytest.raises(BundleError, match=r"spatial/model.onnx .*export or copy it again"):
+        canvasmar_rt.load(bundle.path)
+
+
+def test_an_export_that_fails_parity_leaves_nothing(
+    model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(parity.TOLERANCE, "float32", (1e-12, 1e-12))
+    with pytest.raises(ParityError, match=r"export refused: .*is past 1e-12"):
+        export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_graph_tensorrt_refuses_leaves_nothing(
+    model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensorrt_ops, "PLAIN", tensorrt_ops.PLAIN - {"Scan"})
+    with pytest.raises(BundleError, match=r"flow: TensorRT would refuse .*Scan"):
+        export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_replacing_needs_force_and_is_all_or_nothing(bundle: Bundle, model: CanvasMAR) -> None:
+    def stop(what: str) -> None:
+        if what.startswith("golden rollout"):
+            raise KeyboardInterrupt
+
+    before = (bundle.path / MANIFEST).read_text()
+    options = ExportOptions(seed=7)
+    with pytest.raises(BundleError, match="--force"):
+        export_bundle(model, SAMPLING, bundle.path, options, source="new")
+    with pytest.raises(KeyboardInterrupt):
+        export_bundle(
+            model, SAMPLING, bundle.path, options, source="new", force=True, progress=stop
+        )
+    assert (bundle.path / MANIFEST).read_text() == before
+    export_bundle(model, SAMPLING, bundle.path, options, source="new", force=True)
+    assert json.loads((bundle.path / MANIFEST).read_text())["source"] == "new"
+    assert [p.name for p in bundle.path.parent.iterdir()] == ["b"]
+
+
+def test_half_precision_weights_halve_the_files(
+    bundle: Bundle, model: CanvasMAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # trace again: the weights in the graphs are others
+    small = export_bundle(
+        model, SAMPLING, tmp_path / "half", ExportOptions(weights="fp16"), source="test"
+    )
+
+    def stored(b: Bundle) -> int:
+        return sum(e.bytes for n, e in b.manifest.files.items() if n.endswith("safetensors")
+                   and not n.startswith("golden"))  # fmt: skip
+
+    assert stored(small) < 0.75 * stored(bundle)
+    assert small.manifest.weights_dtype == "float16"
+    assert max(verify(small.path)["drift"]) < 1e-3
+    rounded = load_model(small).state_dict()
+    exact = model.state_dict()
+    assert any(not torch.equal(rounded[n], exact[n]) for n in exact)
+    for name, value in exact.items():
+        torch.testing.assert_close(rounded[name], value, rtol=1e-3, atol=1e-6)
+
+
+def test_float16_runs_and_stays_close(model: CanvasMAR, tmp_path: Path) -> None:
+    bundle = export_bundle(
+        model, SAMPLING, tmp_path / "h", ExportOptions(dtype="fp16", opset=23), source="test"
+    )
+    kinds = {n.op_type for n in onnx.load(bundle.file("spatial")).graph.node}
+    assert "Attention" in kinds
+    for name in components(LEAST):
+        assert tensorrt_ops.problems(onnx.load(bundle.file(name))) == []
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert 1e-5 < certificate.components["spatial"].relative < 2e-2
+    prediction = canvasmar_rt.load(bundle.path).start(seed=1).step()
+    assert prediction.latent.dtype == np.float32
+    assert np.isfinite(prediction.latent).all()
+
+
+def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
+    bundle = export_bundle(
+        model, SAMPLING, tmp_path / "b", ExportOptions(dtype="bf16", opset=23), source="test"
+    )
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert "no engine here" in certificate.engine
+    assert 1e-4 < certificate.components["spatial"].relative < 1e-1
+    with pytest.raises(BundleError, match=r"GPU engine only.*fp32"):
+        canvasmar_rt.load(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "fp8"}, "fp32, fp16, bf16"),
+        ({"opset": 26}, "20, 23, 24"),
+        ({"opset": 23}, "opset 20"),
+        ({"dtype": "fp16", "opset": 23, "weights": "bf16"}, "fp16 under an fp32 graph"),
+    ],
+)
+def test_options_are_checked(options: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        ExportOptions(**options)

@@ -1,0 +1,207 @@
+"""Checkpoints: what is written comes back, and what is broken is named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.errors import BundleError, CanvasMarError, ConfigError
+from canvasmar_rt.models import checkpoint
+from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.checkpoint import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+    load_state,
+    save_checkpoint,
+)
+
+CONFIG = ModelConfig(
+    name="tiny",
+    autoencoder=AutoencoderConfig(
+        height=8, width=8, temporal_compression=2, latent_channels=4, widths=(8,), blocks=1
+    ),
+    flow=FlowConfig(width=16, blocks=1),
+    dim=16,
+    heads=2,
+    temporal_layers=1,
+    canvas_layers=1,
+    spatial_layers=2,
+    encoder_layers=1,
+    context_frames=2,
+    action_dim=2,
+)
+SAMPLING = SamplingConfig(ar_steps=3, solver="heun", temperature=4.5)
+TENSOR = "spatial.mask"
+
+
+@pytest.fixture
+def model() -> CanvasMAR:
+    made = build(CONFIG, seed=3)
+    made.autoencoder.latent_mean.add_(0.25)
+    return made
+
+
+@pytest.fixture
+def saved(tmp_path: Path, model: CanvasMAR) -> Path:
+    save_checkpoint(tmp_path / "a" / "b", model, SAMPLING)
+    return tmp_path / "a" / "b"
+
+
+def refused(kind: type[CanvasMarError], call: Callable[[], Any]) -> str:
+    """The message of the error, which is one line."""
+    with pytest.raises(kind) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def rewrite(directory: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    state = load_file(directory / WEIGHTS_FILE)
+    change(state)
+    save_file(state, directory / WEIGHTS_FILE)
+
+
+def test_round_trip(saved: Path, model: CanvasMAR) -> None:
+    loaded, sampling = load_checkpoint(saved)
+    assert loaded.config == CONFIG
+    assert sampling == SAMPLING
+    assert not loaded.training
+    want = model.state_dict()
+    assert loaded.state_dict().keys() == want.keys()
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, want[name]), name
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+
+
+def test_the_files_are_what_they_say(saved: Path, model: CanvasMAR) -> None:
+    data = json.loads((saved / CONFIG_FILE).read_text())
+    assert set(data) == {"model", "sampling"}
+    assert data["model"]["dim"] == 16
+    assert data["sampling"]["ar_steps"] == 3
+    assert load_file(saved / WEIGHTS_FILE).keys() == model.state_dict().keys()
+
+
+def test_saving_again_replaces(saved: Path) -> None:
+    other = build(CONFIG, seed=4)
+    save_checkpoint(saved, other, SAMPLING)
+    loaded, _ = load_checkpoint(saved)
+    assert torch.equal(loaded.spatial.mask, other.spatial.mask)
+
+
+def test_half_precision_weights_load_as_float32(model: CanvasMAR, saved: Path) -> None:
+    save_checkpoint(saved, build(CONFIG).half(), SAMPLING)
+    loaded, _ = load_checkpoint(saved)
+    assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
+
+
+def test_a_failed_save_leaves_the_old_checkpoint(
+    saved: Path, model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(state: dict[str, Tensor], path: str) -> None:
+        Path(path).write_bytes(b"half of it")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint, "save_file", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(saved, build(CONFIG, seed=9), SAMPLING)
+    assert sorted(p.name for p in saved.iterdir()) == [CONFIG_FILE, WEIGHTS_FILE]
+    loaded, _ = load_checkpoint(saved)
+    assert torch.equal(loaded.spatial.mask, model.spatial.mask)
+
+
+@pytest.mark.parametrize("name", [CONFIG_FILE, WEIGHTS_FILE])
+def test_missing_files(saved: Path, name: str) -> None:
+    (saved / name).unlink()
+    message = refused(BundleError, lambda: load_checkpoint(saved))
+    assert f"no {name}" in message
+    assert CONFIG_FILE in message
+    assert WEIGHTS_FILE in message
+
+
+def test_no_directory(tmp_path: Path) -> None:
+    assert "no config.json" in refused(BundleError, lambda: load_checkpoint(tmp_path / "none"))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda s: s.pop(TENSOR), [f"tensor {TENSOR} is missing"]),
+        (lambda s: s.update(extra=torch.zeros(2)), ["unknown tensor extra", "configuration"]),
+        (
+            lambda s: s.update({TENSOR: torch.zeros(17)}),
+            [f"tensor {TENSOR} has shape (17,)", "expected (16,)"],
+        ),
+        (
+            lambda s: s.update({TENSOR: torch.zeros(1, 16)}),
+            [f"tensor {TENSOR} has shape (1, 16)", "expected (16,)"],
+        ),
+    ],
+    ids=["missing", "unknown", "misshapen", "rank"],
+)
+def test_wrong_tensors_are_named(saved: Path, change: Any, words: list[str]) -> None:
+    rewrite(saved, change)
+    message = refused(BundleError, lambda: load_checkpoint(saved))
+    assert WEIGHTS_FILE in message
+    for word in words:
+        assert word in message
+
+
+def test_weights_of_another_configuration(model: CanvasMAR) -> None:
+    other = CONFIG.__class__(**{**vars(CONFIG), "temporal_layers": 2})
+    message = refused(BundleError, lambda: load_state(other, model.state_dict(), "here"))
+    assert message.startswith("here: tensor temporal.blocks.1.")
+    other = CONFIG.__class__(**{**vars(CONFIG), "action_dim": 0})
+    message = refused(BundleError, lambda: load_state(other, model.state_dict(), "here"))
+    assert "unknown tensor temporal.action" in message
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, -1])
+def test_cut_weights(saved: Path, keep: int) -> None:
+    whole = (saved / WEIGHTS_FILE).read_bytes()
+    (saved / WEIGHTS_FILE).write_bytes(whole[:keep])
+    message = refused(BundleError, lambda: load_checkpoint(saved))
+    assert WEIGHTS_FILE in message
+    assert "cannot be read" in message
+
+
+def test_weights_that_are_something_else(saved: Path) -> None:
+    (saved / WEIGHTS_FILE).write_bytes(b"\x80\x04\x95" + bytes(range(256)) * 4)
+    assert "cannot be read" in refused(BundleError, lambda: load_checkpoint(saved))
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "not json", '{"model": {}}', "[]", "null", '{"model": 1, "sampling": {}}'],
+)
+def test_bad_configurations(saved: Path, text: str) -> None:
+    (saved / CONFIG_FILE).write_text(text)
+    refused(ConfigError, lambda: load_checkpoint(saved))
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe{}", b"[" * 100_000])
+def test_configurations_that_are_no_text_or_too_deep(saved: Path, text: bytes) -> None:
+    (saved / CONFIG_FILE).write_bytes(text)
+    assert "not JSON" in refused(ConfigError, lambda: load_checkpoint(saved))
+
+
+def test_a_bad_value_is_named(saved: Path) -> None:
+    data = json.loads((saved / CONFIG_FILE).read_text())
+    data["sampling"]["solver"] = "rk4"
+    (saved / CONFIG_FILE).write_text(json.dumps(data))
+    message = refused(ConfigError, lambda: load_checkpoint(saved))
+    assert "sampling.solver" in message
+    assert "'rk4'" in message
+    data["sampling"]["solver"] = "euler"
+    data["model"]["depth"] = 3
+    (saved / CONFIG_FILE).write_text(json.dumps(data))
+    assert "'depth'" in refused(ConfigError, lambda: load_checkpoint(saved))

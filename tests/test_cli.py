@@ -1,0 +1,173 @@
+"""The command line as a user meets it: in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from canvasmar_rt.bundle import PACKAGED
+from canvasmar_rt.cli import DEFAULT_MODEL, DEMO_CLIP
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = [sys.executable, "-m", "canvasmar_rt.cli"]
+
+
+def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120,
+        check=False, env={**os.environ, "COLUMNS": "120"},
+    )  # fmt: skip
+    assert done.returncode == code, (done.stdout, done.stderr)
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def decoded(path: Path) -> np.ndarray:
+    with av.open(str(path)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def test_demo_writes_a_video_and_a_sheet(tmp_path: Path) -> None:
+    done = run("demo", cwd=tmp_path)
+    frames = decoded(tmp_path / "canvasmar_demo.mp4")
+    assert frames.shape == (5 + 16, 64, 64, 3)
+    with np.load(DEMO_CLIP) as archive:
+        context = archive["frames"][:5]
+    assert np.abs(frames[:5].astype(int) - context).mean() < 8  # H.264 of the real frames
+    with Image.open(tmp_path / "canvasmar_demo_sheet.png") as sheet:
+        assert sheet.width > 1000
+    assert "untrained" in done.stdout
+
+
+def test_predict_with_every_option(tmp_path: Path) -> None:
+    done = run(
+        "predict", DEMO_CLIP, "--output", "out/future.gif", "--frames", 7, "--context", 4,
+        "--steps", 3, "--flow-steps", 5, "--solver", "ab2", "--seed", 9, "--batch", 2, "--fps", 5,
+        "--temporal-guidance", 1, "--canvas-guidance", 2, "--order", "random", "--actions",
+        "--threads", 1, "--json", cwd=tmp_path,
+    )  # fmt: skip
+    summary = json.loads(done.stdout)
+    assert summary["context_frames"] == 3  # the longest 1 + n*2 within 4
+    assert summary["predicted_frames"] == 7
+    assert summary["latent_frames"] == 4
+    with Image.open(tmp_path / "out" / "future.gif") as picture:
+        assert picture.size == (128, 64)  # two futures side by side
+        assert 2 <= picture.n_frames <= 10
+    assert (tmp_path / "out" / "future_sheet.png").is_file()
+
+
+def test_same_seed_same_file(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        run("demo", "-o", f"{name}.mp4", "--seed", 3, "--quiet", cwd=tmp_path)
+    np.testing.assert_array_equal(decoded(tmp_path / "a.mp4"), decoded(tmp_path / "b.mp4"))
+    run("demo", "-o", "c.mp4", "--seed", 4, "--quiet", cwd=tmp_path)
+    assert (decoded(tmp_path / "a.mp4") != decoded(tmp_path / "c.mp4")).any()
+
+
+def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a.npz", "b.npz"):
+        shutil.copy(DEMO_CLIP, folder / name)
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    done = run("predict", folder, "-o", "out", "--frames", 2, "--quiet", cwd=tmp_path, code=1)
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "a.mp4", "a_sheet.png", "b.mp4", "b_sheet.png"
+    }  # fmt: skip
+    assert "broken.mp4" in done.stderr
+    assert "1 of 3 clips failed" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "nowhere.mp4", "-o", "x.mp4"], "nowhere.mp4"),
+        (["predict", DEMO_CLIP, "-o", "x.avi"], r"\.mp4"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "0"], "frames: at least 1"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "0"], "context: at least 1"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "99"], "99"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--steps", "65"], r"1\.\.64"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--batch", "33"], r"--batch-max"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--solver", "rk4"], "euler"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--model", "nothing"], "toytable-untrained"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--engine", "jax"], "onnxruntime, torch"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--device", "cuda"], "cuda"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--fps", "0"], "fps"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "99", "--actions"], "actions"),
+        (["export", "bare", "-o", "x"], "bair, ucf101, kinetics600, toytable"),
+        (["export", "toytable", "-o", "x", "--batch-min", "4"], "minimum <= optimum"),
+        (["export", "toytable", "-o", "x", "--dtype", "fp4"], "fp32, fp16, bf16"),
+        (["verify", "nowhere"], "nowhere"),
+        (["info", "nowhere"], "nowhere"),
+        (["bench", "--batch", "many"], "1,8,32"),
+        (["bench", "--baseline", "dream"], "none, eager"),
+    ],
+    ids=lambda a: "-".join(map(str, a))[-60:] if isinstance(a, list) else "",
+)
+def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path, code=2)
+    lines = done.stderr.strip().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert re.search(message, lines[0])
+    assert not list(tmp_path.iterdir())
+
+
+def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
+    report = json.loads(run("verify", DEFAULT_MODEL, "--json", cwd=tmp_path).stdout)
+    assert max(report["drift"]) < 1e-3
+    assert "within tolerance" in run("verify", DEFAULT_MODEL, cwd=tmp_path).stdout
+    assert "733M" in run("info", "kinetics600", cwd=tmp_path).stdout
+    assert json.loads(run("info", "bair", "--json", cwd=tmp_path).stdout)["paper_total"] == 211e6
+    assert "decoder" in run("info", DEFAULT_MODEL, cwd=tmp_path).stdout
+    assert "onnxruntime" in run("doctor", cwd=tmp_path).stdout
+    findings = json.loads(run("doctor", "--json", cwd=tmp_path).stdout)
+    assert {f["status"] for f in findings} <= {"ok", "missing"}
+    run("bench", "--batch", "1,2", "--baseline", "eager", "--iterations", 3, "--soak", 101,
+        "-o", "b.json", cwd=tmp_path)  # fmt: skip
+    bench = json.loads((tmp_path / "b.json").read_text())
+    assert [m["batch"] for m in bench["metrics"]] == [1, 2]
+    for m in bench["metrics"]:
+        assert m["frame_ms"]["p50"] > 0
+        assert 0 < m["outside_engine_share"] < 1
+        assert m["eager_over_ours"]["median"] > 0
+    assert bench["soak"]["resident_mb_at_end"] > 0
+
+
+def test_a_tampered_bundle_is_refused(tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(PACKAGED / DEFAULT_MODEL, copy)
+    weights = copy / "flow" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(data)
+    done = run("predict", DEMO_CLIP, "-o", "x.mp4", "--model", copy, cwd=tmp_path, code=2)
+    assert "flow/model.safetensors does not match its sha256" in done.stderr
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "predict", str(DEMO_CLIP), "-o", "x.mp4", "--frames", "100000"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    time.sleep(3)
+    assert process.poll() is None
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 130
+    assert "interrupted" in errors
+    assert "Traceback" not in errors
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,60 @@
+"""The runtime imports, loads and predicts with torch and onnx out of reach."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+BLOCKED = """
+import importlib.abc, pkgutil, sys
+
+class Blocker(importlib.abc.MetaPathFinder):
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {"torch", "onnx", "onnxscript", "scipy"}:
+            raise ImportError(f"{name} is blocked")
+
+sys.meta_path.insert(0, Blocker())
+"""
+
+IMPORT_ALL = """
+import canvasmar_rt
+import canvasmar_rt.benchmarks.latency, canvasmar_rt.engines.onnxruntime_engine
+for module in pkgutil.iter_modules(canvasmar_rt.__path__):
+    if module.name != "models":
+        importlib.import_module(f"canvasmar_rt.{module.name}")
+print(*sorted(m for m in sys.modules if m.startswith("canvasmar_rt")))
+"""
+
+
+def run(code: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", BLOCKED + code, *arguments],
+        cwd=cwd, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+
+
+def test_every_runtime_module_imports(tmp_path: Path) -> None:
+    done = run("import importlib" + IMPORT_ALL, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for name in ("rollout", "cli", "verify", "video", "predict", "doctor"):
+        assert f"canvasmar_rt.{name}" in done.stdout.split()
+
+
+def test_the_demo_runs(tmp_path: Path) -> None:
+    done = run("from canvasmar_rt.cli import main; main()", "demo", "--quiet", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    made = {p.name for p in tmp_path.iterdir()}
+    assert made == {"canvasmar_demo.mp4", "canvasmar_demo_sheet.png"}
+
+
+def test_what_needs_torch_says_so(tmp_path: Path) -> None:
+    for command in (
+        ["demo", "--engine", "torch"],
+        ["bench", "--baseline", "eager"],
+    ):
+        done = run("from canvasmar_rt.cli import main; main()", *command, cwd=tmp_path)
+        assert done.returncode == 2
+        assert "canvasmar-rt[export]" in done.stderr
+        assert len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
