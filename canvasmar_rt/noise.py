@@ -32,7 +32,6 @@ class Purpose(enum.IntEnum):
     FRAME_AUGMENTATION = 1
     CANVAS_AUGMENTATION = 2
     ORDER = 3
-    PARITY = 4
 
 
 def _uniform(

@@ -53,6 +53,9 @@ class OnnxRuntimeEngine:
         # Sessions of one frame run in turn: a pool that spins after its run takes the cores from
         # the next one (0.8 of the default's frame time on two cores).
         options.add_session_config_entry("session.force_spinning_stop", "1")
+        if component == "frame":
+            # every AR step is a copy of the same nodes, and each would pack the weights for itself
+            options.add_session_config_entry("session.disable_prepacking", "1")
         provider = PROVIDERS[self.device]
         try:
             session = ort.InferenceSession(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import hashlib
 import io
@@ -147,14 +148,16 @@ def _write(
     halved = options.weights == "fp16" and options.dtype == "fp32"
     reference = model
     if halved:
-        reference = cast(cast(_copy(model), torch.float16), torch.float32)
-    cast_model = cast(_copy(reference), dtype)
+        reference = cast(cast(copy.deepcopy(model), torch.float16), torch.float32)
+    narrowed = dtype != torch.float32
+    cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
     graphs = trace(cast_model, sampling, dtype_name, options.opset, progress)
     progress("writing graphs and weights")
     files = write_graphs(graphs, cast_model, config, work, halve=halved)
     for name, problems in ((n, tensorrt_ops.problems(g)) for n, g in graphs.items()):
         if problems:
             raise BundleError(f"{name}: TensorRT would refuse this graph: {'; '.join(problems)}")
+    del graphs  # they still hold folded constants; big models need the room
     ae = model.autoencoder
     manifest = Manifest(
         schema_version=SCHEMA_VERSION,
@@ -198,12 +201,6 @@ def _hashes(work: Path, names: Sequence[str]) -> dict[str, FileEntry]:
         name: FileEntry(sha256=sha256(work / name), bytes=(work / name).stat().st_size)
         for name in names
     }
-
-
-def _copy(model: CanvasMAR) -> CanvasMAR:
-    copy = CanvasMAR(model.config).eval()
-    copy.load_state_dict(model.state_dict())
-    return copy
 
 
 # -- tracing

@@ -20,7 +20,9 @@ def table(results: Path = RESULTS) -> str:
     for path in sorted(results.glob("*.json")):
         report: dict[str, Any] = json.loads(path.read_text())
         for m in report["metrics"]:
-            ratio = m["eager_over_ours"]
+            ratio = m.get("eager_over_ours")
+            if ratio is None:  # a soak
+                continue
             rows.append(
                 f"| `{report['config']['model']}` | {m['batch']} | {m['frame_ms']['p50']:.0f} / "
                 f"{m['frame_ms']['p95']:.0f} | {m['eager_frame_ms']['p50']:.0f} | "

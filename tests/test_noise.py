@@ -105,7 +105,6 @@ def test_fixed_vectors() -> None:
         "FRAME_AUGMENTATION": 1,
         "CANVAS_AUGMENTATION": 2,
         "ORDER": 3,
-        "PARITY": 4,
     }
     normal = draw("normal", (2, 3), seed=7, streams=[0, 1], frame=5, purpose=Purpose.FLOW)
     gumbel = draw("gumbel", (2, 3), seed=7, streams=[0, 1], frame=5, purpose=Purpose.ORDER)

@@ -57,7 +57,8 @@ class FrameNoise:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """One predicted latent frame: frames uint8 (B, t, H, W, 3), latent and canvas (B, N, C),
-    staticness (B, N), order (B, N). Canvas and staticness are None without a canvas."""
+    staticness (B, N), order (B, N). Canvas and staticness are None without a canvas. The first
+    frame of a video made from nothing stands for the last of its t decoded frames."""
 
     frames: Tensor
     latent: Tensor

@@ -454,6 +454,7 @@ def test_bad_arguments_are_refused() -> None:
         gripper_from_pixels(torch.zeros(2, 3, 64, 64))
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_draws_the_same_worlds() -> None:
     cpu = generate(CONFIG, batch=8, frames=3, seed=7)
