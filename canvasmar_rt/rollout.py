@@ -152,10 +152,11 @@ class Rollout:
         self._time = 0
         self._unobserved = 0
         self._encoder_current = False
+        self._interrupted = False
         self._start_state: RolloutState | None = None
+        self._check_noise_key()
         self._allocate()
         self._bind()
-        self._check_noise_key()
 
     # -- buffers and bindings
 
@@ -415,6 +416,7 @@ class Rollout:
         order: npt.NDArray[np.int64] | None = None,
     ) -> Prediction:
         told = self._checked_action(action)
+        self._enter()
         clock = _Clock()
         frame = self._time
         from_nothing = frame == 0
@@ -457,6 +459,7 @@ class Rollout:
         self._run_decoder()
         clock.lap("decoder")
         self._unobserved += 1
+        self._interrupted = False
         ae = self.config.autoencoder
         grid = (-1, ae.latent_height, ae.latent_width)
         first = slice(-1, None) if from_nothing else slice(None)
@@ -473,6 +476,19 @@ class Rollout:
         clock.lap("output")
         clock.finish()
         return prediction
+
+    def _enter(self) -> None:
+        """Mark the rollout as changing; the mark goes when the change is complete.
+
+        Raises:
+            StateError: if an earlier step or observation did not complete.
+        """
+        if self._interrupted:
+            raise StateError(
+                "an earlier step or observation failed or was interrupted, so the state holds half "
+                "a frame; go back with restore(state) or reset()"
+            )
+        self._interrupted = True
 
     def _require_finite(self, component: str, values: Float32) -> None:
         if not np.isfinite(values).all():
@@ -569,16 +585,19 @@ class Rollout:
                 f"observe: {self._unobserved} steps were predicted since the last real frame; "
                 "imagine on fork() and observe on the parent, or start a new rollout"
             )
+        if self._unobserved and action is not None:
+            raise InputError("observe: the step being replaced already had its action")
+        told = self._checked_action(action)
+        self._enter()
         if self._unobserved:
-            if action is not None:
-                raise InputError("observe: the step being replaced already had its action")
             self._decoder_side ^= 1  # decode again, from the history before the prediction
         else:
-            self._advance(self._checked_action(action))
+            self._advance(told)
 
     def _after_observation(self) -> None:
         self._run_decoder()
         self._unobserved = 0
+        self._interrupted = False
 
     # -- copies
 
@@ -595,7 +614,13 @@ class Rollout:
         return arrays
 
     def state(self) -> RolloutState:
-        """A copy of the rollout's state: a snapshot for `restore`."""
+        """A copy of the rollout's state: a snapshot for `restore`.
+
+        Raises:
+            StateError: if an earlier step or observation did not complete.
+        """
+        self._enter()
+        self._interrupted = False
         return RolloutState(
             arrays={k: v.copy() for k, v in self._arrays().items()},
             seed=self._seed,
@@ -620,6 +645,7 @@ class Rollout:
         self._seed, self._streams = state.seed, state.streams
         self._time, self._unobserved = state.time, state.unobserved
         self._encoder_current = state.encoder_current
+        self._interrupted = False
 
     def reset(self, seed: int | None = None) -> None:
         """Go back to the state right after `start`, with another seed if one is given."""

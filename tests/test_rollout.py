@@ -323,3 +323,24 @@ def test_an_engine_that_returns_nan_is_an_error(predictor: Predictor, clip: np.n
     rollout._inputs["canvas_noise_level"].fill(np.nan)
     with pytest.raises(EngineError, match=r"flow: .*not finite.*verify"):
         rollout.step()
+
+
+def test_a_failed_step_is_not_built_upon(rollout: Rollout) -> None:
+    """Half a frame is never continued; going back makes the rollout usable again."""
+    kept = rollout.state()
+    want = latents(rollout, 3)
+    rollout.restore(kept)
+    good = rollout._decode
+    rollout._decode = [_raise, _raise]
+    with pytest.raises(KeyboardInterrupt):
+        rollout.step()
+    rollout._decode = good
+    for call in (rollout.step, rollout.state, rollout.fork):
+        with pytest.raises(StateError, match="restore"):
+            call()
+    rollout.restore(kept)
+    np.testing.assert_array_equal(latents(rollout, 3), want)
+
+
+def _raise() -> None:
+    raise KeyboardInterrupt

@@ -18,7 +18,7 @@ from av.video.stream import VideoStream
 from numpy.typing import NDArray
 from PIL import Image, ImageSequence
 
-from canvasmar_rt import video
+from canvasmar_rt import _video_streams, _video_writing, video
 from canvasmar_rt.errors import VideoError
 from canvasmar_rt.video import Clip, find_clips, fit, read_clip, write_clip, write_png
 
@@ -115,7 +115,7 @@ def test_max_frames_and_start_in_order(tmp_path: Path) -> None:
 def test_decodes_no_further_than_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = make_video(tmp_path / "a.mkv", pictures(50))
     seen = 0
-    whole = video._decoded
+    whole = _video_streams._decoded
 
     def counted(*args: Any) -> Any:
         nonlocal seen
@@ -123,7 +123,7 @@ def test_decodes_no_further_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
             seen += 1
             yield frame
 
-    monkeypatch.setattr(video, "_decoded", counted)
+    monkeypatch.setattr(_video_streams, "_decoded", counted)
     read_clip(path, max_frames=5)
     assert seen == 5
     seen = 0
@@ -787,7 +787,7 @@ def test_failed_write_leaves_things_as_they_were(
         class Frames:
             from_ndarray = staticmethod(full_disk)
 
-        monkeypatch.setattr(video, "VideoFrame", Frames)
+        monkeypatch.setattr(_video_writing, "VideoFrame", Frames)
     else:
         monkeypatch.setattr(kind, method, full_disk)
     assert "No space left" in refused(write_clip, tmp_path / name, frames, 10)
@@ -1030,7 +1030,7 @@ def test_break_in_the_middle(refused: Refused) -> None:
     ],
 )
 def test_seeking_finds_the_same_frames(name: str, start: float, first: int) -> None:
-    assert video._seek_point(CLIPS / name, start) is not None
+    assert _video_streams._seek_point(CLIPS / name, start) is not None
     late = read_clip(CLIPS / name, size=(18, 32), start=start, max_frames=4)
     np.testing.assert_array_equal(late.frames, thumbnails(name).frames[first : first + 4])
     assert late.skipped == 0
