@@ -13,6 +13,7 @@ Reading a bundle parses JSON and safetensors headers and hashes files; nothing i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -116,6 +117,11 @@ class Manifest:
     files: dict[str, FileEntry]
     parity: Parity | None = None
 
+    def __post_init__(self) -> None:
+        for text in (self.source, self.model.name, *self.producer.values()):
+            if not text.isprintable():  # it is shown on terminals
+                raise ConfigError(f"manifest: {text!r} holds control characters")
+
 
 def component_entries(config: ModelConfig, dtype: str) -> dict[str, ComponentEntry]:
     """The component table with the dtypes a bundle of `dtype` has."""
@@ -192,7 +198,7 @@ class Bundle:
                 schema version, or tensors that are not those of the model. The message says which
                 file and what to do.
         """
-        directory = resolve(path_or_name)
+        directory = Path(os.path.abspath(resolve(path_or_name)))
         try:
             manifest = _read_manifest(directory)
             _check_files(directory, manifest, progress)
@@ -201,6 +207,12 @@ class Bundle:
                 f"{directory}: cannot be read ({error}); check its permissions"
             ) from None
         return cls(directory, manifest)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Identifies the graphs and weights: a hash over the hashes of all files."""
+        listed = sorted((name, entry.sha256) for name, entry in self.manifest.files.items())
+        return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
 
     @property
     def hidden_dtype(self) -> np.dtype[Any]:

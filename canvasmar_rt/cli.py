@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import signal
 import sys
 import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from canvasmar_rt import __version__
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import PRESETS, SamplingConfig, preset
-from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError
+from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.rollout import Predictor, load
 
 DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
@@ -34,7 +36,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Masked-autoregressive video prediction: export, verify, predict, measure.",
 )
-stdout, stderr = Console(), Console(stderr=True)
+stdout, stderr = Console(emoji=False), Console(stderr=True, emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -51,7 +53,10 @@ TemporalGuidance = Annotated[float | None, typer.Option(help="w_t of eq. 8; 1 tu
 CanvasGuidance = Annotated[float | None, typer.Option(help="w_s of eq. 8; 1 turns it off.")]
 Order = Annotated[str | None, typer.Option(help="Token order: motion, maskgit or random.")]
 Output = Annotated[
-    Path, typer.Option("--output", "-o", help=".mp4, .gif or .png; a folder for many clips.")
+    Path,
+    typer.Option(
+        "--output", "-o", help=".mp4, .gif, or .png for numbered frames; for many clips a folder."
+    ),
 ]
 Frames = Annotated[int, typer.Option(help="Pixel frames to predict.")]
 Seed = Annotated[int, typer.Option(help="Same seed, same video, on every engine.")]
@@ -61,6 +66,9 @@ Batch = Annotated[int, typer.Option(help="Futures to predict at once.")]
 def main() -> None:
     """Entry point of the console script."""
     signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
+            stream.reconfigure(errors="backslashreplace")
     try:
         app()
     except CanvasMarError as error:
@@ -73,7 +81,7 @@ def main() -> None:
 
 
 def _plain(text: str) -> str:
-    return text.replace("[", "\\[")
+    return escape(text)
 
 
 def _terminate(signum: int, frame: types.FrameType | None) -> None:
@@ -153,8 +161,10 @@ def predict(
         _predict_one(predictor, clips[0], output, options, json_, quiet)
         return
     failed = 0
+    stems = [clip.stem for clip in clips]
     for clip in clips:
-        target = output / f"{clip.stem}.mp4"
+        alone = stems.count(clip.stem) == 1
+        target = output / f"{clip.stem if alone else clip.name}.mp4"
         try:
             _predict_one(predictor, clip, target, options, json_, quiet)
         except CanvasMarError as error:
@@ -172,7 +182,8 @@ def _predict_one(
 
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=stderr, transient=True, disable=quiet or as_json,
+        TimeRemainingColumn(), console=stderr, transient=True,
+        disable=quiet or as_json or not stderr.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task(_plain(clip.name), total=None)
@@ -187,12 +198,16 @@ def _predict_one(
             stderr.print(f"note: {_plain(note)}", soft_wrap=True)
         milliseconds = 1000 * summary["seconds_per_latent_frame"]
         stdout.print(
-            f"{_plain(', '.join(summary['output'][:2]))}\n{_plain(summary['sheet'])}\n"
+            f"{_plain(_files(summary['output']))}\n{_plain(summary['sheet'])}\n"
             f"{summary['context_frames']} context frames, {summary['predicted_frames']} predicted "
-            f"by {summary['model']} on {summary['engine']}/{summary['device']}, "
+            f"by {_plain(summary['model'])} on {summary['engine']}/{summary['device']}, "
             f"{milliseconds:.0f} ms a latent frame",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
+
+
+def _files(paths: list[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} to {paths[-1]} ({len(paths)} files)"
 
 
 @app.command()
@@ -233,7 +248,7 @@ def verify(
     if json_:
         print(json.dumps(report))
     elif not quiet:
-        table = Table("component", "max abs", "relative", "cosine", title=report["bundle"])
+        table = Table("component", "max abs", "relative", "cosine", title=_plain(report["bundle"]))
         for name, d in report["components"].items():
             table.add_row(name, f"{d['max_abs']:.2e}", f"{d['relative']:.2e}", f"{d['cosine']:.7f}")
         stdout.print(table)
@@ -393,13 +408,13 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(manifest)))
         return
-    table = Table("component", "file", "inputs", "outputs", title=str(bundle.path))
+    table = Table("component", "file", "inputs", "outputs", title=_plain(str(bundle.path)))
     for name, c in manifest.components.items():
         table.add_row(name, c.file, str(len(c.inputs)), str(len(c.outputs)))
     stdout.print(table)
     ae = manifest.model.autoencoder
     stdout.print(
-        f"{manifest.model.name}: {_plain(manifest.source)}; {manifest.dtype}, weights "
+        f"{_plain(manifest.model.name)}: {_plain(manifest.source)}; {manifest.dtype}, weights "
         f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
         f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
         f"{ae.temporal_compression} frames a step, actions "
@@ -438,10 +453,13 @@ def bench(
         batches=batches, baseline=baseline, warmup=warmup, iterations=iterations, soak=soak,
         seed=seed,
     )  # fmt: skip
+    if output is not None:
+        _write_text(output, "")  # find out before measuring that it can be written
     predictor = load(model, engine=engine, device=device, threads=threads)
     bar = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=stderr, transient=True, disable=quiet or json_,
+        TimeRemainingColumn(), console=stderr, transient=True,
+        disable=quiet or json_ or not stderr.is_terminal,
     )  # fmt: skip
     with bar:
         task = bar.add_task("", total=None)
@@ -453,14 +471,28 @@ def bench(
         )  # fmt: skip
     text = json.dumps(report, indent=1)
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = output.with_name(f".{output.name}.part")
-        temporary.write_text(text + "\n")
-        temporary.replace(output)
+        _write_text(output, text + "\n")
     if json_:
         print(text)
     elif not quiet:
         _print_bench(report)
+
+
+def _write_text(path: Path, text: str) -> None:
+    """Write a file whole, or not at all; the empty text only tries."""
+    temporary = path.with_name(f".{path.name}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a directory")
+        temporary.write_text(text)
+        if text:
+            temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None
+    finally:
+        with suppress(OSError):
+            temporary.unlink()
 
 
 def _print_bench(report: dict[str, Any]) -> None:

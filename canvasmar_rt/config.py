@@ -202,7 +202,10 @@ class SamplingConfig:
 
     def __post_init__(self) -> None:
         _require(self.ar_steps >= 1, f"sampling: ar_steps must be >= 1, got {self.ar_steps}")
-        _require(self.flow_steps >= 1, f"sampling: flow_steps must be >= 1, got {self.flow_steps}")
+        _require(
+            1 <= self.flow_steps <= 1000,
+            f"sampling: flow_steps must lie in 1..1000, got {self.flow_steps}",
+        )
         _require(
             self.solver in typing.get_args(Solver),
             f"sampling: solver must be one of {typing.get_args(Solver)}, got {self.solver!r}",

@@ -117,6 +117,15 @@ def _video() -> Finding:
 
 def _bundles() -> list[Finding]:
     found = []
+    if not packaged_names():
+        found.append(
+            Finding(
+                name="bundles",
+                status="problem",
+                detail="no packaged bundle was found: the installation is incomplete",
+                fix="pip install --force-reinstall canvasmar-rt",
+            )
+        )
     for name in packaged_names():
         try:
             manifest = Bundle.open(name).manifest

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,11 +18,19 @@ from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.contact_sheet import contact_sheet, heatmap
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.rollout import Prediction, Predictor
-from canvasmar_rt.video import Clip, read_clip, write_clip, write_png
+from canvasmar_rt.video import (
+    MAX_CLIP_BYTES,
+    MAX_CLIP_FRAMES,
+    Clip,
+    read_clip,
+    write_clip,
+    write_png,
+)
 
 UInt8 = npt.NDArray[np.uint8]
 
 SHEET_COLUMNS = 12
+MAX_ACTION_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -59,8 +69,8 @@ def predict_clip(
 ) -> dict[str, Any]:
     """Predict how the clip at `source` goes on, `options.batch` futures side by side.
 
-    Writes `output` (.mp4, .gif or .png frames: context, then prediction) and a contact sheet
-    `<stem>_sheet.png` beside it.
+    Writes `output` (.mp4 or .gif: context, then prediction; for `NAME.png`, numbered frames in a
+    folder `NAME`) and a contact sheet `<stem>_sheet.png` beside it.
 
     Args:
         progress: called with the latent frames done and in all.
@@ -70,14 +80,20 @@ def predict_clip(
 
     Raises:
         VideoError: the clip cannot be read, is too short, or the output cannot be written.
-        InputError: options the model cannot run.
+        InputError: options the model cannot run, or an output that is a source or a directory.
     """
     config = predictor.config
     ae, t = config.autoencoder, config.autoencoder.temporal_compression
     if options.frames < 1:
         raise InputError(f"frames: at least 1 is needed, got {options.frames}")
+    pixels = options.frames * options.batch * ae.height * ae.width * 3
+    if options.frames > MAX_CLIP_FRAMES or pixels > MAX_CLIP_BYTES:
+        raise InputError(f"frames: {options.frames} at batch {options.batch} are too many to hold")
+    output, sheet = _targets(source, output)
     length = context_length(config, options.context)
     rate = config.fps if options.fps is None else options.fps
+    if options.actions and (options.start or rate != config.fps):
+        raise InputError("actions: they belong to every frame from the first; leave out start, fps")
     clip = read_clip(
         source,
         size=(ae.height, ae.width),
@@ -107,7 +123,6 @@ def predict_clip(
     predicted = np.concatenate([p.frames for p in predictions], axis=1)[:, : options.frames]
     videos = [np.concatenate([context, future]) for future in predicted]
     written = write_clip(output, np.concatenate(videos, axis=2), rate)
-    sheet = output.with_name(f"{output.stem}_sheet.png")
     write_png(sheet, _sheet(clip, context, predicted, predictions, t))
     seconds = sorted(p.timings["total"] for p in predictions)
     return {
@@ -129,6 +144,24 @@ def predict_clip(
     }
 
 
+def _targets(source: Path, output: Path) -> tuple[Path, Path]:
+    """Where the video and the sheet go, checked before anything is computed."""
+    if output.suffix not in (".mp4", ".gif", ".png"):
+        raise InputError(f"{output}: the output is an .mp4, a .gif, or a .png for numbered frames")
+    sheet = output.with_name(f"{output.stem}_sheet.png")
+    for path in (output, sheet):
+        if path.is_dir():
+            raise InputError(f"{path}: is a directory; name a file in it")
+        if path.exists() and path.resolve() == source.resolve():
+            raise InputError(f"{path}: is the clip itself; give another output")
+    parent = next(p for p in output.absolute().parents if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"{output}: {parent} is not a folder that can be written to")
+    if output.suffix == ".png":  # frames by themselves, so that the folder is a clip again
+        output = output.with_suffix("") / output.name
+    return output, sheet
+
+
 def _actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
     """Actions (latents, A) stored in an .npz beside its frames, as one row a latent frame or one
     row a pixel frame (t of them make one latent frame's action)."""
@@ -136,10 +169,20 @@ def _actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.
         raise InputError(f"actions: model {config.name} takes none; leave --actions out")
     if source.suffix != ".npz":
         raise InputError(f"{source}: actions come from an .npz with an array named 'actions'")
-    with np.load(source, allow_pickle=False) as archive:
-        if "actions" not in archive:
-            raise InputError(f"{source}: no array named 'actions', only {sorted(archive.files)}")
-        rows = np.asarray(archive["actions"], np.float32)
+    try:
+        with np.load(source, allow_pickle=False) as archive:
+            names, member = sorted(archive.files), archive.zip.NameToInfo.get("actions.npy")
+            if member is None:
+                raise InputError(f"{source}: no array named 'actions', only {names}")
+            if member.file_size > MAX_ACTION_BYTES:
+                raise InputError(f"{source}: 'actions' claims {member.file_size} bytes; too many")
+            rows = np.asarray(archive["actions"], np.float32)
+    except (OSError, TypeError, zipfile.BadZipFile) as error:
+        raise InputError(f"{source}: actions cannot be read ({error})") from None
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{source}: actions are not numbers ({error})") from None
     t = config.autoencoder.temporal_compression
     if rows.ndim == 2 and rows.shape[1] * t == config.action_dim:
         rows = rows[: len(rows) // t * t].reshape(-1, config.action_dim)
@@ -171,8 +214,9 @@ def _sheet(
         size = (p.frames.shape[2], p.frames.shape[3])
         canvas += [None] * t if p.canvas_frames is None else list(p.canvas_frames[0])
         still += [None] * t if p.staticness is None else [heatmap(p.staticness[0], size)] * t
-    rows.append(("canvas", [canvas[i] for i in shown]))
-    rows.append(("staticness", [still[i] for i in shown]))
+    of = "" if len(predicted) == 1 else " 1"
+    rows.append((f"canvas{of}", [canvas[i] for i in shown]))
+    rows.append((f"staticness{of}", [still[i] for i in shown]))
     titles = [f"{i - length + 1:+d}" if i >= length else f"context {i - length + 1}" for i in shown]
     return contact_sheet(rows, columns=titles)
 

@@ -62,9 +62,11 @@ class Prediction:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutState:
-    """A copy of everything a rollout carries from frame to frame; arrays by name, and scalars."""
+    """A copy of everything a rollout carries from frame to frame; arrays by name, and scalars.
+    `bundle` is the fingerprint of the bundle it belongs to."""
 
     arrays: Mapping[str, Array]
+    bundle: str
     seed: int
     streams: tuple[int, ...]
     time: int
@@ -109,7 +111,7 @@ class Predictor:
         context: UInt8 | None = None,
         *,
         seed: int = 0,
-        batch: int = 1,
+        batch: int | None = None,
         stream: int = 0,
         actions: Float32 | None = None,
         sampling: SamplingConfig | None = None,
@@ -119,7 +121,8 @@ class Predictor:
         Args:
             context: uint8 RGB (1+n*t, H, W, 3), or (B, 1+n*t, H, W, 3); None starts from nothing.
             seed, stream: row b of the batch draws its noise from (seed, stream + b).
-            batch: videos predicted at once; a single context is shared by all of them.
+            batch: videos predicted at once; a single context is shared by all of them. By default
+                as many as the context holds.
             actions: float32 (B, n, A) or (n, A), the actions between the context's latent frames.
             sampling: overrides the bundle's defaults.
 
@@ -128,10 +131,12 @@ class Predictor:
             ConfigError: sampling options the model cannot run.
         """
         limits = self.bundle.manifest.batch
+        if batch is None:
+            batch = len(context) if context is not None and np.ndim(context) == 5 else 1
         if not limits.minimum <= batch <= limits.maximum:
             raise InputError(
                 f"batch {batch} is outside the {limits.minimum}..{limits.maximum} this bundle was "
-                "exported for; export it with --batch-max"
+                "exported for; export it with another --batch-min or --batch-max"
             )
         streams = tuple(range(stream, stream + batch))
         rollout = Rollout(self, streams, seed, sampling or self.sampling)
@@ -154,7 +159,7 @@ class Rollout:
         self._encoder_current = False
         self._interrupted = False
         self._start_state: RolloutState | None = None
-        self._check_noise_key()
+        _check_key(seed, streams)
         self._allocate()
         self._bind()
 
@@ -294,10 +299,6 @@ class Rollout:
             known += size
         return _Steps(condition, runs, indices)
 
-    def _check_noise_key(self) -> None:
-        if not 0 <= self._seed < 2**64 or any(not 0 <= s < 2**64 for s in self._streams):
-            raise ConfigError("seed and stream must lie in [0, 2**64)")
-
     # -- starting
 
     def _begin(self, context: UInt8 | None, actions: Float32 | None) -> None:
@@ -358,7 +359,7 @@ class Rollout:
             return None
         if not a:
             raise InputError(f"actions: model {self.config.name} takes none")
-        array = np.asarray(actions, np.float32)
+        array = _numbers("actions", actions)
         if array.ndim == 2:
             array = array[None]
         if array.ndim != 3 or array.shape[0] not in (1, b) or array.shape[1:] != (count, a):
@@ -494,7 +495,8 @@ class Rollout:
         if not np.isfinite(values).all():
             raise EngineError(
                 f"{component}: engine {self.predictor.engine.name} returned values that are not "
-                f"finite; run 'canvasmar-rt verify' on this bundle and engine"
+                f"finite; run 'canvasmar-rt verify' on this bundle and engine, and go back with "
+                "restore(state) or reset()"
             )
 
     def _checked_action(self, action: Float32 | Sequence[float] | None) -> Float32 | None:
@@ -503,11 +505,9 @@ class Rollout:
         a, b = self.config.action_dim, len(self._streams)
         if not a:
             raise InputError(f"action: model {self.config.name} takes none; pass None")
-        array = np.asarray(action, np.float32)
+        array = _numbers("action", action)
         if array.shape not in ((a,), (b, a)):
             raise InputError(f"action: expected shape ({a},) or ({b}, {a}), got {array.shape}")
-        if not np.isfinite(array).all():
-            raise InputError("action: contains values that are not finite")
         return array
 
     def _draw_noise(self, frame: int, has_canvas: bool) -> None:
@@ -574,6 +574,7 @@ class Rollout:
             raise InputError(
                 f"latent: expected float32 {self._latent.shape}, got {array.dtype} {array.shape}"
             )
+        array = _numbers("latent", array)
         self._before_observation(action)
         self._latent[:] = array
         self._encoder_current = False
@@ -623,6 +624,7 @@ class Rollout:
         self._interrupted = False
         return RolloutState(
             arrays={k: v.copy() for k, v in self._arrays().items()},
+            bundle=self.predictor.bundle.fingerprint,
             seed=self._seed,
             streams=self._streams,
             time=self._time,
@@ -634,12 +636,14 @@ class Rollout:
         """Go back (or over) to a state of this model and batch size; nothing is recomputed.
 
         Raises:
-            StateError: if the state is of another model or batch size.
+            StateError: if the state is of another bundle or batch size.
         """
+        if state.bundle != self.predictor.bundle.fingerprint:
+            raise StateError("restore: this state is of another bundle")
         mine = self._arrays()
         shapes = {k: v.shape for k, v in mine.items()}
         if shapes != {k: v.shape for k, v in state.arrays.items()}:
-            raise StateError("restore: this state is of another model or batch size")
+            raise StateError("restore: this state is of another batch size")
         for name, array in mine.items():
             array[:] = state.arrays[name]
         self._seed, self._streams = state.seed, state.streams
@@ -648,21 +652,31 @@ class Rollout:
         self._interrupted = False
 
     def reset(self, seed: int | None = None) -> None:
-        """Go back to the state right after `start`, with another seed if one is given."""
+        """Go back to where this rollout began (after `start`'s context, or at the `fork`), with
+        another seed if one is given."""
         assert self._start_state is not None
+        if seed is not None:
+            _check_key(seed, self._streams)
         self.restore(self._start_state)
         if seed is not None:
             self._seed = seed
-            self._check_noise_key()
 
-    def fork(self, n: int = 1, *, streams: Sequence[int] | None = None) -> Rollout:
+    def fork(
+        self, n: int = 1, *, streams: Sequence[int] | None = None, into: Rollout | None = None
+    ) -> Rollout:
         """n futures of each video, as one rollout of batch B*n that shares nothing with this one.
 
         Row b*n + j continues video b; unless `streams` says otherwise it draws its noise from
         stream `own stream + j*B`, so the first copy of each replays what this rollout will do.
 
+        Args:
+            into: an earlier fork of the same size to use again, so that a loop which forks at every
+                tick allocates nothing.
+
         Raises:
             InputError: if B*n is more than the bundle was exported for.
+            StateError: if `into` is of another bundle or batch size, or this rollout holds half a
+                frame.
         """
         b = len(self._streams)
         limit = self.predictor.bundle.manifest.batch.maximum
@@ -672,12 +686,24 @@ class Rollout:
         if streams is not None and len(streams) != b * n:
             raise InputError(f"fork: expected {b * n} streams, got {len(streams)}")
         chosen = own if streams is None else tuple(streams)
-        other = Rollout(self.predictor, chosen, self._seed, self.sampling)
+        self._enter()
+        self._interrupted = False
         copied = {
             k: np.repeat(v, n, axis=1 if k.startswith(("cache_key", "cache_value")) else 0)
             for k, v in self._arrays().items()
         }
-        state = dataclasses.replace(self.state(), arrays=copied, streams=chosen)
+        state = RolloutState(
+            arrays=copied,
+            bundle=self.predictor.bundle.fingerprint,
+            seed=self._seed,
+            streams=chosen,
+            time=self._time,
+            unobserved=self._unobserved,
+            encoder_current=self._encoder_current,
+        )
+        other = into or Rollout(self.predictor, chosen, self._seed, self.sampling)
+        if into is not None and into.sampling != self.sampling:
+            raise StateError("fork: `into` was started with other sampling options")
         other.restore(state)
         other._start_state = state
         return other
@@ -713,6 +739,24 @@ class _Steps:
             index["select_index"][:] = order[:, known : known + index["select_index"].shape[1]]
             if known:
                 index["known_index"][:] = order[:, :known]
+
+
+def _check_key(seed: int, streams: Sequence[int]) -> None:
+    """Seeds and streams are whole numbers that fit a 64-bit key."""
+    for value in (seed, *streams):
+        if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
+            raise ConfigError(f"seed and stream must be integers in [0, 2**64), got {value!r}")
+
+
+def _numbers(what: str, values: Any) -> Float32:
+    """Finite float32 values."""
+    try:
+        array = np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected numbers ({error})") from None
+    if not np.isfinite(array).all():
+        raise InputError(f"{what}: contains values that are not finite")
+    return array
 
 
 class _Clock:

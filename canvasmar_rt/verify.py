@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from canvasmar_rt.bundle import Bundle, Difference
+from canvasmar_rt.bundle import Bundle, Difference, Parity
 from canvasmar_rt.engines import Engine, create
-from canvasmar_rt.errors import BundleError, ParityError
+from canvasmar_rt.errors import BundleError, CanvasMarError, ParityError
 from canvasmar_rt.rollout import Predictor
 
 Array = npt.NDArray[Any]
@@ -64,7 +64,8 @@ def compare_rollout(
         would have differed (near ties of the staticness).
     """
     predictor = Predictor(engine)
-    rollout = predictor.start(seed=int(golden["seed"][0]))
+    low = predictor.bundle.manifest.batch.minimum
+    rollout = predictor.start(seed=int(golden["seed"][0]), batch=low)
     drift: list[float] = []
     flipped = 0
     for latent, order in zip(golden["latents"], golden["orders"], strict=True):
@@ -74,7 +75,7 @@ def compare_rollout(
         if (own.order[0] != order).any():
             flipped += 1
             rollout.restore(before)
-            own = rollout._step(None, order=order[None])
+            own = rollout._step(None, order=np.broadcast_to(order, own.order.shape))
         drift.append(float(np.linalg.norm(own.latent[0] - latent) / np.linalg.norm(latent)))
     return tuple(drift), flipped
 
@@ -100,6 +101,19 @@ def verify(
     if parity is None:
         raise BundleError(f"{bundle.path}: no parity certificate; export the bundle again")
     made = create(engine, bundle, device=device, threads=None)
+    try:
+        return _verified(bundle, parity, made, progress)
+    except (KeyError, ValueError, IndexError) as error:
+        if isinstance(error, CanvasMarError):
+            raise
+        raise BundleError(
+            f"{bundle.path}: the golden tensors do not fit the model ({error}); export it again"
+        ) from None
+
+
+def _verified(
+    bundle: Bundle, parity: Parity, made: Engine, progress: Callable[[str], None]
+) -> dict[str, Any]:
     report: dict[str, Any] = {
         "bundle": str(bundle.path),
         "engine": made.name,

@@ -105,5 +105,5 @@ def check_arrays(
     if batch is not None and not limits.minimum <= batch <= limits.maximum:
         raise InputError(
             f"{component}: batch {batch} is outside the {limits.minimum}..{limits.maximum} this "
-            "bundle was exported for; export it with --batch-max"
+            "bundle was exported for; export it with another --batch-min or --batch-max"
         )

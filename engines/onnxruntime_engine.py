@@ -9,7 +9,7 @@ import onnxruntime as ort
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.engines.base import Array, Run, check_arrays
-from canvasmar_rt.errors import EngineError
+from canvasmar_rt.errors import BundleError, EngineError
 
 PROVIDERS = {"cpu": "CPUExecutionProvider"}
 
@@ -31,8 +31,11 @@ class OnnxRuntimeEngine:
             )
         _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
         self.bundle, self.device, self._threads = bundle, device, threads
-        self._sessions: dict[str, ort.InferenceSession] = {}
         self._lock = threading.Lock()
+        # all but the whole frame, which the loop does not use, are read now: what was hashed is
+        # what runs
+        names = [n for n in bundle.manifest.components if n != "frame"]
+        self._sessions = {name: self._load(name) for name in names}
 
     def session(self, component: str) -> ort.InferenceSession:
         """The session of a component.
@@ -69,6 +72,19 @@ class OnnxRuntimeEngine:
             raise EngineError(
                 f"{component}: asked ONNX Runtime for {provider}, got {session.get_providers()}"
             )
+        entry = self.bundle.manifest.components[component]
+        steps = self.bundle.manifest.sampling.ar_steps
+        for got, want in (
+            (session.get_inputs(), entry.inputs),
+            (session.get_outputs(), entry.outputs),
+        ):
+            found = [(t.name, list(t.shape)) for t in got]
+            listed = [(t.name, [steps if d == "AR" else d for d in t.dims]) for t in want]
+            if found != listed:
+                raise BundleError(
+                    f"{self.bundle.path}: {component}: the graph's tensors are not those the "
+                    "manifest lists; export the bundle again"
+                )
         return session
 
     def bind(
@@ -84,6 +100,9 @@ class OnnxRuntimeEngine:
 
         def run() -> None:
             _ = keep
-            session.run_with_iobinding(binding)
+            try:
+                session.run_with_iobinding(binding)
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                raise EngineError(f"{component}: ONNX Runtime failed: {error}") from None
 
         return run

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 import canvasmar_rt
 from canvasmar_rt.bundle import (
+    MANIFEST,
     SCHEMA_VERSION,
     BatchRange,
     Bundle,
@@ -117,16 +118,27 @@ def export_bundle(
     """
     if output.exists() and not force:
         raise BundleError(f"{output} exists; give another --output, or --force to replace it")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    if output.exists() and not (output / MANIFEST).is_file():
+        raise BundleError(f"{output} is not a bundle, so --force does not replace it")
+    output = output.resolve()
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise BundleError(f"{output}: cannot be written ({error})") from None
     try:
         os.chmod(work, 0o755)
         _write(model, sampling, work, options, source, progress)
         if output.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
             os.replace(output, old / output.name)
-            os.replace(work, output)
-            shutil.rmtree(old)
+            try:
+                os.replace(work, output)
+            except BaseException:
+                os.replace(old / output.name, output)
+                raise
+            finally:
+                shutil.rmtree(old, ignore_errors=True)
         else:
             os.replace(work, output)
     except BaseException:

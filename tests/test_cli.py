@@ -54,7 +54,7 @@ def test_demo_writes_a_video_and_a_sheet(tmp_path: Path) -> None:
 def test_predict_with_every_option(tmp_path: Path) -> None:
     done = run(
         "predict", DEMO_CLIP, "--output", "out/future.gif", "--frames", 7, "--context", 4,
-        "--steps", 3, "--flow-steps", 5, "--solver", "ab2", "--seed", 9, "--batch", 2, "--fps", 5,
+        "--steps", 3, "--flow-steps", 5, "--solver", "ab2", "--seed", 9, "--batch", 2, "--fps", 10,
         "--temporal-guidance", 1, "--canvas-guidance", 2, "--order", "random", "--actions",
         "--threads", 1, "--json", cwd=tmp_path,
     )  # fmt: skip
@@ -106,6 +106,11 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--device", "cuda"], "cuda"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--fps", "0"], "fps"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "99", "--actions"], "actions"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--flow-steps", "1001"], r"1\.\.1000"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "100001"], "too many"),
+        (["predict", DEMO_CLIP, "-o", f"{DEMO_CLIP}/x.mp4"], "not a folder"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--actions", "--fps", "5"], "leave out start, fps"),
+        (["bench", "-o", f"{DEMO_CLIP}/x.json"], "cannot be written"),
         (["export", "bare", "-o", "x"], "bair, ucf101, kinetics600, toytable"),
         (["export", "toytable", "-o", "x", "--batch-min", "4"], "minimum <= optimum"),
         (["export", "toytable", "-o", "x", "--dtype", "fp4"], "fp32, fp16, bf16"),
@@ -162,6 +167,8 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals)
     process = subprocess.Popen(
         [*COMMAND, "predict", str(DEMO_CLIP), "-o", "x.mp4", "--frames", "100000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # a test run in the background of a shell ignores SIGINT, and children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     time.sleep(3)
     assert process.poll() is None
@@ -171,3 +178,28 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals)
     assert "interrupted" in errors
     assert "Traceback" not in errors
     assert not list(tmp_path.iterdir())
+
+
+def test_a_clip_is_never_overwritten_by_its_future(tmp_path: Path) -> None:
+    run("demo", "-o", "clip.mp4", "--quiet", cwd=tmp_path)
+    before = (tmp_path / "clip.mp4").read_bytes()
+    done = run("predict", "clip.mp4", "-o", "clip.mp4", cwd=tmp_path, code=2)
+    assert "is the clip itself" in done.stderr
+    assert (tmp_path / "clip.mp4").read_bytes() == before
+
+
+def test_clips_of_one_name_do_not_overwrite_each_other(tmp_path: Path) -> None:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    shutil.copy(DEMO_CLIP, folder / "a.npz")
+    run("demo", "-o", folder / "a.mp4", "--quiet", cwd=tmp_path)
+    (folder / "a_sheet.png").unlink()
+    run("predict", folder, "-o", "out", "--frames", 2, "--quiet", cwd=tmp_path)
+    assert {p.name for p in (tmp_path / "out").glob("*.mp4")} == {"a.npz.mp4", "a.mp4.mp4"}
+
+
+def test_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
+    copy = tmp_path / "br[/x]:fire:"
+    shutil.copytree(PACKAGED / DEFAULT_MODEL, copy)
+    assert "br[/x]:fire:" in run("info", copy, cwd=tmp_path).stdout
+    run("verify", copy, cwd=tmp_path)

@@ -21,7 +21,7 @@ IMPORT_ALL = """
 import canvasmar_rt
 import canvasmar_rt.benchmarks.latency, canvasmar_rt.engines.onnxruntime_engine
 for module in pkgutil.iter_modules(canvasmar_rt.__path__):
-    if module.name != "models":
+    if module.name not in ("models", "__main__"):
         importlib.import_module(f"canvasmar_rt.{module.name}")
 print(*sorted(m for m in sys.modules if m.startswith("canvasmar_rt")))
 """

@@ -54,7 +54,7 @@ def test_a_good_clip_is_continued(
     )
     assert len(summary["output"]) == 5 + 4
     assert summary["context_frames"] == 5
-    written = read_clip(tmp_path / "out_0000.png")
+    written = read_clip(tmp_path / "out" / "out_0000.png")
     source = read_clip(clips_folder / name, size=(64, 64), fps=predictor.config.fps, max_frames=5)
     np.testing.assert_array_equal(written.frames[0], source.frames[0])
     assert (tmp_path / "out_sheet.png").is_file()

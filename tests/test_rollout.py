@@ -273,7 +273,7 @@ def test_bad_context_is_one_clear_error(
     predictor: Predictor, context: np.ndarray, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        predictor.start(context)
+        predictor.start(context, batch=1)
 
 
 def test_bad_actions_are_one_clear_error(
@@ -283,6 +283,12 @@ def test_bad_actions_are_one_clear_error(
         rollout.step([1, 2, 3])
     with pytest.raises(InputError, match="not finite"):
         rollout.step([1, 2, 3, float("nan")])
+    with pytest.raises(InputError, match="expected numbers"):
+        rollout.step(["a"] * 4)  # type: ignore[list-item]
+    with pytest.raises(InputError, match=r"actions: .*not finite"):
+        predictor.start(clip, actions=np.full((3, 4), np.nan, np.float32))
+    with pytest.raises(InputError, match=r"latent: .*not finite"):
+        rollout.observe_latent(np.full((1, 16, 4), np.inf, np.float32))
     with pytest.raises(InputError, match=r"\(3, 4\)"):
         predictor.start(clip, actions=np.zeros((2, 4), np.float32))
     with pytest.raises(InputError, match="no context"):
@@ -297,6 +303,7 @@ def test_bad_actions_are_one_clear_error(
     [
         ({"batch": 0}, "batch 0"),
         ({"batch": 33}, "batch 33 .*1..32.*--batch-max"),
+        ({"seed": 1.5}, "integers"),
         ({"seed": -1}, "seed"),
         ({"stream": 2**64}, "stream"),
     ],
@@ -313,7 +320,7 @@ def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: 
         rollout.fork(33)
     with pytest.raises(InputError, match="expected 2 streams"):
         rollout.fork(2, streams=[1])
-    with pytest.raises(StateError, match="another model or batch"):
+    with pytest.raises(StateError, match="another batch"):
         rollout.restore(predictor.start(batch=2).state())
 
 
@@ -344,3 +351,34 @@ def test_a_failed_step_is_not_built_upon(rollout: Rollout) -> None:
 
 def _raise() -> None:
     raise KeyboardInterrupt
+
+
+def test_a_fork_can_be_used_again(rollout: Rollout) -> None:
+    first = rollout.fork(2)
+    want = latents(first, 3)
+    rollout.step()
+    again = rollout.fork(2, into=first)
+    assert again is first
+    np.testing.assert_array_equal(latents(rollout.fork(2), 2), latents(again, 2))
+    with pytest.raises(StateError, match="batch"):
+        rollout.fork(3, into=first)
+    assert want.shape == (3, 2, 16, 4)
+
+
+def test_a_state_of_another_bundle_is_refused(
+    rollout: Rollout, bundles: Callable[[str], Bundle]
+) -> None:
+    other = canvasmar_rt.load(bundles("mmdit").path).start()
+    with pytest.raises(StateError, match="another bundle"):
+        rollout.restore(other.state())
+
+
+def test_a_reset_that_is_refused_changes_nothing(rollout: Rollout) -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        rollout.reset(seed=-1)
+    assert rollout.seed == 9
+
+
+def test_the_batch_is_that_of_the_context(predictor: Predictor, clip: np.ndarray) -> None:
+    assert predictor.start(np.stack([clip] * 3)).batch == 3
+    assert predictor.start(clip).batch == 1

@@ -14,11 +14,19 @@ import pytest
 import torch
 
 import canvasmar_rt
-from canvasmar_rt.bundle import MANIFEST, Bundle, FileEntry, sha256, write_manifest
+from canvasmar_rt.bundle import (
+    MANIFEST,
+    BatchRange,
+    Bundle,
+    FileEntry,
+    component_entries,
+    sha256,
+    write_manifest,
+)
 from canvasmar_rt.components import components
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.engines.torch_engine import load_model
-from canvasmar_rt.errors import BundleError, ConfigError, ParityError
+from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
 from canvasmar_rt.export import exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
@@ -255,3 +263,48 @@ def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
 def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportOptions(**options)
+
+
+def test_force_replaces_only_bundles(model: CanvasMAR, traced_once: None, tmp_path: Path) -> None:
+    thesis = tmp_path / "precious" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    with pytest.raises(BundleError, match="not a bundle"):
+        export_bundle(model, SAMPLING, thesis.parent, ExportOptions(), source="test", force=True)
+    assert thesis.read_text() == "years of work"
+
+
+def test_the_smallest_batch_may_be_more_than_one(
+    model: CanvasMAR, traced_once: None, tmp_path: Path
+) -> None:
+    options = ExportOptions(batch=BatchRange(minimum=3, optimum=3, maximum=4), drift_frames=2)
+    bundle = export_bundle(model, SAMPLING, tmp_path / "b", options, source="test")
+    assert len(verify(bundle.path)["drift"]) == 2
+    with pytest.raises(InputError, match=r"3\.\.4"):
+        canvasmar_rt.load(bundle.path).start()
+    assert canvasmar_rt.load(bundle.path).start(batch=4).step().frames.shape[0] == 4
+
+
+def test_golden_tensors_that_do_not_fit_are_one_error(bundle: Bundle) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    path = bundle.path / "golden" / "flow.safetensors"
+    tensors = load_file(path)
+    del tensors["in.flow_noise"]
+    save_file(tensors, path)
+    files = dict(bundle.manifest.files)
+    files["golden/flow.safetensors"] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+    with pytest.raises(BundleError, match="golden tensors do not fit"):
+        verify(bundle.path)
+
+
+def test_a_manifest_of_another_model_is_refused(bundle: Bundle) -> None:
+    """Tensors are compared with those the graphs really have."""
+    config = dataclasses.replace(LEAST, context_frames=4)
+    changed = dataclasses.replace(
+        bundle.manifest, model=config, components=component_entries(config, "float32")
+    )
+    write_manifest(bundle.path, changed)
+    with pytest.raises(BundleError, match="temporal: the graph's tensors"):
+        canvasmar_rt.load(bundle.path)
