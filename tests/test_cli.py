@@ -170,10 +170,14 @@ def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals)
         # a test run in the background of a shell ignores SIGINT, and children inherit that
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
-    time.sleep(3)
-    assert process.poll() is None
-    process.send_signal(how)
-    _, errors = process.communicate(timeout=30)
+    try:
+        time.sleep(3)
+        assert process.poll() is None
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
     assert process.returncode == 130
     assert "interrupted" in errors
     assert "Traceback" not in errors
