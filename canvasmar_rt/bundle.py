@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
-from canvasmar_rt.errors import BundleError, ConfigError
+from canvasmar_rt.errors import BundleError, ConfigError, InputError
 
 MANIFEST = "canvasmar_config.json"
 MANIFEST_BYTES = 16 << 20
@@ -95,6 +95,14 @@ class BatchRange:
             raise ConfigError(
                 f"batch: need 1 <= minimum <= optimum <= maximum, got "
                 f"{self.minimum}, {self.optimum}, {self.maximum}"
+            )
+
+    def require(self, batch: int, where: str = "") -> None:
+        """Raise `InputError` if a bundle of this range does not run at `batch`."""
+        if not self.minimum <= batch <= self.maximum:
+            raise InputError(
+                f"{where}batch {batch} is outside the {self.minimum}..{self.maximum} this bundle "
+                "was exported for; export it with another --batch-min or --batch-max"
             )
 
 

@@ -72,16 +72,12 @@ def main() -> None:
     try:
         app()
     except CanvasMarError as error:
-        stderr.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        _print_error(error)
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:
             stderr.print("interrupted")
         raise
-
-
-def _plain(text: str) -> str:
-    return escape(text)
 
 
 def _terminate(signum: int, frame: types.FrameType | None) -> None:
@@ -95,7 +91,20 @@ def _steps_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda _: None
         return
     with stderr.status("starting") as status:
-        yield lambda text: status.update(_plain(text))
+        yield lambda text: status.update(escape(text))
+
+
+def _bar(quiet: bool) -> Progress:
+    """A progress bar on stderr, for work whose length is known."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=stderr, transient=True,
+        disable=quiet or not stderr.is_terminal,
+    )  # fmt: skip
+
+
+def _print_error(error: CanvasMarError) -> None:
+    stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _sampling(base: SamplingConfig, **given: Any) -> SamplingConfig:
@@ -169,7 +178,7 @@ def predict(
             _predict_one(predictor, clip, target, options, json_, quiet)
         except CanvasMarError as error:
             failed += 1
-            stderr.print(f"[bold red]error:[/] {_plain(str(error))}", soft_wrap=True)
+            _print_error(error)
     if failed:
         stderr.print(f"{failed} of {len(clips)} clips failed")
         raise typer.Exit(1)
@@ -180,13 +189,8 @@ def _predict_one(
 ) -> None:
     from canvasmar_rt.predict import predict_clip
 
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=stderr, transient=True,
-        disable=quiet or as_json or not stderr.is_terminal,
-    )  # fmt: skip
-    with bar:
-        task = bar.add_task(_plain(clip.name), total=None)
+    with _bar(quiet or as_json) as bar:
+        task = bar.add_task(escape(clip.name), total=None)
         summary = predict_clip(
             predictor, clip, output, options,
             lambda done, total: bar.update(task, completed=done, total=total),
@@ -195,12 +199,12 @@ def _predict_one(
         print(json.dumps(summary))
     elif not quiet:
         for note in summary["notes"]:
-            stderr.print(f"note: {_plain(note)}", soft_wrap=True)
+            stderr.print(f"note: {escape(note)}", soft_wrap=True)
         milliseconds = 1000 * summary["seconds_per_latent_frame"]
         stdout.print(
-            f"{_plain(_files(summary['output']))}\n{_plain(summary['sheet'])}\n"
+            f"{escape(_files(summary['output']))}\n{escape(summary['sheet'])}\n"
             f"{summary['context_frames']} context frames, {summary['predicted_frames']} predicted "
-            f"by {_plain(summary['model'])} on {summary['engine']}/{summary['device']}, "
+            f"by {escape(summary['model'])} on {summary['engine']}/{summary['device']}, "
             f"{milliseconds:.0f} ms a latent frame",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -229,7 +233,7 @@ def demo(
     )
     _predict_one(predictor, DEMO_CLIP, output, options, json_, quiet)
     if not (json_ or quiet):
-        stdout.print(f"weights: {_plain(predictor.bundle.manifest.source)}", highlight=False)
+        stdout.print(f"weights: {escape(predictor.bundle.manifest.source)}", highlight=False)
 
 
 @app.command()
@@ -248,7 +252,7 @@ def verify(
     if json_:
         print(json.dumps(report))
     elif not quiet:
-        table = Table("component", "max abs", "relative", "cosine", title=_plain(report["bundle"]))
+        table = Table("component", "max abs", "relative", "cosine", title=escape(report["bundle"]))
         for name, d in report["components"].items():
             table.add_row(name, f"{d['max_abs']:.2e}", f"{d['relative']:.2e}", f"{d['cosine']:.7f}")
         stdout.print(table)
@@ -328,8 +332,8 @@ def export(
         }))  # fmt: skip
     elif not quiet:
         stdout.print(
-            f"{_plain(str(output))}: {len(bundle.manifest.components)} graphs, {size / 1e6:.1f} MB"
-            f"\nparity with PyTorch ({_plain(parity.engine)}): components within {worst:.1e}, "
+            f"{escape(str(output))}: {len(bundle.manifest.components)} graphs, {size / 1e6:.1f} MB"
+            f"\nparity with PyTorch ({escape(parity.engine)}): components within {worst:.1e}, "
             f"{len(parity.drift)}-frame rollout within {max(parity.drift):.1e}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -408,13 +412,13 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(manifest)))
         return
-    table = Table("component", "file", "inputs", "outputs", title=_plain(str(bundle.path)))
+    table = Table("component", "file", "inputs", "outputs", title=escape(str(bundle.path)))
     for name, c in manifest.components.items():
         table.add_row(name, c.file, str(len(c.inputs)), str(len(c.outputs)))
     stdout.print(table)
     ae = manifest.model.autoencoder
     stdout.print(
-        f"{_plain(manifest.model.name)}: {_plain(manifest.source)}; {manifest.dtype}, weights "
+        f"{escape(manifest.model.name)}: {escape(manifest.source)}; {manifest.dtype}, weights "
         f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
         f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
         f"{ae.temporal_compression} frames a step, actions "
@@ -456,12 +460,7 @@ def bench(
     if output is not None:
         _write_text(output, "")  # find out before measuring that it can be written
     predictor = load(model, engine=engine, device=device, threads=threads)
-    bar = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=stderr, transient=True,
-        disable=quiet or json_ or not stderr.is_terminal,
-    )  # fmt: skip
-    with bar:
+    with _bar(quiet or json_) as bar:
         task = bar.add_task("", total=None)
         report = run(
             predictor, options,
@@ -534,7 +533,7 @@ def doctor(json_: Json = False) -> None:
         colours = {"ok": "green", "missing": "yellow", "problem": "red"}
         for f in findings:
             table.add_row(
-                f"[{colours[f.status]}]{f.status}[/]", f.name, _plain(f.detail), _plain(f.fix)
+                f"[{colours[f.status]}]{f.status}[/]", f.name, escape(f.detail), escape(f.fix)
             )
         stdout.print(table)
     if any(f.status == "problem" for f in findings):

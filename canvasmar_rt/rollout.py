@@ -130,14 +130,9 @@ class Predictor:
             InputError: wrong shape, dtype or frame count.
             ConfigError: sampling options the model cannot run.
         """
-        limits = self.bundle.manifest.batch
         if batch is None:
             batch = len(context) if context is not None and np.ndim(context) == 5 else 1
-        if not limits.minimum <= batch <= limits.maximum:
-            raise InputError(
-                f"batch {batch} is outside the {limits.minimum}..{limits.maximum} this bundle was "
-                "exported for; export it with another --batch-min or --batch-max"
-            )
+        self.bundle.manifest.batch.require(batch)
         streams = tuple(range(stream, stream + batch))
         rollout = Rollout(self, streams, seed, sampling or self.sampling)
         rollout._begin(context, actions)
@@ -479,17 +474,17 @@ class Rollout:
         return prediction
 
     def _enter(self) -> None:
-        """Mark the rollout as changing; the mark goes when the change is complete.
+        """Mark the rollout as changing; the mark goes when the change is complete."""
+        self._require_whole()
+        self._interrupted = True
 
-        Raises:
-            StateError: if an earlier step or observation did not complete.
-        """
+    def _require_whole(self) -> None:
+        """Raise `StateError` if an earlier step or observation did not complete."""
         if self._interrupted:
             raise StateError(
                 "an earlier step or observation failed or was interrupted, so the state holds half "
                 "a frame; go back with restore(state) or reset()"
             )
-        self._interrupted = True
 
     def _require_finite(self, component: str, values: Float32) -> None:
         if not np.isfinite(values).all():
@@ -620,13 +615,15 @@ class Rollout:
         Raises:
             StateError: if an earlier step or observation did not complete.
         """
-        self._enter()
-        self._interrupted = False
+        return self._state({k: v.copy() for k, v in self._arrays().items()}, self._streams)
+
+    def _state(self, arrays: Mapping[str, Array], streams: tuple[int, ...]) -> RolloutState:
+        self._require_whole()
         return RolloutState(
-            arrays={k: v.copy() for k, v in self._arrays().items()},
+            arrays=arrays,
             bundle=self.predictor.bundle.fingerprint,
             seed=self._seed,
-            streams=self._streams,
+            streams=streams,
             time=self._time,
             unobserved=self._unobserved,
             encoder_current=self._encoder_current,
@@ -671,7 +668,7 @@ class Rollout:
 
         Args:
             into: an earlier fork of the same size to use again, so that a loop which forks at every
-                tick allocates nothing.
+                tick makes and binds no new rollout.
 
         Raises:
             InputError: if B*n is more than the bundle was exported for.
@@ -686,21 +683,11 @@ class Rollout:
         if streams is not None and len(streams) != b * n:
             raise InputError(f"fork: expected {b * n} streams, got {len(streams)}")
         chosen = own if streams is None else tuple(streams)
-        self._enter()
-        self._interrupted = False
         copied = {
             k: np.repeat(v, n, axis=1 if k.startswith(("cache_key", "cache_value")) else 0)
             for k, v in self._arrays().items()
         }
-        state = RolloutState(
-            arrays=copied,
-            bundle=self.predictor.bundle.fingerprint,
-            seed=self._seed,
-            streams=chosen,
-            time=self._time,
-            unobserved=self._unobserved,
-            encoder_current=self._encoder_current,
-        )
+        state = self._state(copied, chosen)
         other = into or Rollout(self.predictor, chosen, self._seed, self.sampling)
         if into is not None and into.sampling != self.sampling:
             raise StateError("fork: `into` was started with other sampling options")

@@ -101,9 +101,5 @@ def check_arrays(
                 raise InputError(f"{where}: expected a C-contiguous array")
             if kind == "output" and not array.flags.writeable:
                 raise InputError(f"{where}: expected a writeable array")
-    batch, limits = symbols.get("B"), bundle.manifest.batch
-    if batch is not None and not limits.minimum <= batch <= limits.maximum:
-        raise InputError(
-            f"{component}: batch {batch} is outside the {limits.minimum}..{limits.maximum} this "
-            "bundle was exported for; export it with another --batch-min or --batch-max"
-        )
+    if "B" in symbols:
+        bundle.manifest.batch.require(symbols["B"], f"{component}: ")

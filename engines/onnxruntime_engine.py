@@ -54,7 +54,7 @@ class OnnxRuntimeEngine:
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Sessions of one frame run in turn: a pool that spins after its run takes the cores from
-        # the next one (0.8 of the default's frame time on two cores).
+        # the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if component == "frame":
             # every AR step is a copy of the same nodes, and each would pack the weights for itself
