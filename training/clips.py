@@ -1,0 +1,252 @@
+"""Clips for training: what every source of data gives, and ToyTable as one.
+
+Notation: B clips, T pixel frames, A action size per pixel frame, t pixel frames per latent frame.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from canvasmar_rt.errors import BundleError, InputError
+from training.toytable import ToyTableConfig, generate
+
+_LATENTS_FILE = "latents.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clips:
+    """A batch of clips. `actions[:, i]` is taken between pixel frames i and i+1."""
+
+    frames: Tensor  # (B, T, H, W, 3) uint8
+    actions: Tensor | None  # (B, T-1, A) float32, None if the data has none
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentClips:
+    """A batch of clips that have been through the autoencoder: normalised latents, and the actions
+    of latent steps, `actions[:, i]` leading from latent frame i to i+1."""
+
+    latents: Tensor  # (B, 1+n, N, C) float32
+    actions: Tensor | None  # (B, n, t*A) float32
+
+
+AnyClips = TypeVar("AnyClips", bound=Clips | LatentClips)
+
+
+class ClipSource(Protocol):
+    """An endless stream of clips. Clip i is a pure function of the source's seed and i, so a run
+    resumes at any step and the ranks of a group share a batch by index.
+
+    `frames`, `height`, `width` are the clips' size, `action_dim` is A, 0 for data without actions.
+    """
+
+    @property
+    def frames(self) -> int: ...
+
+    @property
+    def height(self) -> int: ...
+
+    @property
+    def width(self) -> int: ...
+
+    @property
+    def action_dim(self) -> int: ...
+
+    def clips(self, first: int, count: int) -> Clips | LatentClips:
+        """Clips first ... first + count - 1."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToyTableSource:
+    """Clips of the ToyTable world, drawn when asked for."""
+
+    frames: int = 17
+    size: int = 64
+    seed: int = 0
+    world: ToyTableConfig = field(default_factory=ToyTableConfig)
+    device: str = "cpu"
+
+    @property
+    def height(self) -> int:
+        return self.size
+
+    @property
+    def width(self) -> int:
+        return self.size
+
+    @property
+    def action_dim(self) -> int:
+        return 2
+
+    def clips(self, first: int, count: int) -> Clips:
+        world = replace(self.world, size=self.size)
+        drawn = generate(
+            world,
+            batch=count,
+            frames=self.frames,
+            seed=self.seed,
+            first_clip=first,
+            device=self.device,
+        )
+        return Clips(frames=drawn.frames, actions=drawn.actions)
+
+
+def latent_actions(actions: Tensor, t: int) -> Tensor:
+    """Actions of pixel steps (B, n*t, A) -> of latent steps (B, n, t*A), in order of time.
+
+    Raises:
+        InputError: if the number of actions is not a multiple of t.
+    """
+    if actions.shape[1] % t:
+        raise InputError(
+            f"{actions.shape[1]} actions do not make whole latent steps of {t}; a clip has "
+            f"1 + n*{t} frames"
+        )
+    return actions.reshape(len(actions), actions.shape[1] // t, t * actions.shape[2])
+
+
+def batches(
+    source: ClipSource, *, first_step: int, steps: int, batch: int, rank: int = 0, world: int = 1
+) -> Iterator[Clips | LatentClips]:
+    """This rank's share of the batches of steps first_step ... steps - 1, the next one being
+    prepared in a thread while the last is used. `batch` counts the clips of all ranks.
+
+    Raises:
+        InputError: if `batch` cannot be shared evenly.
+    """
+    if batch % world:
+        raise InputError(f"a batch of {batch} clips cannot be shared by {world} ranks")
+    share = batch // world
+
+    def prepare(step: int) -> Clips | LatentClips:
+        return source.clips(step * batch + rank * share, share)
+
+    with ThreadPoolExecutor(1) as pool:
+        following = pool.submit(prepare, first_step) if first_step < steps else None
+        for step in range(first_step, steps):
+            assert following is not None
+            ready = following.result()
+            following = pool.submit(prepare, step + 1) if step + 1 < steps else None
+            yield ready
+
+
+def to_device(clips: AnyClips, device: torch.device) -> AnyClips:
+    """The same clips on another device."""
+    tensors = {f.name: getattr(clips, f.name) for f in fields(clips)}
+    return replace(
+        clips, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
+    )
+
+
+# -- latents made once
+
+
+class LatentSource:
+    """Latents written by `write_latents`, read whole into memory and shuffled anew every epoch."""
+
+    def __init__(self, directory: Path, *, seed: int = 0) -> None:
+        """
+        Raises:
+            BundleError: if a shard is missing or cut, or shards do not belong together.
+        """
+        path = directory / _LATENTS_FILE
+        self._actions: Tensor | None = None
+        try:
+            self.about: dict[str, Any] = json.loads(path.read_text())
+            shards = [load_file(directory / name) for name in self.about["shards"]]
+            self._latents = torch.cat([s["latents"] for s in shards])
+            if self.action_dim:
+                self._actions = torch.cat([s["actions"] for s in shards])
+            found = {len(x) for x in (self._latents, self._actions) if x is not None}
+            if found != {self.about["clips"]}:
+                raise ValueError(f"expected {self.about['clips']} clips, found {found}")
+        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+            raise BundleError(
+                f"{directory}: no whole set of latents ({error}); make it again with "
+                "`python -m training encode`"
+            ) from None
+        self._seed, self._epoch, self._order = seed, -1, np.empty(0, np.int64)
+
+    @property
+    def frames(self) -> int:
+        return int(self.about["frames"])
+
+    @property
+    def height(self) -> int:
+        return int(self.about["height"])
+
+    @property
+    def width(self) -> int:
+        return int(self.about["width"])
+
+    @property
+    def action_dim(self) -> int:
+        return int(self.about["action_dim"])
+
+    def _pick(self, index: int) -> int:
+        epoch, place = divmod(index, len(self._latents))
+        if epoch != self._epoch:
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._latents))
+            self._epoch = epoch
+        return int(self._order[place])
+
+    def clips(self, first: int, count: int) -> LatentClips:
+        rows = torch.tensor([self._pick(i) for i in range(first, first + count)])
+        return LatentClips(
+            latents=self._latents[rows].float(),
+            actions=None if self._actions is None else self._actions[rows],
+        )
+
+
+def write_latents(
+    source: ClipSource,
+    encode: Callable[[Tensor], Tensor],
+    directory: Path,
+    *,
+    clips: int,
+    temporal_compression: int,
+    autoencoder: str,
+    batch: int = 16,
+    shard: int = 2048,
+    progress: Callable[[int], None] = lambda done: None,
+) -> None:
+    """Encode clips 0 ... `clips` - 1 of a source into float16 shards. `encode` maps uint8 frames
+    (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it. The list of shards is
+    written last: without it nothing reads the directory."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / _LATENTS_FILE).unlink(missing_ok=True)
+    names: list[str] = []
+    for start in range(0, clips, shard):
+        parts: dict[str, list[Tensor]] = {"latents": [], "actions": []}
+        for first in range(start, min(start + shard, clips), batch):
+            drawn = source.clips(first, min(batch, start + shard - first, clips - first))
+            assert isinstance(drawn, Clips)
+            parts["latents"].append(encode(drawn.frames).half().cpu())
+            if drawn.actions is not None:
+                parts["actions"].append(latent_actions(drawn.actions, temporal_compression))
+            progress(len(drawn.frames))
+        names.append(f"latents_{len(names):05d}.safetensors")
+        tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
+        save_file(tensors, directory / names[-1])
+    about = {
+        "shards": names,
+        "clips": clips,
+        "frames": source.frames,
+        "height": source.height,
+        "width": source.width,
+        "action_dim": source.action_dim,
+        "autoencoder": autoencoder,
+    }
+    (directory / _LATENTS_FILE).write_text(json.dumps(about, indent=2) + "\n")
