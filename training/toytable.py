@@ -156,7 +156,7 @@ _SHAPE_TABLE: dict[str, tuple[float, float, float, float, float, float, float]] 
 SHAPES = tuple(_SHAPE_TABLE)
 
 # Hues of toys, in turns, all well away from the gripper's: red, orange, yellow, green, cyan, blue.
-_TOY_HUES = (0.995, 0.07, 0.145, 0.34, 0.485, 0.60)
+TOY_HUES = (0.995, 0.07, 0.145, 0.34, 0.485, 0.60)
 _GRIPPER_COLOUR = (1.0, 0.08, 0.80)
 _LINK = 0.61  # length of each of the two links
 _LINK_RADII = (0.058, 0.046)
@@ -428,8 +428,8 @@ def reset(
     count = config.min_toys + (draws.take() * (n - config.min_toys + 1)).long()
     mask = torch.arange(n) < count.unsqueeze(-1)
     shape = draws.take(len(SHAPES)).argsort(-1)[:, :n]
-    hue_index = draws.take(len(_TOY_HUES)).argsort(-1)[:, :n]
-    hue = torch.tensor(_TOY_HUES)[hue_index] + draws.take(n, low=-0.012, high=0.012)
+    hue_index = draws.take(len(TOY_HUES)).argsort(-1)[:, :n]
+    hue = torch.tensor(TOY_HUES)[hue_index] + draws.take(n, low=-0.012, high=0.012)
     colour = _hsv(hue % 1, draws.take(n, low=0.78, high=0.95), draws.take(n, low=0.82, high=1.0))
     radius = draws.take(n, low=config.min_radius, high=config.max_radius)
     angle = draws.take(n, low=-math.pi, high=math.pi)
