@@ -19,23 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canvasmar_rt.config import AutoencoderConfig
-from canvasmar_rt.models.layers import init_weights
+from canvasmar_rt.models.layers import LayerNorm, init_weights
 
 
-class GroupNorm(nn.GroupNorm):
-    """Group norm over one frame's channels and positions, never over time, in float32."""
+class ChannelNorm(nn.Module):
+    """Layer norm over the channels of every position, (R, C, h, w), in float32."""
 
     def __init__(self, channels: int) -> None:
-        super().__init__(min(16, channels // 8), channels)
+        super().__init__()
+        self.norm = LayerNorm(channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.group_norm(x.float(), self.num_groups, weight, bias, self.eps).to(x.dtype)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 
 class CausalConv(nn.Module):
     """A 3D convolution (kt x 3 x 3), causal in time: kt frames enter one 2D convolution as
-    channels, oldest first. Its state is the last kt-1 input frames (B, kt-1, C, h, w)."""
+    channels, oldest first, or a clip enters a 3D one with the same weights. Its state is the last
+    kt-1 input frames (B, kt-1, C, h, w)."""
 
     def __init__(self, channels: int, out: int, kernel: int) -> None:
         super().__init__()
@@ -46,17 +47,18 @@ class CausalConv(nn.Module):
         """x (B, T, C, h, w) -> (B, T, out, h, w); takes its state from `states` and appends the
         next one to `new`."""
         frames = x.shape[1]
+        if frames == 1:
+            if self.kernel > 1:
+                x = torch.cat([next(states), x], dim=1)
+                new.append(x[:, 1:])
+            return self.conv(x.flatten(1, 2)).unflatten(0, (-1, 1))
+        x = x.permute(0, 1, 3, 4, 2)  # channels last, as a clip's convolutions leave them: no copy
         if self.kernel > 1:
-            x = torch.cat([next(states), x], dim=1)
-            new.append(x[:, frames:])
-            if frames == 1:
-                window = x.flatten(1, 2)
-            else:
-                shifted = [x[:, j : j + frames] for j in range(self.kernel)]
-                window = torch.cat(shifted, dim=2).flatten(0, 1)
-        else:
-            window = x.flatten(0, 1)
-        return self.conv(window).unflatten(0, (-1, frames))
+            x = torch.cat([next(states).permute(0, 1, 3, 4, 2).to(x.dtype), x], dim=1)
+            new.append(x[:, frames:].permute(0, 1, 4, 2, 3))
+        weight = self.conv.weight.unflatten(1, (self.kernel, -1)).transpose(1, 2)
+        out = F.conv3d(x.permute(0, 4, 1, 2, 3), weight, self.conv.bias, padding=(0, 1, 1))
+        return out.transpose(1, 2)
 
 
 class ResBlock(nn.Module):
@@ -64,7 +66,7 @@ class ResBlock(nn.Module):
 
     def __init__(self, channels: int, kernel: int) -> None:
         super().__init__()
-        self.norm1, self.norm2 = GroupNorm(channels), GroupNorm(channels)
+        self.norm1, self.norm2 = ChannelNorm(channels), ChannelNorm(channels)
         self.conv1 = CausalConv(channels, channels, kernel)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1)
 
@@ -74,6 +76,35 @@ class ResBlock(nn.Module):
         h = self.conv1(h, states, new).flatten(0, 1)
         h = self.conv2(F.silu(self.norm2(h)))
         return x + h.unflatten(0, (-1, frames))
+
+
+def _match(x: Tensor, channels: int) -> Tensor:
+    """The first `channels` channels of x (R, C, h, w), zeros where there are none."""
+    return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+
+class Down(nn.Module):
+    """Half the resolution: a strided convolution beside the mean of every 2x2 positions."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.out = out
+        self.conv = nn.Conv2d(channels, out, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + _match(F.avg_pool2d(x, 2), self.out)
+
+
+class Up(nn.Module):
+    """Twice the resolution: a convolution to 2x2 positions beside the repeated value."""
+
+    def __init__(self, channels: int, out: int) -> None:
+        super().__init__()
+        self.out = out
+        self.conv = nn.Sequential(nn.Conv2d(channels, 4 * out, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) + F.interpolate(_match(x, self.out), scale_factor=2.0)
 
 
 def _per_frame(module: nn.Module, x: Tensor) -> Tensor:
@@ -90,9 +121,8 @@ class Encoder(nn.Module):
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
         )
         self.down = nn.ModuleList(
-            nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in itertools.pairwise(widths)
+            Down(a, b) for a, b in itertools.pairwise(widths)
         )
-        self.norm = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(
@@ -109,7 +139,7 @@ class Encoder(nn.Module):
                 x = block(x, it, new)
             if i < len(self.down):
                 x = _per_frame(self.down[i], x)
-        x = _per_frame(nn.Sequential(self.norm, nn.SiLU(), self.conv_out), x)
+        x = _per_frame(self.conv_out, x)
         mean, logvar = x.float().chunk(2, dim=2)
         return mean, logvar.clamp(-30.0, 20.0), new
 
@@ -124,10 +154,8 @@ class Decoder(nn.Module):
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
         )
         self.up = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(a, 4 * b, 3, padding=1), nn.PixelShuffle(2))
-            for a, b in itertools.pairwise(widths)
+            Up(a, b) for a, b in itertools.pairwise(widths)
         )
-        self.norm = GroupNorm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 3 * c.temporal_compression * c.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -139,7 +167,7 @@ class Decoder(nn.Module):
                 x = block(x, it, new)
             if i < len(self.up):
                 x = _per_frame(self.up[i], x)
-        x = _per_frame(nn.Sequential(self.norm, nn.SiLU(), self.conv_out), x)
+        x = _per_frame(self.conv_out, x)
         x = _per_frame(nn.PixelShuffle(self.config.patch), x)  # (B, T, t*3, H, W)
         t = self.config.temporal_compression
         return x.unflatten(2, (t, 3)).permute(0, 1, 2, 4, 5, 3).flatten(1, 2).float(), new

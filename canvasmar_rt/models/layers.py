@@ -19,6 +19,8 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if torch.is_autocast_enabled(x.device.type):  # its kernels keep float32 statistics
+            return super().forward(x)
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

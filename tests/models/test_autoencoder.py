@@ -13,7 +13,14 @@ from torch import Tensor
 
 from canvasmar_rt.components import autoencoder_states
 from canvasmar_rt.config import AutoencoderConfig
-from canvasmar_rt.models.autoencoder import Autoencoder, CausalConv, GroupNorm, first_frame_group
+from canvasmar_rt.models.autoencoder import (
+    Autoencoder,
+    CausalConv,
+    ChannelNorm,
+    Down,
+    Up,
+    first_frame_group,
+)
 
 BASE = AutoencoderConfig(
     height=16,
@@ -214,18 +221,37 @@ def test_empty_history_is_zero_padding() -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_group_norm_is_per_frame() -> None:
-    """Statistics over channels and positions of one frame: the formula in float64."""
+def test_channel_norm_is_per_position() -> None:
+    """Statistics over the channels of one position: the formula in float64."""
     torch.manual_seed(0)
-    norm = GroupNorm(16)
-    norm.weight.copy_(torch.randn(16))
-    norm.bias.copy_(torch.randn(16))
+    norm = ChannelNorm(16)
+    norm.norm.weight.copy_(torch.randn(16))
+    norm.norm.bias.copy_(torch.randn(16))
     x = torch.randn(3, 16, 4, 5) * 3 + 1
-    groups = x.double().numpy().reshape(3, 2, -1)
-    mean, variance = groups.mean(-1, keepdims=True), groups.var(-1, keepdims=True)
-    want = ((groups - mean) / np.sqrt(variance + 1e-5)).reshape(3, 16, 4, 5)
-    want = want * norm.weight.numpy()[:, None, None] + norm.bias.numpy()[:, None, None]
+    values = x.double().numpy()
+    mean, variance = values.mean(1, keepdims=True), values.var(1, keepdims=True)
+    want = (values - mean) / np.sqrt(variance + 1e-5)
+    weight, bias = norm.norm.weight.numpy(), norm.norm.bias.numpy()
+    want = want * weight[:, None, None] + bias[:, None, None]
     torch.testing.assert_close(norm(x).double(), torch.from_numpy(want), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("channels", "out"), [(8, 8), (8, 16), (16, 8)])
+def test_resampling_starts_from_the_mean_and_the_repeated_value(channels: int, out: int) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, channels, 4, 6)
+    down, up = Down(channels, out), Up(channels, out)
+    for parameter in [*down.conv.parameters(), *up.conv.parameters()]:
+        torch.nn.init.zeros_(parameter)
+    kept = min(channels, out)
+    mean = x.reshape(2, channels, 2, 2, 3, 2).mean((3, 5))
+    assert down(x).shape == (2, out, 2, 3)
+    torch.testing.assert_close(down(x)[:, :kept], mean[:, :kept])
+    assert down(x)[:, kept:].abs().sum() == 0
+    assert up(x).shape == (2, out, 8, 12)
+    repeated = x.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    torch.testing.assert_close(up(x)[:, :kept], repeated[:, :kept])
+    assert up(x)[:, kept:].abs().sum() == 0
 
 
 # -- causality
