@@ -26,7 +26,7 @@ from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputE
 from canvasmar_rt.rollout import Predictor, load
 
 DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
-DEFAULT_MODEL = "toytable-untrained"
+DEFAULT_MODEL = "toytable"
 
 INTERRUPTED = 130
 
@@ -287,6 +287,9 @@ def export(
     drift_frames: Annotated[
         int, typer.Option(help="Latent frames of the rollout compared with PyTorch.")
     ] = 32,
+    card: Annotated[
+        Path | None, typer.Option(help="Markdown to put into the bundle's model card.")
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing bundle.")] = False,
     json_: Json = False,
     quiet: Quiet = False,
@@ -296,6 +299,10 @@ def export(
         raise ConfigError(
             f"{source}: neither a preset ({', '.join(PRESETS)}) nor a checkpoint directory"
         )
+    try:
+        text = "" if card is None else card.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--card {card}: cannot be read as text ({error})") from None
     _need_torch("export")
     from canvasmar_rt.bundle import BatchRange
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
@@ -304,7 +311,7 @@ def export(
 
     options = ExportOptions(
         dtype=dtype, weights=weights, opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
-        drift_frames=drift_frames,
+        drift_frames=drift_frames, card=text,
         batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
     )  # fmt: skip
     if source in PRESETS:

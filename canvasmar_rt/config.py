@@ -350,14 +350,14 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
     model = ModelConfig(
         name="toytable",
         autoencoder=AutoencoderConfig(
-            height=64, width=64, temporal_compression=2, widths=(32, 64, 96)
+            height=64, width=64, temporal_compression=2, patch=4, widths=(64, 128)
         ),
-        flow=FlowConfig(width=384),
-        dim=256,
-        heads=4,
-        temporal_layers=4,
-        canvas_layers=2,
-        spatial_layers=6,
+        flow=FlowConfig(width=256),
+        dim=192,
+        heads=3,
+        temporal_layers=3,
+        canvas_layers=3,
+        spatial_layers=5,
         encoder_layers=2,
         context_frames=9,
         action_dim=4,

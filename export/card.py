@@ -6,8 +6,8 @@ from canvasmar_rt.bundle import Manifest
 from canvasmar_rt.models.canvasmar import count_parameters
 
 
-def model_card(manifest: Manifest) -> str:
-    """Markdown: where the weights come from, sizes, and the parity certificate."""
+def model_card(manifest: Manifest, more: str = "") -> str:
+    """Markdown: where the weights come from, sizes, the parity certificate, and `more`."""
     config, ae, parity = manifest.model, manifest.model.autoencoder, manifest.parity
     assert parity is not None
     counts = count_parameters(config)
@@ -40,4 +40,4 @@ Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent fram
 | component | max abs | relative | cosine |
 |---|---|---|---|
 {checks}
-"""
+{more and chr(10) + more}"""

@@ -58,7 +58,8 @@ Progress = Callable[[str], None]
 class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
     rounded to float16, half the size; parity is then against the model with those weights.
-    `drift_frames` is the length of the rollout compared with PyTorch."""
+    `drift_frames` is the length of the rollout compared with PyTorch. `card` is Markdown that
+    joins the bundle's model card: how the weights were trained, what they reach."""
 
     dtype: str = "fp32"
     weights: str = ""
@@ -66,6 +67,7 @@ class ExportOptions:
     batch: BatchRange = dataclasses.field(default_factory=BatchRange)
     seed: int = 0
     drift_frames: int = 32
+    card: str = ""
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -200,7 +202,7 @@ def _write(
         progress=progress,
     )
     manifest = dataclasses.replace(manifest, parity=certificate)
-    (work / "README.md").write_text(model_card(manifest))
+    (work / "README.md").write_text(model_card(manifest, options.card))
     manifest = dataclasses.replace(manifest, files=_hashes(work, [*files, *golden, "README.md"]))
     write_manifest(work, manifest)
     problems = parity.failures(certificate)

@@ -48,7 +48,7 @@ def test_demo_writes_a_video_and_a_sheet(tmp_path: Path) -> None:
     assert np.abs(frames[:5].astype(int) - context).mean() < 8  # H.264 of the real frames
     with Image.open(tmp_path / "canvasmar_demo_sheet.png") as sheet:
         assert sheet.width > 1000
-    assert "untrained" in done.stdout
+    assert "weights: " in done.stdout
 
 
 def test_predict_with_every_option(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--steps", "65"], r"1\.\.64"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--batch", "33"], r"--batch-max"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--solver", "rk4"], "euler"),
-        (["predict", DEMO_CLIP, "-o", "x.mp4", "--model", "nothing"], "toytable-untrained"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--model", "nothing"], "toytable"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--engine", "jax"], "onnxruntime, torch"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--device", "cuda"], "cuda"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--fps", "0"], "fps"),
@@ -114,6 +114,7 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["export", "bare", "-o", "x"], "bair, ucf101, kinetics600, toytable"),
         (["export", "toytable", "-o", "x", "--batch-min", "4"], "minimum <= optimum"),
         (["export", "toytable", "-o", "x", "--dtype", "fp4"], "fp32, fp16, bf16"),
+        (["export", "toytable", "-o", "x", "--card", "nowhere.md"], "nowhere.md"),
         (["verify", "nowhere"], "nowhere"),
         (["info", "nowhere"], "nowhere"),
         (["bench", "--batch", "many"], "1,8,32"),

@@ -134,6 +134,14 @@ def test_the_certificate_holds_what_was_measured(bundle: Bundle) -> None:
     assert "| flow |" in (bundle.path / "README.md").read_text()
 
 
+def test_a_card_joins_the_model_card(model: CanvasMAR, traced_once: None, tmp_path: Path) -> None:
+    options = ExportOptions(card="## Training\n\nTwo hours of a toaster.\n")
+    bundle = export_bundle(model, SAMPLING, tmp_path / "b", options, source="test")
+    card = (bundle.path / "README.md").read_text()
+    assert card.startswith(f"# {model.config.name}\n")
+    assert card.endswith("\n\n## Training\n\nTwo hours of a toaster.\n")
+
+
 def test_a_wrong_weight_is_caught(bundle: Bundle) -> None:
     """Hashes made to fit a changed weight do not help: verify compares outputs."""
     path = bundle.path / "flow" / "model.safetensors"

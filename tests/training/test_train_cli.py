@@ -1,0 +1,307 @@
+"""`python -m training`: from nothing to a checkpoint, stopped and resumed, and every mistake said
+in one line."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.checkpoint import load_checkpoint
+from training.__main__ import app
+from training.clips import ToyTableSource
+from training.options import run_command
+from training.stages import weights_id
+from training.trainer import latest_checkpoint
+
+SIZES = (
+    "autoencoder.height=16", "autoencoder.width=16", "autoencoder.widths=[8,16]",
+    "autoencoder.blocks=1", "flow.width=32", "flow.blocks=1", "dim=32", "heads=2",
+    "temporal_layers=1", "canvas_layers=1", "spatial_layers=2", "encoder_layers=1",
+)  # fmt: skip
+MODEL = [word for size in SIZES for word in ("--set-model", size)]
+SHORT = [
+    word
+    for option in (
+        "batch=2", "frames=5", "steps=3", "warmup_steps=0", "decay_steps=0", "checkpoint_every=1",
+        "sample_every=0", "log_every=1",
+    )
+    for word in ("--set", option)
+]  # fmt: skip
+AUTOENCODER = ["autoencoder", *MODEL, *SHORT, "--set", "statistics_clips=2", "--quiet"]
+TRAIN = ["model", *MODEL, *SHORT, "--quiet", "--device", "cpu"]
+
+
+@pytest.fixture(autouse=True)
+def _handlers() -> Iterator[None]:
+    """Signal handlers as they were."""
+    before = {s: signal.getsignal(s) for s in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def run(*arguments: Any) -> str:
+    """Run a command to its end: what it printed on stderr."""
+    done = CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return done.stderr
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("autoencoder") / "run"
+    run(*AUTOENCODER, "-o", directory, "--device", "cpu", "--threads", 1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def latents(autoencoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("latents")
+    run("encode", "-o", directory, "--autoencoder", autoencoder, "--clips", 6, "--frames", 5,
+        "--quiet")  # fmt: skip
+    return directory
+
+
+@pytest.fixture
+def fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Run a command as the shell does: it must exit with a status and one line, which is given."""
+
+    def run_and_fail(*arguments: Any, code: int = 2) -> str:
+        monkeypatch.setattr(sys, "argv", ["training", *map(str, arguments)])
+        with pytest.raises(SystemExit) as leaving:
+            run_command(app)
+        assert leaving.value.code == code
+        errors = capsys.readouterr().err
+        assert "Traceback" not in errors
+        lines = errors.strip().splitlines()
+        assert len(lines) == 1, lines
+        return lines[0]
+
+    return run_and_fail
+
+
+def states(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.glob("*step_*"))
+
+
+# The whole way
+
+
+def test_stage_one_leaves_a_scaled_autoencoder(autoencoder: Path) -> None:
+    assert states(autoencoder) == ["step_00000002", "step_00000003"]
+    described = json.loads((autoencoder / "run.json").read_text())
+    assert described["data"] == {"name": "toytable"}
+    assert described["model"]["autoencoder"]["widths"] == [8, 16]
+    assert described["training"]["statistics_clips"] == 2
+    ae = load_checkpoint(latest_checkpoint(autoencoder))[0].autoencoder
+    assert (ae.latent_std != 1).all()
+    log = (autoencoder / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("stored", [False, True], ids=["encoded-on-the-way", "stored-latents"])
+def test_stage_two_makes_a_model_that_predicts(
+    stored: bool, autoencoder: Path, latents: Path, tmp_path: Path
+) -> None:
+    data = ["--latents", latents] if stored else []
+    run(*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder, *data)
+    assert states(tmp_path) == ["step_00000002", "step_00000003"]
+    model, sampling = load_checkpoint(latest_checkpoint(tmp_path))
+    trained = load_checkpoint(latest_checkpoint(autoencoder))[0]
+    assert weights_id(model.autoencoder) == weights_id(trained.autoencoder)
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["autoencoder"] == weights_id(trained.autoencoder)
+    assert described["data"]["clips" if stored else "name"] == (6 if stored else "toytable")
+    clips = ToyTableSource(frames=3, size=16).clips(0, 1)
+    state = sampler.start(model, sampler.encode(model, clips.frames))
+    noise = sampler.draw_noise(model.config, sampling, seed=0, streams=[0], frame=2)
+    _, sample = sampler.step(model, sampling, state, noise)
+    assert sample.frames.shape == (1, 2, 16, 16, 3)
+
+
+def test_the_same_command_resumes(autoencoder: Path, tmp_path: Path) -> None:
+    command = [*TRAIN, "--autoencoder", autoencoder]
+    run(*command, "-o", tmp_path / "straight")
+    run(*command, "-o", tmp_path / "parts", "--until", 1)
+    assert states(tmp_path / "parts") == ["step_00000001"]
+    run(*command, "-o", tmp_path / "parts")
+    straight, parts = (
+        load_file(tmp_path / d / "step_00000003" / "training.safetensors")
+        for d in ("straight", "parts")
+    )
+    assert straight.keys() == parts.keys()
+    for name, tensor in straight.items():
+        assert torch.equal(parts[name], tensor), name
+
+
+def test_a_model_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    run(*TRAIN, "-o", second, "--autoencoder", autoencoder, "--init", first, "--until", 1,
+        "--set", "learning_rate=1e-12")  # fmt: skip
+    given = load_checkpoint(latest_checkpoint(first))[0].state_dict()
+    for name, tensor in load_file(second / "step_00000001" / "training.safetensors").items():
+        if name.startswith("weights."):
+            torch.testing.assert_close(tensor, given[name.removeprefix("weights.")])
+
+
+def test_progress_is_shown_unless_quiet(autoencoder: Path, tmp_path: Path) -> None:
+    command = [*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder]
+    assert run(*command, "--until", 1) == ""
+    lines = run(*[word for word in command if word != "--quiet"]).splitlines()
+    assert [line.split()[:2] for line in lines] == [["model", "2/3"], ["model", "3/3"]]
+
+
+# Options
+
+
+def test_options_reach_the_configuration(tmp_path: Path) -> None:
+    run(*AUTOENCODER, "-o", tmp_path, "--until", 1, "--set", "precision=fp32",
+        "--set", "betas=[0.5, 0.75]", "--set", "learning_rate=1e-3",
+        "--set-model", "flow.modulation=additive", "--set-model", "canvas=false",
+        "--set-model", "autoencoder.temporal_kernel=2", "--set-model", "name=mine")  # fmt: skip
+    described = json.loads((tmp_path / "run.json").read_text())
+    assert described["training"]["precision"] == "fp32"
+    assert described["training"]["betas"] == [0.5, 0.75]
+    assert described["training"]["learning_rate"] == 1e-3
+    assert described["model"]["flow"]["modulation"] == "additive"
+    assert described["model"]["canvas"] is False
+    assert described["model"]["autoencoder"]["temporal_kernel"] == 2
+    assert load_checkpoint(latest_checkpoint(tmp_path))[0].config.name == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "lerning_rate=1"], r"no option 'lerning_rate'; there are .*learning_rate"),
+        (["--set", "steps"], "'steps': expected name=value"),
+        (["--set", "steps=many"], "steps: expected int, got 'many'"),
+        (["--set", "steps=0"], "steps must be at least 1"),
+        (["--set", "learning_rate=NaN"], "learning_rate must be above 0"),
+        (["--set", "seed=-1"], "seed must not be negative"),
+        (["--set", "betas=[0.9,1]"], r"betas must lie in \[0, 1\)"),
+        (["--set", "betas=[0.9]"], "betas: expected 2 entries"),
+        (["--set", "optimizer=sgd"], r"\('adamw', 'muon'\)"),
+        (["--set", "kl_weight=-1"], "kl_weight"),
+        (["--set", "frames=4"], r"clips of 4 frames: the model wants 1 \+ n\*2"),
+        (["--set-model", "flow.witdh=3"], r"no option 'flow.witdh'; there are blocks, .*width"),
+        (["--set-model", "flow.width.x=3"], "no option 'flow.width.x'"),
+        (["--set-model", "nothing.x=3"], "no option 'nothing.x'; there are name"),
+        (["--set-model", "flow=3"], "expected an object"),
+        (["--set-model", "dim=33"], "multiple of heads"),
+        (["--set-model", "autoencoder.height=32"], "toytable is square"),
+        (["--config", "bear"], "bair, ucf101, kinetics600, toytable"),
+        (["--data", "bair"], "needs --root"),
+        (["--data", "nothing", "--root", "."], "bair"),
+        (["--device", "gpu"], "device 'gpu'"),
+        pytest.param(
+            ["--device", "cuda"],
+            "no CUDA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU"),
+        ),
+    ],
+    ids=lambda a: " ".join(a) if isinstance(a, list) else "",
+)
+def test_a_mistake_is_one_line(
+    arguments: list[str], message: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    line = fails(*AUTOENCODER, "-o", tmp_path / "run", *arguments)
+    assert line.startswith("error: ")
+    assert re.search(message, line), line
+    assert not (tmp_path / "run").exists()
+
+
+def test_mistakes_between_stages_are_one_line(
+    autoencoder: Path, latents: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    out = ["-o", tmp_path / "run"]
+    assert "nowhere" in fails(*TRAIN, *out, "--autoencoder", tmp_path / "nowhere")
+    assert "neither a checkpoint nor" in fails(*TRAIN, *out, "--autoencoder", latents)
+    line = fails(*TRAIN, *out, "--autoencoder", autoencoder, "--set-model", "autoencoder.patch=2")
+    assert "trained with another configuration" in line
+    line = fails(*TRAIN, *out, "--autoencoder", autoencoder, "--latents", tmp_path)
+    assert "no whole set of latents" in line
+    line = fails(*TRAIN, *out, "--autoencoder", autoencoder, "--set", "frames=3")
+    assert "at least 5" in line
+    line = fails("encode", *out, "--autoencoder", autoencoder, "--frames", 4)
+    assert "1 + n*2" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_another_autoencoder_are_refused(
+    autoencoder: Path, latents: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    other = tmp_path / "other"
+    run(*AUTOENCODER, "-o", other, "--until", 1, "--set", "seed=1")
+    line = fails(*TRAIN, "-o", tmp_path / "run", "--autoencoder", other, "--latents", latents)
+    assert "made by another autoencoder" in line
+    # nor does a run go on with another one
+    run(*TRAIN, "-o", tmp_path / "run", "--autoencoder", autoencoder, "--until", 1)
+    line = fails(*TRAIN, "-o", tmp_path / "run", "--autoencoder", other)
+    assert "another autoencoder" in line
+
+
+def test_a_run_is_not_taken_up_with_other_options(
+    autoencoder: Path, fails: Callable[..., str]
+) -> None:
+    line = fails(*AUTOENCODER, "-o", autoencoder, "--set", "learning_rate=5e-3")
+    assert "another learning_rate; choose another directory" in line
+    line = fails(*TRAIN, "-o", autoencoder, "--autoencoder", autoencoder)
+    assert "another stage" in line
+    (autoencoder.parent / "file").write_text("")
+    line = fails(*AUTOENCODER, "-o", autoencoder.parent / "file" / "run")
+    assert "cannot be written" in line
+
+
+# Interrupts
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("when", ["step", "save"])
+def test_an_interrupt_leaves_whole_checkpoints(
+    how: signal.Signals, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second save, or a step after the first, is interrupted; then the run goes on."""
+    calls = 0
+
+    def interrupted(work: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            done = work(*arguments, **options)
+            if calls == 2:
+                os.kill(os.getpid(), how)
+            return done
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["training", *AUTOENCODER, "-o", str(tmp_path / "run")])
+        if when == "save":
+            patch.setattr("training.trainer.save_file", interrupted(save_file))
+        else:
+            make = torch.nn.utils.clip_grad_norm_
+            patch.setattr("torch.nn.utils.clip_grad_norm_", interrupted(make))
+        with pytest.raises(SystemExit) as leaving:
+            run_command(app)
+    assert leaving.value.code == 130
+    assert calls == 2
+    assert states(tmp_path / "run") == ["step_00000001"]
+    load_checkpoint(latest_checkpoint(tmp_path / "run"))
+    run(*AUTOENCODER, "-o", tmp_path / "run")
+    assert states(tmp_path / "run") == ["step_00000002", "step_00000003"]

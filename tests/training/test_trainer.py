@@ -1,0 +1,498 @@
+"""The training loop: what it optimises, and that a run can be stopped and taken up anywhere."""
+
+from __future__ import annotations
+
+import gc
+import io
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+    EventAccumulator,
+)
+from torch import Tensor, nn
+
+from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.checkpoint import load_checkpoint
+from tests.training.small_runs import (
+    ONE,
+    STAGES,
+    Waves,
+    autoencoder_stage,
+    logged,
+    model_stage,
+    trainer,
+)
+from training.config import RunConfig
+from training.trainer import (
+    PROGRESS_FILE,
+    RUN_FILE,
+    STATE_FILE,
+    Average,
+    Trainer,
+    find_checkpoints,
+    latest_checkpoint,
+    learning_rate_factor,
+    make_optimizers,
+    mean_terms,
+)
+
+ROOT = Path(__file__).resolve().parents[2]
+Saved = dict[str, Tensor]
+
+
+def saved(directory: Path, step: int) -> Saved:
+    return load_file(directory / f"step_{step:08d}" / STATE_FILE)
+
+
+def assert_same(a: Saved, b: Saved) -> None:
+    assert a.keys() == b.keys()
+    for name, tensor in a.items():
+        assert torch.equal(tensor, b[name]), name
+
+
+def names(directory: Path) -> list[str]:
+    return sorted(p.name for p in directory.iterdir() if "step_" in p.name)
+
+
+# Parts
+
+
+def test_learning_rate_warms_up_stays_and_falls() -> None:
+    config = RunConfig(steps=10, batch=1, warmup_steps=3, decay_steps=4)
+    found = [learning_rate_factor(config, step) for step in range(10)]
+    expected = [0.25, 0.5, 0.75, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    np.testing.assert_allclose(found, expected)
+    assert learning_rate_factor(config, 10) == 0
+    steady = RunConfig(steps=10, batch=1, warmup_steps=0)
+    assert {learning_rate_factor(steady, step) for step in range(20)} == {1.0}
+
+
+def test_average_is_the_loop() -> None:
+    module = nn.Linear(3, 2)
+    average = Average(module, 0.9)
+    expected = {n: p.detach().double().numpy().copy() for n, p in module.named_parameters()}
+    for step in range(120):
+        with torch.no_grad():
+            for p in module.parameters():
+                p.add_(torch.randn_like(p))
+        average.update(module, step)
+        decay = min(0.9, (1 + step) / (10 + step))
+        for name, p in module.named_parameters():
+            expected[name] = decay * expected[name] + (1 - decay) * p.detach().double().numpy()
+    for name, value in expected.items():
+        np.testing.assert_allclose(average.shadow[name], value, atol=1e-5)
+
+
+def test_averaged_weights_are_put_back() -> None:
+    module = nn.Linear(3, 2)
+    average = Average(module, 0.5)
+    with torch.no_grad():
+        module.weight.add_(1)
+    own = module.weight.detach().clone()
+    average.shadow["bias"] = torch.ones(2)
+    found = []
+    with average.applied(module):
+        found.append(module.weight.detach().clone())
+        assert module.bias.tolist() == [1, 1]
+    assert torch.equal(found[0], average.shadow["weight"])
+    assert torch.equal(module.weight, own)
+    with pytest.raises(ZeroDivisionError), average.applied(module):
+        module.weight.grad = module.weight / (1 // 0)
+    assert torch.equal(module.weight, own)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("name", STAGES)
+def test_every_weight_has_one_optimizer(name: str, optimizer: str) -> None:
+    loss = STAGES[name](optimizer=optimizer, weight_decay=0.1).loss
+    optimizers = make_optimizers(loss, STAGES[name](optimizer=optimizer, weight_decay=0.1).config)
+    names = {id(p): n for n, p in loss.named_parameters() if p.requires_grad}
+    held = [
+        (owner, names[id(p)], group["weight_decay"], p.ndim)
+        for owner, o in optimizers.items()
+        for group in o.param_groups
+        for p in group["params"]
+    ]
+    assert sorted(n for _, n, _, _ in held) == sorted(names.values())
+    for owner, parameter, decay, ndim in held:
+        assert decay == (0.1 if ndim >= 2 else 0.0), parameter
+        hidden = name == "model" and re.search(
+            r"blocks\.\d+\.(attn|mlp|qkv|out)\..*weight", parameter
+        )
+        assert owner == ("muon" if optimizer == "muon" and hidden else "adamw"), parameter
+    assert ("muon" in optimizers) == (optimizer == "muon" and name == "model")
+
+
+def test_mean_terms() -> None:
+    parts = [{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.0)}]
+    assert mean_terms(parts) == {"a": 1.5}
+
+
+# Learning
+
+
+def test_an_autoencoder_learns(tmp_path: Path) -> None:
+    trainer(autoencoder_stage(steps=60, learning_rate=5e-3), tmp_path).run()
+    l1 = [line["l1"] for line in logged(tmp_path)]
+    assert np.mean(l1[-5:]) < 0.6 * np.mean(l1[:5])
+
+
+def test_a_model_learns(tmp_path: Path) -> None:
+    trainer(model_stage(steps=80, batch=8), tmp_path).run()
+    log = logged(tmp_path)
+    for name, share in (("mar", 0.8), ("canvas", 0.8), ("static", 1.0)):
+        values = [line[name] for line in log]
+        assert np.mean(values[-10:]) < share * np.mean(values[:5]), name
+
+
+def test_memory_does_not_grow(tmp_path: Path) -> None:
+    def tensors() -> int:
+        gc.collect()
+        return sum(issubclass(type(x), Tensor) for x in gc.get_objects())
+
+    run = trainer(model_stage(steps=12, checkpoint_every=4, sample_every=4), tmp_path)
+    run.run(4)
+    before = tensors()
+    run.run()
+    assert tensors() <= before + 5
+
+
+# Resuming
+
+
+@pytest.mark.parametrize(
+    ("name", "optimizer", "precision"),
+    [
+        ("autoencoder", "adamw", "fp32"),
+        ("autoencoder", "adamw", "bf16"),
+        ("model", "adamw", "fp32"),
+        ("model", "muon", "bf16"),
+    ],
+)
+def test_a_resumed_run_is_the_straight_one(
+    name: str, optimizer: str, precision: str, tmp_path: Path
+) -> None:
+    options = {"optimizer": optimizer, "precision": precision, "warmup_steps": 2, "decay_steps": 2}
+    trainer(STAGES[name](**options, sample_every=2), tmp_path / "straight").run()
+    for until in (3, None):
+        trainer(STAGES[name](**options), tmp_path / "parts").run(until)
+    assert logged(tmp_path / "parts") == logged(tmp_path / "straight")
+    straight = saved(tmp_path / "straight", 6)
+    assert_same(saved(tmp_path / "parts", 6), straight)
+    kinds = {n.partition(".")[0] for n in straight}
+    assert kinds == {"weights", "average", "optimizer"}
+    whole, parts = (load_file(tmp_path / d / "step_00000006/model.safetensors") for d in
+                    ("straight", "parts"))  # fmt: skip
+    assert_same(whole, parts)
+
+
+def test_a_run_goes_on_from_any_checkpoint(tmp_path: Path) -> None:
+    options = {"checkpoint_every": 2, "keep_checkpoints": 9}
+    trainer(model_stage(**options), tmp_path).run()
+    assert names(tmp_path) == ["step_00000002", "step_00000004", "step_00000006"]
+    first, log = saved(tmp_path, 6), logged(tmp_path)
+    for last in (4, 2, 0):
+        for path in find_checkpoints(tmp_path):
+            if int(path.name[5:]) > last:
+                for file in path.iterdir():
+                    file.unlink()
+                path.rmdir()
+        run = trainer(model_stage(**options), tmp_path)
+        assert run.step == last
+        run.run()
+        assert_same(saved(tmp_path, 6), first)
+        assert logged(tmp_path)[-(6 - last) :] == log[last:]
+
+
+def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
+    trainer(model_stage(steps=2), tmp_path).run()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("step_*/*")}
+    trainer(model_stage(steps=2), tmp_path).run()
+    assert {p: p.stat().st_mtime_ns for p in tmp_path.glob("step_*/*")} == before
+    trainer(model_stage(steps=3), tmp_path).run()  # more steps are another wish for the same run
+    assert "step_00000003" in names(tmp_path)
+
+
+def test_old_checkpoints_go(tmp_path: Path) -> None:
+    trainer(model_stage(checkpoint_every=1, keep_checkpoints=2), tmp_path).run()
+    assert names(tmp_path) == ["step_00000005", "step_00000006"]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    trainer(model_stage(), tmp_path).run(1)
+    (tmp_path / ".step_half").mkdir()
+    (tmp_path / ".step_half" / "model.safetensors").write_bytes(b"half")
+    trainer(model_stage(), tmp_path).run(2)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+# Checkpoints
+
+
+def test_a_checkpoint_is_the_averaged_model(tmp_path: Path) -> None:
+    run = trainer(model_stage(), tmp_path)
+    run.run(3)
+    own = {n: p.detach().clone() for n, p in run.stage.loss.named_parameters()}
+    run.save()
+    for name, p in run.stage.loss.named_parameters():
+        assert torch.equal(p, own[name])
+    model, sampling = load_checkpoint(latest_checkpoint(tmp_path))
+    weights = dict(model.named_parameters())
+    for name, average in run.average.shadow.items():
+        assert torch.equal(weights[name], average)
+        assert torch.equal(saved(tmp_path, 3)[f"weights.{name}"], own[name])
+    assert any((weights[n] != own[n]).any() for n in own)
+    # and it predicts
+    clips = Waves(seed=3).clips(0, 1)
+    state = sampler.start(model, sampler.encode(model, clips.frames))  # type: ignore[union-attr]
+    noise = sampler.draw_noise(model.config, sampling, seed=0, streams=[0], frame=3)
+    _, sample = sampler.step(model, sampling, state, noise)
+    assert sample.frames.shape == (1, 2, 16, 16, 3)
+
+
+def test_a_failed_save_leaves_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trainer(model_stage(checkpoint_every=2), tmp_path)
+    run.run(2)
+    before = saved(tmp_path, 2)
+
+    def fail(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("training.trainer.save_file", fail)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+    assert names(tmp_path) == ["step_00000002"]
+    load_checkpoint(latest_checkpoint(tmp_path))
+    assert_same(saved(tmp_path, 2), before)
+    again = trainer(model_stage(checkpoint_every=2), tmp_path)
+    assert again.step == 2
+    again.run()
+    assert names(tmp_path) == ["step_00000004", "step_00000006"]
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def other_weights(file: Path) -> None:
+    state = load_file(file)
+    state.pop(next(n for n in state if n.startswith("weights.")))
+    save_file(state, file)
+
+
+@pytest.mark.parametrize(
+    ("name", "damage"),
+    [
+        (STATE_FILE, cut),
+        (STATE_FILE, lambda file: file.write_bytes(b"")),
+        (STATE_FILE, Path.unlink),
+        (STATE_FILE, other_weights),
+        (PROGRESS_FILE, lambda file: file.write_text('{"step": ')),
+        (PROGRESS_FILE, lambda file: file.write_text("[]")),
+    ],
+    ids=["cut", "empty", "missing", "other", "half", "list"],
+)
+def test_a_damaged_checkpoint_is_named(
+    name: str, damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    trainer(model_stage(), tmp_path).run(1)
+    damage(tmp_path / "step_00000001" / name)
+    with pytest.raises(BundleError, match="step_00000001") as error:
+        trainer(model_stage(), tmp_path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}"])
+def test_a_damaged_description_is_named(text: str, tmp_path: Path) -> None:
+    (tmp_path / RUN_FILE).write_text(text)
+    with pytest.raises(BundleError, match=re.escape(RUN_FILE)):
+        trainer(model_stage(), tmp_path)
+
+
+def test_a_directory_belongs_to_one_configuration(tmp_path: Path) -> None:
+    trainer(model_stage(), tmp_path, description={"autoencoder": "a"}).run(1)
+    described = json.loads((tmp_path / RUN_FILE).read_text())
+    assert described["stage"] == "model"
+    assert described["training"]["learning_rate"] == 2e-3
+    for stage, autoencoder, words in (
+        (model_stage(learning_rate=1e-3, seed=4), "a", "another seed and learning_rate;"),
+        (model_stage(), "b", "another autoencoder;"),
+        (autoencoder_stage(), "a", "another stage"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            trainer(stage, tmp_path, description={"autoencoder": autoencoder})
+    assert json.loads((tmp_path / RUN_FILE).read_text()) == described
+    free = model_stage(steps=9, log_every=3, keep_checkpoints=5, sample_every=7)
+    assert trainer(free, tmp_path, description={"autoencoder": "a"}).step == 1
+
+
+def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="cannot be written"):
+        trainer(model_stage(), tmp_path / "file" / "run")
+
+
+# Numbers that are none
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
+    run = trainer(model_stage(checkpoint_every=1), tmp_path)
+    run.run(2)
+    before = saved(tmp_path, 2)
+    with torch.no_grad():
+        next(run.stage.loss.parameters()).fill_(float("nan"))
+    with pytest.raises(StateError, match=r"step 2: the loss is nan.*intact"):
+        run.run()
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+    assert_same(saved(tmp_path, 2), before)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_gradient_that_is_no_number_changes_nothing(value: float, tmp_path: Path) -> None:
+    run = trainer(model_stage(checkpoint_every=1), tmp_path)
+    run.run(2)
+    run.stage.loss.flow.out.bias.register_hook(lambda g: g * value)  # type: ignore[union-attr]
+    own = {n: p.detach().clone() for n, p in run.stage.loss.named_parameters()}
+    with pytest.raises(StateError, match="gradient"):
+        run.run()
+    assert names(tmp_path)[-1] == "step_00000002"
+    for name, p in run.stage.loss.named_parameters():
+        assert torch.equal(p, own[name])
+
+
+# Clips that do not fit
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        (Waves(height=32), "clips are 32x16, the model wants 16x16"),
+        (Waves(frames=4), r"1 \+ n\*2"),
+        (Waves(action_dim=3), "actions of 3 numbers"),
+    ],
+)
+def test_clips_must_fit_the_model(source: Waves, message: str, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        Trainer(model_stage(), source, tmp_path / "run", ranks=ONE)
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_autoencoder_needs_no_actions(tmp_path: Path) -> None:
+    source = Waves(action_dim=3)
+    Trainer(autoencoder_stage(steps=1), source, tmp_path, ranks=ONE, quiet=True).run()
+
+
+# Logs
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_event_files_hold_curves_and_pictures(name: str, tmp_path: Path) -> None:
+    stage = STAGES[name](steps=4, log_every=2, sample_every=2, warmup_steps=1, decay_steps=1)
+    trainer(stage, tmp_path).run()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    for term in (
+        "loss",
+        "gradient_norm",
+        *(("mar", "canvas") if name == "model" else ("l1", "kl")),
+    ):
+        points = events.Scalars(f"{name}/{term}")
+        assert [p.step for p in points] == [2, 4]
+        values = [line[term] for line in logged(tmp_path)]
+        np.testing.assert_allclose([p.value for p in points], values, rtol=1e-6)
+    rate = stage.config.learning_rate
+    rates = [p.value for p in events.Scalars(f"{name}/learning_rate")]
+    np.testing.assert_allclose(rates, [rate, rate], rtol=1e-6)
+    pictures = events.Images(f"{name}/samples")
+    assert [p.step for p in pictures] == [2, 4]
+    with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as film:
+        assert film.size == (64, 32)  # four clips in two rows
+        assert getattr(film, "n_frames", 1) == 5
+    sheet = tmp_path / "samples" / f"{name}_00000004.png"
+    with Image.open(sheet) as picture:
+        assert min(picture.size) > 16
+    if name == "autoencoder":
+        assert 0 < events.Scalars("autoencoder/held_out_psnr")[-1].value < 60
+
+
+def test_progress_is_lines_where_there_is_no_terminal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = Waves()
+    Trainer(model_stage(steps=4, log_every=2), source, tmp_path, ranks=ONE).run()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[:2] for line in lines] == [["model", "2/4"], ["model", "4/4"]]
+    assert "mar" in lines[0]
+
+
+# Ranks
+
+RANKED = """
+import sys
+from pathlib import Path
+import torch
+from tests.training.small_runs import STAGES, trainer
+from training.trainer import process_group
+torch.set_num_threads(1)
+with process_group("cpu") as ranks:
+    assert ranks.world == 2 and ranks.device.type == "cpu"
+    for name, make in STAGES.items():
+        trainer(make(), Path(sys.argv[1]) / name, ranks).run(2)
+        trainer(make(), Path(sys.argv[1]) / name, ranks).run(4)
+"""
+
+
+def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = []
+    for rank in range(2):
+        environment = os.environ | {
+            "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        }  # fmt: skip
+        command = [sys.executable, "-c", RANKED, str(tmp_path / "two")]
+        ranks.append(
+            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        for name, make in STAGES.items():
+            trainer(make(), tmp_path / "one" / name).run(4)
+        errors = [process.communicate(timeout=120)[1] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+            process.wait()
+    assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    for name in STAGES:
+        one, two = logged(tmp_path / "one" / name), logged(tmp_path / "two" / name)
+        assert [line["step"] for line in two] == [1, 2, 3, 4]
+        for a, b in zip(one, two, strict=True):
+            for term in a.keys() - {"psnr"}:  # a logarithm: its mean is not that of the batch
+                assert b[term] == pytest.approx(a[term], rel=2e-5), term
+        whole, shared = saved(tmp_path / "one" / name, 4), saved(tmp_path / "two" / name, 4)
+        assert whole.keys() == shared.keys()
+        for key, value in whole.items():
+            if "qkv" in key and key.endswith("bias"):
+                # softmax does not feel the keys' bias: its gradient is rounding error, and AdamW
+                # makes steps of it
+                value, shared[key] = (x.reshape(3, -1)[::2] for x in (value, shared[key]))
+            if not key.startswith("optimizer."):
+                torch.testing.assert_close(shared[key], value, atol=2e-5, rtol=1e-4, msg=key)

@@ -1,0 +1,246 @@
+"""`python -m training`: train the autoencoder, encode a data set, train CanvasMAR.
+
+One process a GPU: start the stages with `torchrun --nproc-per-node N -m training ...`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from canvasmar_rt.bundle import MANIFEST, Bundle
+from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.engines.torch_engine import load_model
+from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.checkpoint import load_checkpoint
+from training import stages
+from training.clips import ClipSource, LatentSource, ToyTableSource, write_latents
+from training.config import RECIPES, Recipe, recipe
+from training.datasets import READERS, make_source
+from training.losses import open_skips, zero_outputs
+from training.options import override, run_command
+from training.trainer import Trainer, latest_checkpoint, process_group, progress_bar
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train the autoencoder, encode a data set, train CanvasMAR on it.",
+)
+Run = Annotated[
+    Path, typer.Option("--output", "-o", help="Run directory; a run found there is resumed.")
+]
+Config = Annotated[str, typer.Option(help=f"Named configuration: {', '.join(RECIPES)}.")]
+Data = Annotated[str, typer.Option(help=f"toytable, or a reader: {', '.join(READERS)}.")]
+Root = Annotated[Path | None, typer.Option(help="Where the data set lies.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a training option, name=value; repeat as needed."),
+]
+SetModel = Annotated[
+    list[str] | None,
+    typer.Option("--set-model", help="Override a model option, e.g. flow.modulation=additive."),
+]
+Until = Annotated[int | None, typer.Option(help="Stop after this step; resume later.")]
+Device = Annotated[str, typer.Option(help="cuda, cpu; by default a GPU where there is one.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads of this process.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+From = Annotated[
+    Path, typer.Option(help="The trained autoencoder: a run, a checkpoint or a bundle.")
+]
+
+
+@app.command()
+def autoencoder(
+    run: Run,
+    config: Config = "toytable",
+    data: Data = "toytable",
+    root: Root = None,
+    set_: Set = None,
+    set_model: SetModel = None,
+    until: Until = None,
+    device: Device = "",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 1: the video autoencoder."""
+    chosen = _recipe(config, set_model)
+    settings = override(chosen.autoencoder, set_)
+    _threads(threads)
+    network = build(chosen.model, settings.seed)
+    open_skips(network.autoencoder)
+    with process_group(device) as ranks:
+        stage = stages.AutoencoderStage(
+            network,
+            chosen.sampling,
+            settings,
+            _source(chosen.model, data, root, frames=settings.frames, held_out=True),
+        )
+        source = _source(chosen.model, data, root, frames=settings.frames, seed=settings.seed)
+        described = {"data": _described(data, root)}
+        Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
+
+
+@app.command()
+def encode(
+    output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the latents.")],
+    autoencoder: From,
+    clips: Annotated[int, typer.Option(min=1, help="How many clips to encode.")] = 20_000,
+    frames: Annotated[int, typer.Option(min=1, help="Pixel frames of a clip.")] = 17,
+    data: Data = "toytable",
+    root: Root = None,
+    seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
+    device: Device = "",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run a data set through the autoencoder once, to train on its latents many times."""
+    _threads(threads)
+    model = _weights(autoencoder)
+    source = _source(model.config, data, root, frames=frames, seed=seed)
+    with process_group(device) as ranks, progress_bar("encode", clips, quiet) as advance:
+        if ranks.world > 1:
+            raise InputError("encode is one process: start it without torchrun")
+        model.to(ranks.device)
+        write_latents(
+            source,
+            lambda pixels: stages.encode_clips(model, pixels),
+            output,
+            clips=clips,
+            temporal_compression=model.config.autoencoder.temporal_compression,
+            autoencoder=stages.weights_id(model.autoencoder),
+            progress=lambda done: advance(done, None),
+        )
+
+
+@app.command()
+def model(
+    run: Run,
+    autoencoder: From,
+    config: Config = "toytable",
+    data: Data = "toytable",
+    root: Root = None,
+    latents: Annotated[
+        Path | None, typer.Option(help="Train on latents that `encode` wrote.")
+    ] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="Start from these weights: a run, checkpoint or bundle.")
+    ] = None,
+    set_: Set = None,
+    set_model: SetModel = None,
+    until: Until = None,
+    device: Device = "",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Stage 2: Temporal ViT, Canvas ViT, Spatial MAR and flow head, on latents."""
+    chosen = _recipe(config, set_model)
+    settings = override(chosen.training, set_)
+    _threads(threads)
+    trained = _weights(autoencoder)
+    network = _with_autoencoder(chosen.model, trained, settings.seed)
+    if init is None:
+        zero_outputs(network)
+    else:
+        given = _weights(init).state_dict()
+        own = {k: v for k, v in network.state_dict().items() if not k.startswith("autoencoder.")}
+        differing = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
+        if differing:
+            raise ConfigError(f"--init {init}: another model; {differing[0]} does not fit")
+        network.load_state_dict({k: given[k] for k in own}, strict=False)
+    described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
+    source: ClipSource
+    if latents is None:
+        source = _source(chosen.model, data, root, frames=settings.frames, seed=settings.seed)
+        described["data"] = _described(data, root)
+    else:
+        source = LatentSource(latents, seed=settings.seed)
+        if source.about["autoencoder"] != described["autoencoder"]:
+            raise InputError(
+                f"{latents}: made by another autoencoder than {autoencoder}; run "
+                "`python -m training encode` again"
+            )
+        described["data"] = source.about
+    with process_group(device) as ranks:
+        stage = stages.ModelStage(
+            network,
+            chosen.sampling,
+            settings,
+            _source(chosen.model, data, root, frames=settings.frames, held_out=True),
+        )
+        Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
+
+
+def _weights(path: Path) -> CanvasMAR:
+    """The model of a run directory, a checkpoint, or a bundle (by path or packaged name)."""
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        return load_checkpoint(latest_checkpoint(path))[0]
+    return load_model(Bundle.open(path))
+
+
+def _threads(count: int | None) -> None:
+    if count is not None:
+        torch.set_num_threads(count)
+
+
+def _recipe(name: str, set_model: Sequence[str] | None) -> Recipe:
+    chosen = recipe(name)
+    return dataclasses.replace(chosen, model=override(chosen.model, set_model))
+
+
+def _source(
+    config: ModelConfig,
+    data: str,
+    root: Path | None,
+    *,
+    frames: int,
+    seed: int = 0,
+    held_out: bool = False,
+) -> ClipSource:
+    ae = config.autoencoder
+    if (frames - 1) % ae.temporal_compression:
+        raise InputError(
+            f"clips of {frames} frames: the model wants 1 + n*{ae.temporal_compression}"
+        )
+    if data == "toytable":
+        if ae.height != ae.width:
+            raise ConfigError(f"toytable is square, the model wants {ae.height}x{ae.width}")
+        return ToyTableSource(
+            frames=frames, size=ae.height, seed=stages.HELD_OUT_SEED if held_out else seed * 1000
+        )
+    if root is None:
+        raise InputError(f"--data {data} needs --root, the directory of the data set")
+    return make_source(
+        data,
+        root,
+        frames=frames,
+        height=ae.height,
+        width=ae.width,
+        seed=seed,
+        split="test" if held_out else "train",
+    )
+
+
+def _described(data: str, root: Path | None) -> dict[str, str]:
+    return {"name": data} | ({} if root is None else {"root": str(root)})
+
+
+def _with_autoencoder(config: ModelConfig, trained: CanvasMAR, seed: int) -> CanvasMAR:
+    if trained.config.autoencoder != config.autoencoder:
+        raise ConfigError(
+            "the autoencoder was trained with another configuration: "
+            f"{trained.config.autoencoder}, and this model wants {config.autoencoder}"
+        )
+    network = build(config, seed)
+    network.autoencoder.load_state_dict(trained.autoencoder.state_dict())
+    return network
+
+
+if __name__ == "__main__":
+    run_command(app)

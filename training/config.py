@@ -1,0 +1,186 @@
+"""What a training run is: optimisation, the two stages, and named configurations.
+
+Table 3 and section 8 of the specification give the model's losses and augmentations; what a paper
+leaves open (learning rate, warm-up) is a default here and can be overridden by name.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from canvasmar_rt.config import ModelConfig, SamplingConfig, preset
+from canvasmar_rt.errors import ConfigError
+
+Precision = Literal["fp32", "bf16"]
+OptimizerName = Literal["adamw", "muon"]
+FlowTime = Literal["uniform", "logit-normal"]
+
+
+def _require(ok: bool, message: str) -> None:
+    if not ok:
+        raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The optimisation of either stage. `batch` counts the clips of all ranks; `frames` is the
+    length of a clip in pixel frames. The learning rate warms up linearly, stays, and falls
+    linearly to zero over the last `decay_steps`. `bf16` runs the networks under autocast with
+    float32 weights. "muon" orthogonalises the updates of hidden matrices, scaled to AdamW's size;
+    all other weights keep AdamW."""
+
+    steps: int
+    batch: int
+    frames: int = 17
+    seed: int = 0
+    precision: Precision = "bf16"
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.02
+    warmup_steps: int = 1000
+    decay_steps: int = 0
+    clip_norm: float = 1.0
+    ema_decay: float = 0.9999
+    checkpoint_every: int = 5000
+    keep_checkpoints: int = 2
+    log_every: int = 20
+    sample_every: int = 5000
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch", "frames", "checkpoint_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"training: {name} must be at least 1")
+        for name in ("warmup_steps", "decay_steps", "sample_every", "weight_decay"):
+            _require(getattr(self, name) >= 0, f"training: {name} must not be negative")
+        _require(self.log_every >= 1, "training: log_every must be at least 1")
+        _require(self.seed >= 0, "training: seed must not be negative")
+        _require(self.learning_rate > 0, "training: learning_rate must be above 0")
+        _require(all(0 <= b < 1 for b in self.betas), "training: betas must lie in [0, 1)")
+        _require(self.clip_norm > 0, "training: clip_norm must be above 0")
+        _require(0 <= self.ema_decay < 1, "training: ema_decay must lie in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderTraining(RunConfig):
+    """Autoencoder: L1 + gradient term + KL. `kl_weight` multiplies the KL of one latent frame in
+    nats, summed over its tokens and channels; `gradient_weight` the L1 of spatial differences."""
+
+    kl_weight: float = 1e-6
+    gradient_weight: float = 1.0
+    statistics_clips: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _require(self.kl_weight >= 0, "training: kl_weight must not be negative")
+        _require(self.gradient_weight >= 0, "training: gradient_weight must not be negative")
+        _require(self.statistics_clips >= 1, "training: statistics_clips must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelTraining(RunConfig):
+    """CanvasMAR (eq. 10). Drop probabilities are per latent frame (sec. 4.4), `action_drop` per
+    clip half the time and per latent frame otherwise, so that a model also runs whole clips
+    without actions. `flow_repeat` flow times are drawn per token (MAR's multiplier)."""
+
+    canvas_weight: float = 0.1
+    static_weight: float = 0.1
+    canvas_drop: float = 0.05
+    temporal_drop: float = 0.05
+    both_drop: float = 0.05
+    action_drop: float = 0.1
+    frame_noise: tuple[float, float] = (0.2, 0.6)
+    canvas_noise: tuple[float, float] = (0.0, 0.3)
+    history_noise: float = 0.0
+    mask_ratio_min: float = 0.7
+    mask_ratio_std: float = 0.25
+    flow_repeat: int = 4
+    flow_time: FlowTime = "uniform"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        drops = self.canvas_drop, self.temporal_drop, self.both_drop
+        _require(min(drops) >= 0 and sum(drops) <= 1, "training: drops must be chances, sum <= 1")
+        _require(0 <= self.action_drop <= 1, "training: action_drop must lie in [0, 1]")
+        for name in ("frame_noise", "canvas_noise"):
+            low, high = getattr(self, name)
+            _require(0 <= low <= high <= 1, f"training: {name} must be a range within [0, 1]")
+        _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
+        _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
+        _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
+        _require(self.flow_repeat >= 1, "training: flow_repeat must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """A named configuration: the network, how it samples, and both stages."""
+
+    model: ModelConfig
+    sampling: SamplingConfig
+    autoencoder: AutoencoderTraining
+    training: ModelTraining
+
+
+def bair() -> Recipe:
+    """Table 3, BAIR: batch 192, 600 epochs of 43,264 clips."""
+    model, sampling = preset("bair")
+    return Recipe(
+        model=model,
+        sampling=sampling,
+        autoencoder=AutoencoderTraining(steps=200_000, batch=32, learning_rate=1e-4),
+        training=ModelTraining(steps=135_000, batch=192),
+    )
+
+
+def ucf101() -> Recipe:
+    """Table 3, UCF-101: batch 64, 800 epochs of 9,537 training clips."""
+    model, sampling = preset("ucf101")
+    return Recipe(
+        model=model,
+        sampling=sampling,
+        autoencoder=AutoencoderTraining(steps=200_000, batch=16, learning_rate=1e-4),
+        training=ModelTraining(steps=119_000, batch=64),
+    )
+
+
+def kinetics600() -> Recipe:
+    """Table 3, Kinetics-600: batch 192, 270 epochs of about 400,000 clips."""
+    model, sampling = preset("kinetics600")
+    return Recipe(
+        model=model,
+        sampling=sampling,
+        autoencoder=AutoencoderTraining(steps=400_000, batch=32, learning_rate=1e-4),
+        training=ModelTraining(steps=562_000, batch=192),
+    )
+
+
+def toytable() -> Recipe:
+    """The small world, for hours of two CPU cores or minutes of a GPU."""
+    model, sampling = preset("toytable")
+    return Recipe(
+        model=model,
+        sampling=sampling,
+        autoencoder=AutoencoderTraining(
+            steps=6_000, batch=8, frames=9, learning_rate=2e-3, warmup_steps=100,
+            decay_steps=2_000, weight_decay=0.0, ema_decay=0.995, checkpoint_every=500,
+            sample_every=500,
+        ),
+        training=ModelTraining(
+            steps=12_000, batch=16, learning_rate=1e-3, warmup_steps=200, decay_steps=3_000,
+            ema_decay=0.998, checkpoint_every=250, sample_every=500, flow_repeat=1,
+        ),
+    )  # fmt: skip
+
+
+RECIPES = {f.__name__: f for f in (bair, ucf101, kinetics600, toytable)}
+
+
+def recipe(name: str) -> Recipe:
+    """A named configuration.
+
+    Raises:
+        ConfigError: if there is none of that name; the message lists those there are.
+    """
+    if name not in RECIPES:
+        raise ConfigError(f"no training configuration {name!r}; there are {', '.join(RECIPES)}")
+    return RECIPES[name]()

@@ -1,0 +1,242 @@
+"""The two stages of a training: the autoencoder, then CanvasMAR on its latents."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
+from torch import Tensor, nn
+from torch.utils.tensorboard import SummaryWriter
+
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.contact_sheet import contact_sheet
+from canvasmar_rt.errors import InputError
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from training.clips import Clips, ClipSource, LatentClips, latent_actions
+from training.config import AutoencoderTraining, ModelTraining
+from training.losses import AutoencoderLoss, ModelLoss
+
+HELD_OUT_SEED = 1
+"""ToyTable seed of the clips that training never sees; training draws from seed 0."""
+
+
+def weights_id(module: nn.Module) -> str:
+    """A digest of a module's weights: latents belong to the autoencoder that made them, figures to
+    the model they were measured on."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def encode_clips(model: CanvasMAR, frames: Tensor) -> Tensor:
+    """uint8 clips (B, 1+n*t, H, W, 3) -> normalised latents (B, 1+n, N, C) float32, bf16 inside."""
+    device = model.spatial.mask.device
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = sampler.encode(model, frames.to(device))
+    return latents.float().clone()  # made in inference mode: autograd takes only a copy
+
+
+class AutoencoderStage:
+    """Encoder and decoder on pixels; every checkpoint carries the latents' mean and deviation."""
+
+    name = "autoencoder"
+
+    def __init__(
+        self,
+        model: CanvasMAR,
+        sampling: SamplingConfig,
+        config: AutoencoderTraining,
+        held_out: ClipSource,
+    ) -> None:
+        self.model, self.sampling, self.config = model, sampling, config
+        self.held_out = held_out
+        self.loss: nn.Module = AutoencoderLoss(model.autoencoder, config)
+
+    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
+        assert isinstance(clips, Clips)
+        return (clips.frames,)
+
+    def finish(self) -> None:
+        """Measure the latents of held-out clips: their mean and deviation become the scale."""
+        ae = self.model.autoencoder
+        ae.latent_mean.zero_()
+        ae.latent_std.fill_(1.0)
+        done, parts = 0, []
+        while done < self.config.statistics_clips:
+            clips = self.held_out.clips(done, min(16, self.config.statistics_clips - done))
+            assert isinstance(clips, Clips)
+            parts.append(encode_clips(self.model, clips.frames).cpu())
+            done += len(clips.frames)
+        latents = torch.cat(parts)
+        ae.latent_mean.copy_(latents.mean((0, 1, 2)))
+        ae.latent_std.copy_(latents.std((0, 1, 2)).clamp_min(1e-4))  # of a channel the KL closed
+
+    def sample(self, writer: SummaryWriter, step: int, directory: Path) -> None:
+        """Held-out clips beside their reconstructions, and their PSNR."""
+        clips = self.held_out.clips(0, 4)
+        assert isinstance(clips, Clips)
+        output = reconstruct(self.model, clips.frames)
+        error = (output.float() - clips.frames.float()) ** 2
+        psnr = 10 * torch.log10(255.0**2 / error.mean())
+        writer.add_scalar("autoencoder/held_out_psnr", float(psnr), step)
+        rows = [("given", clips.frames), ("rebuilt", output)]
+        log_videos(writer, "autoencoder", rows, step, directory, self.model.config.fps)
+
+
+@torch.inference_mode()
+def reconstruct(model: CanvasMAR, frames: Tensor) -> Tensor:
+    """uint8 clips (B, 1+n*t, H, W, 3) through the autoencoder and back, float32."""
+    latents = sampler.encode(model, frames.to(model.spatial.mask.device))
+    state = sampler.empty_state(model, len(frames))
+    output, _ = model.autoencoder.decode(latents, state.decoder)
+    return output[:, model.config.autoencoder.temporal_compression - 1 :].cpu()
+
+
+class ModelStage:
+    """CanvasMAR on the latents of a frozen autoencoder, encoded on the way or read from disk."""
+
+    name = "model"
+
+    def __init__(
+        self,
+        model: CanvasMAR,
+        sampling: SamplingConfig,
+        config: ModelTraining,
+        held_out: ClipSource,
+    ) -> None:
+        self.model, self.sampling, self.config = model, sampling, config
+        self.held_out = held_out
+        t = model.config.autoencoder.temporal_compression
+        if held_out.frames < 1 + 2 * t:
+            raise InputError(
+                f"clips of {held_out.frames} frames: the model wants at least {1 + 2 * t}, "
+                "two latent frames of context and one to predict"
+            )
+        model.autoencoder.requires_grad_(False)
+        self.loss: nn.Module = ModelLoss(model, config)
+
+    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
+        if isinstance(clips, LatentClips):
+            return clips.latents, clips.actions
+        actions = clips.actions
+        if actions is not None and self.model.config.action_dim:
+            actions = latent_actions(actions, self.model.config.autoencoder.temporal_compression)
+        else:
+            actions = None
+        return encode_clips(self.model, clips.frames), actions
+
+    def finish(self) -> None:
+        pass
+
+    def sample(self, writer: SummaryWriter, step: int, directory: Path) -> None:
+        """Held-out clips continued from their first two latent frames under their own actions."""
+        clips = self.held_out.clips(0, 4)
+        assert isinstance(clips, Clips)
+        predicted = continue_clips(self.model, self.sampling, clips, context=2, seed=0).frames
+        rows = [("given", clips.frames), ("predicted", predicted)]
+        log_videos(writer, "model", rows, step, directory, self.model.config.fps)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """frames: uint8 (B, T, H, W, 3), the context as it was given, then predictions; canvas: uint8
+    (B, t, H, W, 3), the first predicted latent frame's canvas decoded in its place, if asked for
+    and the model has one."""
+
+    frames: Tensor
+    canvas: Tensor | None = None
+
+
+@torch.inference_mode()
+def continue_clips(
+    model: CanvasMAR,
+    sampling: SamplingConfig,
+    clips: Clips,
+    *,
+    context: int,
+    seed: int,
+    first_stream: int = 0,
+    use_actions: bool = True,
+    canvas: bool = False,
+) -> Continuation:
+    """The first `context` latent frames of each clip, then predictions to its end under its own
+    actions, by the reference sampler under bf16 autocast; clip i draws from stream
+    `first_stream` + i.
+
+    Raises:
+        InputError: if the context leaves nothing to predict.
+    """
+    config, device = model.config, model.spatial.mask.device
+    t = config.autoencoder.temporal_compression
+    total = 1 + (clips.frames.shape[1] - 1) // t
+    if not 1 <= context < total:
+        raise InputError(f"a context of {context} of {total} latent frames leaves no prediction")
+    actions = None
+    if use_actions and config.action_dim and clips.actions is not None:
+        actions = latent_actions(clips.actions, t).to(device)
+    given = 1 + (context - 1) * t
+    streams = range(first_stream, first_stream + len(clips.frames))
+    guess = None
+    with torch.autocast(device.type, torch.bfloat16):
+        latents = sampler.encode(model, clips.frames[:, :given].to(device))
+        before = None if actions is None else actions[:, : context - 1]
+        state = sampler.start(model, latents, before)
+        out = [clips.frames[:, :given]]
+        for i in range(context, total):
+            noise = sampler.draw_noise(config, sampling, seed=seed, streams=streams, frame=i)
+            noise = sampler.FrameNoise(**{k: v.to(device) for k, v in vars(noise).items()})
+            decoder = state.decoder
+            action = None if actions is None else actions[:, i - 1]
+            state, sample = sampler.step(model, sampling, state, noise, action)
+            out.append(sample.frames.cpu())
+            if canvas and i == context and sample.canvas is not None:
+                guess = model.autoencoder.decode(sample.canvas[:, None], decoder)[0].cpu()
+    return Continuation(frames=torch.cat(out, dim=1), canvas=guess)
+
+
+def log_videos(
+    writer: SummaryWriter,
+    tag: str,
+    rows: Sequence[tuple[str, Tensor]],
+    step: int,
+    directory: Path,
+    fps: float,
+) -> None:
+    """Put rows of clips (B, T, H, W, 3) side by side into TensorBoard as a moving picture, and
+    beside the logs as a sheet of frames."""
+    film = torch.cat([torch.cat(list(clips), dim=-2) for _, clips in rows], dim=-3).numpy()
+    pictures = [Image.fromarray(frame) for frame in film]
+    data = io.BytesIO()
+    pictures[0].save(
+        data, "GIF", save_all=True, append_images=pictures[1:], duration=1000 / fps, loop=0
+    )
+    image = Summary.Image(
+        height=film.shape[1], width=film.shape[2], colorspace=3,
+        encoded_image_string=data.getvalue(),
+    )  # fmt: skip
+    summary = Summary(value=[Summary.Value(tag=f"{tag}/samples", image=image)])
+    file_writer: Any = writer.file_writer  # not annotated: the writer's add_image takes no GIF
+    file_writer.add_summary(summary, step)
+    sheet = contact_sheet(
+        [
+            (f"{label} {i}", list(np.asarray(clip)[::2]))
+            for i in range(len(rows[0][1]))
+            for label, clip in ((label, clips[i]) for label, clips in rows)
+        ],
+        scale=1,
+        title=f"{tag}, step {step}",
+    )
+    folder = directory / "samples"
+    folder.mkdir(exist_ok=True)
+    Image.fromarray(sheet).save(folder / f"{tag}_{step:08d}.png")

@@ -1,0 +1,493 @@
+"""The training loop of both stages: optimiser, EMA, checkpoints, logs, ranks.
+
+A run directory holds `run.json` (what was asked for), `step_NNNNNNNN/` checkpoints and TensorBoard
+event files. A checkpoint is a model directory that `canvasmar-rt export` takes (EMA weights) plus
+`training.safetensors` and `training.json`, from which a run goes on to the same loss curve.
+It is written beside its place and renamed: a checkpoint is whole or not there.
+
+Ranks: start with `torchrun`; DistributedDataParallel shares the gradients, every rank reads its own
+part of each batch, rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.tensorboard import SummaryWriter
+
+from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.checkpoint import save_checkpoint
+from training.clips import Clips, ClipSource, LatentClips, batches, to_device
+from training.config import RunConfig
+from training.losses import Draws, Terms
+
+_FUSED = (
+    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)  # fmt: skip
+STATE_FILE, PROGRESS_FILE, RUN_FILE = "training.safetensors", "training.json", "run.json"
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranks:
+    """This process among those of the run, and its device."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def process_group(device: str = "") -> Iterator[Ranks]:
+    """Join the group that `torchrun` describes in the environment, or be the only rank.
+
+    `device` "" means CUDA where there is one (NCCL), else the CPU (gloo).
+
+    Raises:
+        InputError: if the device cannot be had.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    if not device:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"device {device!r}: this machine has no CUDA GPU that torch can use")
+    try:
+        place = torch.device(device, local) if device == "cuda" else torch.device(device)
+        if place.type == "cuda":
+            torch.cuda.set_device(place)
+    except RuntimeError as error:
+        raise InputError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if world == 1:
+        yield Ranks(0, 1, place)
+        return
+    dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+    try:
+        yield Ranks(dist.get_rank(), world, place)
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def progress_bar(
+    name: str, total: int, quiet: bool, *, done: int = 0
+) -> Iterator[Callable[[int, str | None], None]]:
+    """A bar on stderr; call what it gives with the steps done and, now and then, a text. Where
+    stderr is not a terminal the texts become lines."""
+    console = Console(stderr=True, emoji=False)
+    with Progress(
+        TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}"), console=console,
+        disable=quiet or not console.is_terminal,
+    ) as bar:  # fmt: skip
+        task = bar.add_task("", total=total, completed=done, text="")
+        count = done
+
+        def advance(steps: int, text: str | None) -> None:
+            nonlocal count
+            count += steps
+            bar.update(task, advance=steps)
+            if text is None:
+                return
+            bar.update(task, text=text)
+            if not quiet and not console.is_terminal:
+                console.print(f"{name} {count}/{total}  {text}", highlight=False, soft_wrap=True)
+
+        yield advance
+
+
+class Stage(Protocol):
+    """What the loop trains: `loss` is the module whose parameters move; `forward(clips, draws)` of
+    `inputs(...)` gives a scalar and its terms. `sample` returns pictures for the log."""
+
+    name: str
+    model: CanvasMAR
+    sampling: SamplingConfig
+    loss: nn.Module
+
+    @property
+    def config(self) -> RunConfig: ...
+
+    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]: ...
+
+    def finish(self) -> None:
+        """Called with the EMA weights in place before a checkpoint is written."""
+        ...
+
+    def sample(self, writer: SummaryWriter, step: int, directory: Path) -> None: ...
+
+
+def learning_rate_factor(config: RunConfig, step: int) -> float:
+    """Warm-up, plateau, linear decay: the factor of the learning rate at `step` (from 0)."""
+    factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    if config.decay_steps:
+        factor *= min(1.0, max(0.0, (config.steps - step) / config.decay_steps))
+    return factor
+
+
+def make_optimizers(loss: nn.Module, config: RunConfig) -> dict[str, torch.optim.Optimizer]:
+    """AdamW over everything, or Muon over the matrices of transformer blocks and AdamW over the
+    rest. Vectors are not decayed."""
+    named = [(n, p) for n, p in loss.named_parameters() if p.requires_grad]
+    hidden = [p for n, p in named if config.optimizer == "muon" and p.ndim == 2 and "blocks." in n]
+    taken = {id(p) for p in hidden}
+    rest = [p for _, p in named if id(p) not in taken]
+    groups = [
+        {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    out: dict[str, torch.optim.Optimizer] = {
+        "adamw": torch.optim.AdamW(
+            groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+    }
+    if hidden:
+        out["muon"] = torch.optim.Muon(
+            hidden,
+            lr=config.learning_rate,
+            weight_decay=config.weight_decay,
+            adjust_lr_fn="match_rms_adamw",
+        )
+    return out
+
+
+class Average:
+    """Exponential moving average of a module's parameters, with a warm start: after few steps it
+    follows closely, min(decay, (1 + step) / (10 + step))."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.shadow = {n: p.detach().clone() for n, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self, module: nn.Module, step: int) -> None:
+        weight = 1 - min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(module.named_parameters())
+        torch._foreach_lerp_(
+            list(self.shadow.values()), [parameters[n].detach() for n in self.shadow], weight
+        )
+
+    @contextmanager
+    def applied(self, module: nn.Module) -> Iterator[None]:
+        """The module with averaged weights; its own come back afterwards."""
+        parameters = dict(module.named_parameters())
+        own = {n: p.detach().clone() for n, p in parameters.items()}
+        with torch.no_grad():
+            for n, p in parameters.items():
+                p.copy_(self.shadow[n])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for n, p in parameters.items():
+                    p.copy_(own[n])
+
+
+class Trainer:
+    """One run of one stage. Construct it, then `run()`; a directory with checkpoints is resumed."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        source: ClipSource,
+        directory: Path,
+        *,
+        ranks: Ranks,
+        quiet: bool = False,
+        description: dict[str, Any] | None = None,
+    ) -> None:
+        """`description` goes into run.json beside the configuration: where the data came from.
+
+        Raises:
+            ConfigError: if the directory holds a run of another configuration.
+            InputError: if clips and model do not fit together.
+        """
+        self.stage, self.source, self.directory = stage, source, directory
+        self.ranks, self.quiet = ranks, quiet
+        self.config = stage.config
+        _check_source(stage, source)
+        stage.model.to(ranks.device)
+        stage.loss.train()
+        self._claim(description or {})
+        self.module: nn.Module = stage.loss
+        if ranks.world > 1:
+            self.module = DistributedDataParallel(stage.loss, find_unused_parameters=True)
+        self.optimizers = make_optimizers(stage.loss, self.config)
+        self.average = Average(stage.loss, self.config.ema_decay)
+        self.step = 0
+        self.seconds = 0.0
+        checkpoints = find_checkpoints(directory)
+        if checkpoints:
+            self._load(checkpoints[-1])
+
+    def run(self, until: int | None = None) -> None:
+        """Train to `until` steps, by default all; ends with a checkpoint. A run interrupted by the
+        user or a signal loses what came after its last checkpoint."""
+        c, r = self.config, self.ranks
+        end = c.steps if until is None else min(until, c.steps)
+        if self.step >= end:
+            return
+        writer = SummaryWriter(str(self.directory), purge_step=self.step) if r.main else None
+        data = batches(
+            self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world
+        )
+        began, before = time.monotonic(), self.seconds
+        try:
+            quiet = self.quiet or not r.main
+            with progress_bar(self.stage.name, end, quiet, done=self.step) as advance:
+                for clips in data:
+                    terms = self._step(to_device(clips, r.device))
+                    self.step += 1
+                    self.seconds = before + time.monotonic() - began
+                    if self.step % c.log_every == 0 or self.step == end:
+                        shown = self._log(writer, terms)
+                    else:
+                        shown = None
+                    advance(1, shown)
+                    if c.sample_every and self.step % c.sample_every == 0 and writer is not None:
+                        with self._averaged():
+                            self.stage.sample(writer, self.step, self.directory)
+                    if self.step % c.checkpoint_every == 0 or self.step == end:
+                        self.save()
+        finally:
+            if writer is not None:
+                writer.close()
+
+    def _step(self, clips: Clips | LatentClips) -> Terms:
+        c, r = self.config, self.ranks
+        share = c.batch // r.world
+        first = self.step * c.batch + r.rank * share
+        draws = Draws(r.device, seed=c.seed, step=self.step, clips=range(first, first + share))
+        for optimizer in self.optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        inputs = self.stage.inputs(clips)
+        # a CPU's fused attention is slow to differentiate; matrix products are not
+        kernels = [SDPBackend.MATH] if r.device.type == "cpu" else list(_FUSED)
+        with (
+            torch.autocast(r.device.type, torch.bfloat16, enabled=c.precision == "bf16"),
+            sdpa_kernel(kernels),
+        ):
+            total, terms = self.module(*inputs, draws)
+        total.backward()
+        norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)
+        loss, size = torch.stack([total.detach(), norm]).tolist()
+        if not (math.isfinite(loss) and math.isfinite(size)):
+            raise StateError(
+                f"step {self.step}: the loss is {loss} and its gradient's norm {size}; the last "
+                f"checkpoint in {self.directory} is intact: start another run with a lower "
+                "learning_rate or with precision fp32"
+            )
+        factor = learning_rate_factor(c, self.step)
+        for optimizer in self.optimizers.values():
+            for group in optimizer.param_groups:
+                group["lr"] = c.learning_rate * factor
+            optimizer.step()
+        self.average.update(self.stage.loss, self.step)
+        return {"loss": total.detach(), "gradient_norm": norm.detach()} | {
+            name: value.detach() for name, value in terms.items()
+        }
+
+    def _log(self, writer: SummaryWriter | None, terms: Terms) -> str:
+        values = torch.stack([v.float() for v in terms.values()])
+        if self.ranks.world > 1:
+            dist.all_reduce(values)
+            values /= self.ranks.world
+        named = dict(zip(terms, values.tolist(), strict=True))
+        if writer is not None:
+            for name, value in named.items():
+                writer.add_scalar(f"{self.stage.name}/{name}", value, self.step)
+            writer.add_scalar(
+                f"{self.stage.name}/learning_rate",
+                self.config.learning_rate * learning_rate_factor(self.config, self.step - 1),
+                self.step,
+            )
+            line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **named})
+            with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
+                log.write(line + "\n")
+        return "  ".join(f"{n} {v:.4g}" for n, v in named.items() if n != "gradient_norm")
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        self.stage.loss.eval()
+        try:
+            with self.average.applied(self.stage.loss):
+                yield
+        finally:
+            self.stage.loss.train()
+
+    # -- checkpoints
+
+    def save(self) -> None:
+        """Write the checkpoint of this step and drop the oldest ones beyond `keep_checkpoints`."""
+        if self.ranks.main:
+            place = self.directory / f"step_{self.step:08d}"
+            temporary = Path(tempfile.mkdtemp(dir=self.directory, prefix=".step_"))
+            try:
+                with self._averaged():
+                    self.stage.finish()
+                    save_checkpoint(temporary, self.stage.model, self.stage.sampling)
+                save_file(self._tensors(), temporary / STATE_FILE)
+                progress = {"step": self.step, "seconds": self.seconds}
+                (temporary / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
+                temporary.chmod(0o755)
+                if place.exists():
+                    shutil.rmtree(place)
+                os.replace(temporary, place)
+            except BaseException:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+            for old in find_checkpoints(self.directory)[: -self.config.keep_checkpoints]:
+                hidden = old.with_name(f".{old.name}")  # gone at once, whatever interrupts
+                os.replace(old, hidden)
+                shutil.rmtree(hidden)
+        if self.ranks.world > 1:
+            dist.barrier()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        out = {f"weights.{n}": p.detach() for n, p in self.stage.loss.named_parameters()}
+        out |= {f"average.{n}": p for n, p in self.average.shadow.items()}
+        for name, optimizer in self.optimizers.items():
+            for index, state in optimizer.state_dict()["state"].items():
+                out |= {f"optimizer.{name}.{index}.{k}": v for k, v in state.items()}
+        return {n: t.detach().cpu().contiguous().clone() for n, t in out.items()}
+
+    def _load(self, checkpoint: Path) -> None:
+        try:
+            tensors = load_file(checkpoint / STATE_FILE)
+            progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
+            self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise BundleError(
+                f"{checkpoint}: the training state cannot be read ({error}); remove this directory "
+                "to go on from the checkpoint before it"
+            ) from None
+        state: dict[str, dict[int, dict[str, Tensor]]] = {n: {} for n in self.optimizers}
+        parameters = dict(self.stage.loss.named_parameters())
+        wanted = {f"{kind}.{n}" for kind in ("weights", "average") for n in parameters}
+        if wanted != {n for n in tensors if not n.startswith("optimizer.")}:
+            raise BundleError(f"{checkpoint / STATE_FILE}: not the training state of this model")
+        with torch.no_grad():
+            for key, tensor in tensors.items():
+                kind, _, name = key.partition(".")
+                if kind == "optimizer":
+                    owner, index, field = name.split(".")
+                    state[owner].setdefault(int(index), {})[field] = tensor
+                else:
+                    place = parameters if kind == "weights" else self.average.shadow
+                    place[name].copy_(tensor)
+        for name, optimizer in self.optimizers.items():
+            whole = optimizer.state_dict()
+            optimizer.load_state_dict({"state": state[name], "param_groups": whole["param_groups"]})
+
+    def _claim(self, description: dict[str, Any]) -> None:
+        """Make the directory this run's, or see that it already is."""
+        wanted = {
+            "stage": self.stage.name,
+            "model": to_dict(self.stage.model.config),
+            "training": to_dict(self.config),
+            **description,
+        }
+        path = self.directory / RUN_FILE
+        if path.is_file():
+            try:
+                found = json.loads(path.read_text())
+                before = dict(found["training"])
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise BundleError(
+                    f"{path}: cannot be read ({error}); choose another directory"
+                ) from None
+            # a longer run, or other habits of logging, may go on from the same checkpoints
+            free = {"steps", "decay_steps", "checkpoint_every", "keep_checkpoints", "log_every",
+                    "sample_every"}  # fmt: skip
+            differing = [
+                k for k in ("stage", "model", "autoencoder") if found.get(k) != wanted.get(k)
+            ]
+            if "stage" not in differing:
+                now = wanted["training"]
+                differing += [k for k in now if k not in free and now[k] != before.get(k)]
+            if differing:
+                raise ConfigError(
+                    f"{self.directory}: holds a run with another {' and '.join(differing)}; choose "
+                    "another directory, or give the same options to resume it"
+                )
+        if self.ranks.main:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for left in self.directory.glob(".step_*"):  # by a process that was killed
+                    shutil.rmtree(left)
+                temporary = path.with_name(f".{RUN_FILE}")  # other ranks may be reading
+                temporary.write_text(json.dumps(wanted, indent=2) + "\n")
+                os.replace(temporary, path)
+            except OSError as error:
+                raise InputError(f"{self.directory}: cannot be written ({error})") from None
+        if self.ranks.world > 1:
+            dist.barrier()
+
+
+def find_checkpoints(directory: Path) -> list[Path]:
+    """Checkpoints of a run, oldest first."""
+    return sorted(p for p in directory.glob("step_*") if (p / PROGRESS_FILE).is_file())
+
+
+def latest_checkpoint(path: Path) -> Path:
+    """The newest checkpoint of a run directory, or the path itself if it is one.
+
+    Raises:
+        BundleError: if there is none.
+    """
+    if (path / "model.safetensors").is_file():
+        return path
+    found = find_checkpoints(path)
+    if not found:
+        raise BundleError(f"{path}: neither a checkpoint nor a run with checkpoints")
+    return found[-1]
+
+
+def _check_source(stage: Stage, source: ClipSource) -> None:
+    ae, t = stage.model.config.autoencoder, stage.model.config.autoencoder.temporal_compression
+    if (source.height, source.width) != (ae.height, ae.width):
+        raise InputError(
+            f"clips are {source.height}x{source.width}, the model wants {ae.height}x{ae.width}"
+        )
+    if source.frames % t != 1 % t:
+        raise InputError(f"clips of {source.frames} frames: the model wants 1 + n*{t}")
+    wanted = stage.model.config.action_dim
+    if stage.name == "model" and source.action_dim and wanted not in (0, source.action_dim * t):
+        raise InputError(
+            f"actions of {source.action_dim} numbers a frame make {source.action_dim * t} a latent "
+            f"step, the model's action_dim is {wanted}"
+        )
+
+
+def mean_terms(parts: Iterable[Terms]) -> dict[str, float]:
+    """Means over batches of equal size."""
+    gathered: dict[str, list[float]] = {}
+    for terms in parts:
+        for name, value in terms.items():
+            gathered.setdefault(name, []).append(float(value))
+    return {name: sum(values) / len(values) for name, values in gathered.items()}
