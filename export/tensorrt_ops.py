@@ -14,7 +14,7 @@ OPSETS = (20, 23, 24)
 """Opsets the exporter writes (26 has been seen to give invalid files)."""
 
 PLAIN = frozenset(
-    """Add And Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos DepthToSpace Div Einsum
+    """Add And AveragePool Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos DepthToSpace Div Einsum
     Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm GlobalAveragePool Greater
     GroupNormalization Identity InstanceNormalization LayerNormalization Less Log MatMul Max Min
     Mod Mul Neg Not Or Pow RMSNormalization Range ReduceMax ReduceMean ReduceSum Reciprocal Relu
@@ -73,6 +73,10 @@ def _refused(node: NodeProto, values: dict[str, TensorProto], half: bool) -> str
     if node.op_type == "Pad":
         mode = attributes.get("mode", b"constant")
         return "" if mode in (b"constant", b"edge") else f"mode {mode.decode()} does not parse"
+    if node.op_type == "Resize":
+        mode = attributes.get("mode", b"nearest")
+        plain = mode == b"nearest" and not attributes.get("antialias", 0)
+        return "" if plain else f"mode {mode.decode()} or antialiasing has not been seen to parse"
     if node.op_type == "TopK":
         k = values.get(node.input[1])
         if k is None:

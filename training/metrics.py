@@ -584,7 +584,7 @@ def run_protocol(
                 f"protocol {protocol.name}: generate must return uint8 {wanted}; got "
                 f"{made.dtype} {tuple(made.shape)}."
             )
-        fake.update(features(_at_resolution(made, protocol.resolution)))
+        fake.update(features(at_resolution(made, protocol.resolution)))
         waiting.clear()
 
     stream = 0
@@ -593,7 +593,7 @@ def run_protocol(
         _check_clips(clip[None], f"protocol {protocol.name}, video {video}")
         context = clip[: protocol.conditioning]
         real.update(
-            features(_at_resolution(clip[None, protocol.conditioning :], protocol.resolution))
+            features(at_resolution(clip[None, protocol.conditioning :], protocol.resolution))
         )
         for _ in range(protocol.samples):
             if waiting and waiting[0][1].shape != context.shape:
@@ -615,7 +615,7 @@ def run_protocol(
     )
 
 
-def _at_resolution(clips: Tensor, resolution: int) -> Tensor:
+def at_resolution(clips: Tensor, resolution: int) -> Tensor:
     """Clips uint8 (B, T, H, W, 3), shrunk or enlarged to the resolution if they have another."""
     if tuple(clips.shape[2:4]) == (resolution, resolution):
         return clips

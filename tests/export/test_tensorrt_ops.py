@@ -136,6 +136,15 @@ def test_pad_modes() -> None:
         assert f"mode {mode}" in found
 
 
+def test_resize_modes() -> None:
+    assert problems(model([node("Resize", "x", mode="nearest")])) == []
+    assert problems(model([node("Resize", "x")])) == []
+    (found,) = problems(model([node("Resize", "x", mode="cubic")]))
+    assert "mode cubic" in found
+    (found,) = problems(model([node("Resize", "x", mode="nearest", antialias=1)]))
+    assert "antialiasing" in found
+
+
 # -- TopK
 
 

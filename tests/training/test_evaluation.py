@@ -1,0 +1,828 @@
+"""Evaluation: numbers that behave, frames that are compared with their own truth, and files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig, preset
+from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from tests.training.test_metrics import Distance, StandIn, save_scripted
+from training import evaluation, protocols, stages
+from training.clips import Clips
+from training.config import ModelTraining
+from training.datasets import RecordedClips, make_source
+from training.evaluation import (
+    ABLATIONS,
+    AlikeDraws,
+    app,
+    held_out,
+    measure_ablations,
+    measure_losses,
+    measure_one_step,
+    measure_rollouts,
+)
+from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protocol
+from training.options import override, run_command
+from training.protocols import context_frames, measure_protocol, predict_frames
+from training.stages import Continuation
+
+SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
+
+
+def tiny(**changes: Any) -> ModelConfig:
+    """ToyTable's configuration in the smallest size: 64x64 pixels, 8x8 tokens, t = 2."""
+    config, _ = preset("toytable")
+    ae = dataclasses.replace(config.autoencoder, widths=(8, 16), latent_channels=4, blocks=1)
+    small: dict[str, Any] = {
+        "autoencoder": ae, "flow": FlowConfig(width=32, blocks=1), "dim": 32, "heads": 1,
+        "temporal_layers": 1, "canvas_layers": 1, "spatial_layers": 2, "encoder_layers": 1,
+        "context_frames": 4,
+    }  # fmt: skip
+    return dataclasses.replace(config, **small | changes)
+
+
+def no_tick(done: int) -> None:
+    pass
+
+
+@pytest.fixture(scope="module")
+def model() -> CanvasMAR:
+    return build(tiny(), seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def plain() -> CanvasMAR:
+    return build(tiny(canvas=False), seed=0).eval()
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory, model: CanvasMAR, plain: CanvasMAR) -> Path:
+    """Checkpoints: `model`, `plain` without a canvas, `still` without actions, `small` of 32x32."""
+    root = tmp_path_factory.mktemp("runs")
+    ae = dataclasses.replace(tiny().autoencoder, height=32, width=32)
+    made = {
+        "model": model,
+        "plain": plain,
+        "still": build(tiny(action_dim=0), seed=0),
+        "small": build(tiny(autoencoder=ae), seed=0),
+    }
+    for name, network in made.items():
+        save_checkpoint(root / name, network, SAMPLING)
+    return root
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Runs a command line in this process: exit status, stdout, stderr."""
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["evaluation", *map(str, arguments)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run_command(app)
+        out, err = capsys.readouterr()
+        assert isinstance(left.value.code, int)
+        return left.value.code, out, err
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+def measured(run: Run, output: Path, *arguments: object) -> dict[str, Any]:
+    """The report of a command that succeeds; it is printed too, and nothing lies beside it."""
+    code, out, err = run(*arguments, "-o", output)
+    assert (code, err) == (0, "")
+    assert [p.name for p in output.parent.iterdir()] == [output.name]
+    report: dict[str, Any] = json.loads(output.read_text())
+    assert json.loads(out) == report["result"]
+    assert len(report["weights"]) == 16
+    assert report["device"] == "cpu"
+    return report
+
+
+def refused(run: Run, output: Path, *arguments: object) -> str:
+    """The one line of a command that fails for its user's mistake; it leaves no file."""
+    code, out, err = run(*arguments, "-o", output)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert not output.is_file()
+    return err
+
+
+Predict = Callable[[Tensor, int], Tensor]
+"""(true clips uint8 (B, T, H, W, 3), frames given) -> predicted clips of that shape."""
+
+
+def predicting(predict: Predict) -> Callable[..., Continuation]:
+    """A stand-in for `continue_clips`."""
+
+    def continued(
+        model: CanvasMAR, sampling: SamplingConfig, clips: Clips, *, context: int, **_: Any
+    ) -> Continuation:
+        given = 1 + (context - 1) * model.config.autoencoder.temporal_compression
+        return Continuation(frames=predict(clips.frames, given), canvas=clips.frames[:, -2:])
+
+    return continued
+
+
+def perfect(frames: Tensor, given: int) -> Tensor:
+    return frames
+
+
+def copied(frames: Tensor, given: int) -> Tensor:
+    """The last frame given, again and again."""
+    last = frames[:, given - 1 : given].expand_as(frames[:, given:])
+    return torch.cat([frames[:, :given], last], dim=1)
+
+
+def late(frames: Tensor, given: int) -> Tensor:
+    """The truth, one frame late."""
+    return torch.cat([frames[:, :given], frames[:, given - 1 : -1]], dim=1)
+
+
+# Every command
+
+
+def test_reconstruction(command: Run, runs: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "out.json"
+    report = measured(command, out, "reconstruction", runs / "model", "--clips", 3, "--frames", 5,
+                      "--batch", 2)  # fmt: skip
+    model, _ = load_checkpoint(runs / "model")
+    clips = held_out(0, 3, 5, 64).frames
+    error = stages.reconstruct(model, clips).numpy().astype(float) - clips.numpy()
+    by_frame = 10 * np.log10(255**2 / np.square(error).mean((0, 2, 3, 4)))
+    assert report["what"] == "reconstruction"
+    assert report["sampling"] is None
+    assert report["result"]["psnr_db"] == pytest.approx(
+        10 * np.log10(255**2 / np.square(error).mean()), rel=1e-4
+    )
+    assert report["result"]["psnr_db_by_frame"] == pytest.approx(by_frame, abs=0.006)
+    assert (report["result"]["clips"], report["result"]["frames"]) == (3, 5)
+
+
+def test_a_number_that_is_not_finite_becomes_null(
+    command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "reconstruct", lambda model, frames: frames)
+    report = measured(command, tmp_path / "out.json", "reconstruction", runs / "model", "--clips",
+                      2, "--frames", 3)  # fmt: skip
+    assert report["result"]["psnr_db"] is None
+    assert report["result"]["psnr_db_by_frame"] == [None] * 3
+
+
+def test_losses(command: Run, runs: Path, tmp_path: Path) -> None:
+    report = measured(
+        command, tmp_path / "out.json", "losses", runs / "model", "--clips", 3, "--batch", 2
+    )
+    assert set(report["result"]) == {"mar", "canvas", "static", "clips", "batch"}
+    assert all(report["result"][name] > 0 for name in ("mar", "canvas", "static"))
+
+
+def test_one_step(command: Run, runs: Path, tmp_path: Path) -> None:
+    arguments = ("one-step", runs / "model", "--clips", 3, "--batch", 2, "--set", "flow_steps=1")
+    report = measured(command, tmp_path / "out.json", *arguments)
+    assert report["sampling"]["flow_steps"] == 1
+    assert report["sampling"]["ar_steps"] == SAMPLING.ar_steps
+    result = report["result"]
+    assert set(result) == {"clips", "context", "prediction", "canvas", "copy", "autoencoder"}
+    assert result["copy"]["frechet"] < result["prediction"]["frechet"]  # it was never trained
+    code, out, _ = command(*arguments, "-o", tmp_path / "out.json", "--quiet")
+    assert (code, out) == (0, "")
+    assert json.loads((tmp_path / "out.json").read_text()) == report
+
+
+def test_rollouts_with_and_without_actions(command: Run, runs: Path, tmp_path: Path) -> None:
+    options = ("--clips", 3, "--frames", 4, "--batch", 2)
+    result = measured(command, tmp_path / "out.json", "rollouts", runs / "model", *options)[
+        "result"
+    ]
+    with_actions, without = result["with_actions"], result["without_actions"]
+    assert with_actions["frechet"] != without["frechet"]
+    assert with_actions["frozen_gripper_px"] == without["frozen_gripper_px"]
+    assert (without["clips"], without["frames"], without["context"]) == (3, 4, 2)
+    result = measured(command, tmp_path / "out.json", "rollouts", runs / "still", *options)[
+        "result"
+    ]
+    assert list(result) == ["without_actions"]
+
+
+def test_long(command: Run, runs: Path, tmp_path: Path) -> None:
+    report = measured(
+        command, tmp_path / "out.json", "long", runs / "model", "--clips", 2, "--frames", 40
+    )
+    assert list(report["result"]["frechet_by_window"]) == ["5-20", "25-40"]
+    assert len(report["result"]["colour_ratio_by_frame"]) == 40
+
+
+def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "a" / "ablations.json"
+    report = measured(
+        command, out, "ablations", runs / "model", "--no-canvas", runs / "plain", "--clips", 2,
+        "--frames", 2, "--steps", "3,1,3", "--seeds", 2,
+    )  # fmt: skip
+    curves = report["result"]["curves"]
+    assert set(curves) == set(ABLATIONS)
+    for curve in curves.values():
+        assert list(curve) == ["1", "3"]
+        for point in curve.values():
+            assert len(set(point["seeds"])) == 2
+            assert point["mean"] == pytest.approx(sum(point["seeds"]) / 2, rel=1e-4)
+    assert report["weights"] != report["result"]["no_canvas_weights"]
+
+    pictures = []
+    for _ in range(2):
+        picture = tmp_path / "b" / "figure.png"
+        assert command("plot", out, "-o", picture) == (0, "", "")
+        assert [p.name for p in picture.parent.iterdir()] == ["figure.png"]
+        with Image.open(picture) as image:
+            assert image.format == "PNG"
+            pictures.append(np.asarray(image.convert("RGB")))
+        curves["full guidance"]["3"]["seeds"][0] *= 2
+        out.write_text(json.dumps(report))
+    assert pictures[0].shape == (800, 1800, 3)
+    different = (pictures[0] != pictures[1]).any((0, 2))
+    assert not different[:850].any()
+    assert different[900:].any()
+
+
+def test_sheet(command: Run, runs: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "sheet.png"
+    arguments = ("sheet", runs / "model", "--clips", 2, "--frames", 4, "-o", picture)
+    assert command(*arguments) == (0, "", "")
+    with Image.open(picture) as image:
+        size = image.size
+    assert command(*arguments, "--every", 1) == (0, "", "")
+    with Image.open(picture) as image:
+        assert image.size[0] == size[0] + 2 * (64 + 6)  # two more columns
+    assert list(tmp_path.iterdir()) == [picture]
+
+
+def test_as_a_program(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "training.evaluation", "long", str(tmp_path), "-o", "out.json"],
+        capture_output=True, text=True, cwd=Path(evaluation.__file__).parents[1], timeout=120,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert "neither a checkpoint nor a run" in done.stderr
+
+
+# Numbers that behave
+
+
+def test_a_perfect_model_and_a_copy(
+    command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("long", runs / "model", "--clips", 6, "--frames", 36, "--batch", 4)
+    results = {}
+    for predict in (perfect, copied, late):
+        monkeypatch.setattr(evaluation, "continue_clips", predicting(predict))
+        report = measured(command, tmp_path / "out.json", *arguments)
+        results[predict.__name__] = report["result"]
+    best = results["perfect"]
+    assert best["frechet"] < 1e-6
+    assert best["frechet_by_window"]["5-20"] < 1e-6
+    assert best["frechet_by_window"]["21-36"] < 1e-6
+    assert best["gripper_px"] == best["true_gripper_px"] < 0.1
+    assert best["gripper_missing"] == 0
+    assert best["toys_kept"] == best["true_toys_kept"] > 0.95
+    assert set(best["colour_ratio_by_frame"]) == set(best["sharpness_ratio_by_frame"]) == {1.0}
+    assert results["copied"]["frechet"] > 5
+    assert results["copied"]["gripper_px"] > 5
+    assert results["copied"]["frechet_by_window"]["21-36"] > 5
+    assert results["late"]["gripper_px"] > 5 * best["gripper_px"]
+    assert results["late"]["frechet"] > 1e-3
+
+
+def test_one_step_is_compared_with_the_next_latent_frame(
+    model: CanvasMAR, plain: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "continue_clips", predicting(perfect))
+    monkeypatch.setattr(evaluation, "reconstruct", lambda model, frames: frames)
+    options: dict[str, Any] = {"clips": 6, "context": 2, "batch": 4, "seed": 0, "tick": no_tick}
+    result = measure_one_step(model, SAMPLING, **options)
+    for name in ("prediction", "canvas", "autoencoder"):
+        assert result[name]["frechet"] < 1e-6, name
+        assert result[name]["gripper_penalised_px"] < 0.1, name
+    assert result["copy"]["frechet"] > 0.1
+    assert result["copy"]["gripper_penalised_px"] > 0.5
+    assert "canvas" not in measure_one_step(plain, SAMPLING, **options)
+    monkeypatch.setattr(evaluation, "continue_clips", predicting(copied))
+    assert measure_one_step(model, SAMPLING, **options)["prediction"] == result["copy"]
+
+
+@pytest.mark.parametrize(("spoilt", "inside"), [(4, False), (5, True), (8, True), (9, False)])
+def test_windows_are_counted_from_the_first_predicted_frame(
+    spoilt: int, inside: bool, model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def predict(frames: Tensor, given: int) -> Tensor:
+        out = frames.clone()
+        out[:, given + spoilt - 1] = 0
+        return out
+
+    monkeypatch.setattr(evaluation, "continue_clips", predicting(predict))
+    options: dict[str, Any] = {"clips": 2, "frames": 10, "context": 3, "batch": 2, "seed": 0}
+    result = measure_rollouts(model, SAMPLING, **options, tick=no_tick, windows=((5, 8),))
+    assert (result["frechet_by_window"]["5-8"] > 1) == inside
+    assert result["frechet"] > 1
+    for window in ((0, 4), (5, 5), (9, 11)):
+        with pytest.raises(InputError, match="two or more of frames 1-10"):
+            measure_rollouts(model, SAMPLING, **options, tick=no_tick, windows=(window,))
+
+
+def test_a_clip_is_predicted_alike_in_every_batch(
+    model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Tensor] = []
+
+    def spying(*arguments: Any, **options: Any) -> Continuation:
+        shown = stages.continue_clips(*arguments, **options)
+        made.append(shown.frames)
+        return shown
+
+    monkeypatch.setattr(evaluation, "continue_clips", spying)
+
+    def predictions(batch: int, seed: int) -> tuple[Tensor, dict[str, Any], int]:
+        made.clear()
+        ticks: list[int] = []
+        report = measure_rollouts(
+            model, SAMPLING, clips=5, frames=6, context=2, batch=batch, seed=seed,
+            tick=ticks.append,
+        )  # fmt: skip
+        assert sum(ticks) == 5
+        return torch.cat(made).int(), report, len(made)
+
+    whole, report, calls = predictions(5, 0)
+    assert calls == 1
+    assert not torch.equal(whole[0, 3:], whole[1, 3:])
+    for batch in (1, 2):
+        other, again, calls = predictions(batch, 0)
+        assert calls == -(-5 // batch)
+        # rounding may flip the order of two tokens now and then
+        assert float(((other - whole).abs() > 2).float().mean()) < 0.01
+        assert again["frechet"] == pytest.approx(report["frechet"], rel=0.01)
+    seeded, _, _ = predictions(5, 1)
+    assert torch.equal(seeded[:, :3], whole[:, :3])
+    assert float((seeded - whole)[:, 3:].abs().float().mean()) > 1
+
+
+def test_ablations_compare_the_same_clips(
+    model: CanvasMAR, plain: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[tuple[bool, SamplingConfig, tuple[int, ...], int]] = []
+
+    def spying(
+        network: CanvasMAR, sampling: SamplingConfig, clips: Clips, **options: Any
+    ) -> Continuation:
+        first = options["first_stream"]
+        rows = range(first, first + len(clips.frames))
+        assert torch.equal(clips.frames, held_out(first, len(rows), 5, 64).frames)
+        calls.append((network is plain, sampling, tuple(rows), options["seed"]))
+        predict = copied if network is plain else perfect
+        return predicting(predict)(network, sampling, clips, **options)
+
+    monkeypatch.setattr(evaluation, "continue_clips", spying)
+    base = dataclasses.replace(SAMPLING, order="maskgit", temporal_guidance=1.3, solver="heun")
+    ticks: list[int] = []
+    result = measure_ablations(
+        model, plain, base, steps=(1, 2), seeds=2, clips=3, frames=2, context=2, batch=2,
+        tick=ticks.append,
+    )  # fmt: skip
+    assert sum(ticks) == 6 * 2 * 2 * 3
+    seen: dict[tuple[bool, SamplingConfig], list[tuple[int, tuple[int, ...]]]] = {}
+    for is_plain, sampling, rows, seed in calls:
+        seen.setdefault((is_plain, sampling), []).append((seed, rows))
+    assert len(seen) == 12
+    same = [(0, (0, 1)), (0, (2,)), (1, (3, 4)), (1, (5,))]
+    assert all(rows == same for rows in seen.values())
+    wanted = {
+        (name == "no canvas", dataclasses.replace(base, ar_steps=k, **changes))
+        for name, changes in ABLATIONS.items()
+        for k in (1, 2)
+    }
+    assert set(seen) == wanted
+    assert {sampling.order for _, sampling in seen} == {"random", "motion"}
+    assert {sampling.solver for _, sampling in seen} == {"heun"}
+    for name, curve in result["curves"].items():
+        distances = [value for point in curve.values() for value in point["seeds"]]
+        assert all((value > 0.1) == (name == "no canvas") for value in distances), name
+
+
+# Losses
+
+
+def test_models_with_and_without_a_canvas_see_the_same_noise_and_masks(
+    model: CanvasMAR, plain: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The flow head's input, (1 - u) * noise + u * target, is made of all of them."""
+    plain = build(plain.config, seed=1).eval()
+    plain.autoencoder.load_state_dict(model.autoencoder.state_dict())
+    inputs: dict[str, list[Tensor]] = {"model": [], "plain": []}
+    losses = {}
+    for name, network in (("model", model), ("plain", plain)):
+        velocity = network.flow.velocity
+
+        def spying(x: Tensor, *rest: Tensor, name: str = name, velocity: Any = velocity) -> Tensor:
+            inputs[name].append(x)
+            out: Tensor = velocity(x, *rest)
+            return out
+
+        monkeypatch.setattr(network.flow, "velocity", spying)
+        losses[name] = measure_losses(network, clips=3, batch=2, tick=no_tick)
+    assert len(inputs["model"]) == 2
+    for one, other in zip(inputs["model"], inputs["plain"], strict=True):
+        torch.testing.assert_close(one, other)
+    assert "canvas" not in losses["plain"]
+    assert losses["plain"]["mar"] != losses["model"]["mar"]
+    assert measure_losses(model, clips=3, batch=2, tick=no_tick) == losses["model"]
+
+
+def test_alike_draws_are_keyed_by_clip_shape_and_count() -> None:
+    def draws(step: int = 0, clips: Sequence[int] = (3, 4)) -> AlikeDraws:
+        return AlikeDraws(torch.device("cpu"), seed=0, step=step, clips=clips)
+
+    one = draws()
+    first, second = one.normal(4, 2), one.normal(4, 2)
+    assert not torch.equal(first, second)
+    other = draws(clips=(4, 5))
+    other.uniform(4, 2)
+    other.normal(7)
+    torch.testing.assert_close(other.normal(4, 2)[0], first[1])
+    torch.testing.assert_close(other.normal(4, 2)[0], second[1])
+    assert not torch.equal(draws(step=1).normal(4, 2), first)
+    assert 0 <= float(one.uniform(100).min()) < float(one.uniform(100).max()) < 1
+
+
+def test_losses_are_means_over_clips_in_evaluation_mode(
+    model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spy(torch.nn.Module):
+        def __init__(self, network: CanvasMAR, config: ModelTraining) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(
+            self, latents: Tensor, actions: Tensor | None, draws: object
+        ) -> tuple[Tensor, dict[str, Tensor]]:
+            assert not any(module.training for module in self.modules())
+            assert not torch.is_grad_enabled()
+            assert actions is not None
+            assert actions.shape == (len(latents), 8, 4)
+            return latents.sum(), {"mean": latents.mean(), "action": actions.mean()}
+
+    monkeypatch.setattr(evaluation, "ModelLoss", Spy)
+    ticks: list[int] = []
+    result = measure_losses(model, clips=3, batch=2, tick=ticks.append)
+    clips = held_out(0, 3, 17, 64)
+    assert clips.actions is not None
+    assert ticks == [2, 1]
+    latents = stages.encode_clips(model, clips.frames)
+    assert result["mean"] == pytest.approx(float(latents.mean()), rel=1e-4)
+    assert result["action"] == pytest.approx(float(clips.actions.mean()), rel=1e-4)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("rollouts", "{none}"), "neither a checkpoint nor a run"),
+        (("rollouts", "{cut}"), "model.safetensors: cannot be read"),
+        (("rollouts", "{small}"), "ToyTable has 64x64 pixels .* takes 32x32"),
+        (("rollouts", "{model}", "--frames", 15), "15 predicted frames are not whole latent"),
+        (("rollouts", "{model}", "--set", "steps=3"), "no option 'steps'; there are ar_steps"),
+        (("rollouts", "{model}", "--set", "ar_steps=many"), "ar_steps: expected int"),
+        (("rollouts", "{model}", "--set", "ar_steps"), "expected name=value"),
+        (("one-step", "{model}", "--set", "ar_steps=65"), r"ar_steps must lie in 1\.\.64"),
+        (("losses", "{model}", "--device", "toaster"), "device 'toaster' cannot be had"),
+        (("long", "{model}", "--frames", 34), "at least 36 frames"),
+        (("reconstruction", "{model}", "--frames", 4), r"wants 1 \+ n\*2"),
+        (("ablations", "{model}", "--no-canvas", "{model}"), "with a canvas, and the other one"),
+        (("ablations", "{model}", "--no-canvas", "{plain}", "--steps", "1,x"), "whole numbers"),
+        (("ablations", "{model}", "--no-canvas", "{plain}", "--steps", "0"), r"1\.\.64"),
+        (("ablations", "{model}", "--no-canvas", "{plain}", "--frames", 3), "3 predicted frames"),
+        (("sheet", "{model}", "--frames", 5), "5 predicted frames"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[object, ...], reason: str, command: Run, runs: Path, tmp_path: Path
+) -> None:
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    (cut / "config.json").write_bytes((runs / "model" / "config.json").read_bytes())
+    (cut / "model.safetensors").write_bytes(
+        (runs / "model" / "model.safetensors").read_bytes()[:-9]
+    )
+    places = {name: runs / name for name in ("model", "plain", "small", "none")} | {"cut": cut}
+    filled = [str(argument).format(**places) for argument in arguments]
+    line = refused(command, tmp_path / "out.json", *filled, *_few(filled[0]))
+    assert re.search(reason, line), line
+    assert list(tmp_path.iterdir()) == [cut]
+
+
+def _few(name: str) -> tuple[object, ...]:
+    return () if name == "sheet" else ("--clips", 2)
+
+
+def test_an_option_that_does_not_exist(command: Run, runs: Path, tmp_path: Path) -> None:
+    code, _, err = command("long", runs / "model", "-o", tmp_path / "out.json", "--clip", 3)
+    assert code == 2
+    assert "No such option" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_cannot_be_written(command: Run, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path, tmp_path / "file" / "out.json"):
+        line = refused(command, output, "long", runs / "model")  # at once, not hours later
+        assert "cannot be written" in line
+
+
+@pytest.mark.parametrize("error", [OSError("disk full"), KeyboardInterrupt()])
+def test_a_file_is_written_whole_or_not_at_all(
+    error: BaseException, command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out.json"
+    output.write_text("the one before")
+
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(os, "replace", fail)
+    code, out, err = command("reconstruction", runs / "model", "--clips", 2, "--frames", 1, "-o",
+                             output)  # fmt: skip
+    assert code != 0
+    assert out == ""
+    if isinstance(error, OSError):
+        assert code == 2
+        assert err == f"error: {output}: cannot be written (disk full)\n"
+    assert output.read_text() == "the one before"
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_plot_refuses_other_files(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture, source = tmp_path / "out.png", tmp_path / "in.json"
+    assert "cannot be read as JSON" in refused(command, picture, "plot", source)
+    point = {"2": {"seeds": [1.0, 2.0]}}
+    good = {"clips": 2, "frames": 16, "curves": dict.fromkeys(ABLATIONS, point)}
+    cases: dict[str, object] = {
+        "not written by": {"what": "long", "result": good},
+        "no curve 'no canvas'": {"what": "ablations", "result": {**good, "curves": {}}},
+        "no curve 'full guidance'": {
+            "what": "ablations",
+            "result": {**good, "curves": {**good["curves"], "full guidance": {"2": {"seeds": []}}}},  # type: ignore[dict-item]
+        },
+    }
+    pytest.importorskip("matplotlib")
+    for reason, report in cases.items():
+        source.write_text(json.dumps(report))
+        assert reason in refused(command, picture, "plot", source)
+    source.write_text(json.dumps({"what": "ablations", "result": good}))
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "plot needs matplotlib: pip install" in refused(command, picture, "plot", source)
+
+
+def test_override() -> None:
+    config = tiny()
+    assert override(config, None) == config
+    changed = override(config, ["flow.modulation=additive", "canvas=false", "autoencoder.blocks=2"])
+    assert changed.flow.modulation == "additive"
+    assert not changed.canvas
+    assert changed.autoencoder == dataclasses.replace(config.autoencoder, blocks=2)
+    for wrong, reason in {
+        "flow.widht=3": "no option 'flow.widht'; there are blocks, modulation, width",
+        "dim.x=3": "no option 'dim.x'",
+        "flow=3": "expected an object",
+        "dim=2.5": "expected int",
+    }.items():
+        with pytest.raises(ConfigError, match=reason):
+            override(config, [wrong])
+
+
+# The papers' protocols
+
+
+def shades(video: int, frames: int = 24, size: int = 64) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Frames of one grey each, one level more at every step, a little lighter to the right."""
+    level = 5 * video + np.arange(frames)[:, None, None, None]
+    slope = np.arange(size)[None, None, :, None]
+    return np.broadcast_to(level + slope, (frames, size, size, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> Path:
+    """BAIR as folders of pictures: four trajectories, and one that is too short."""
+    for video in range(5):
+        folder = tmp_path / "bair" / "test" / str(video)
+        folder.mkdir(parents=True)
+        for i, frame in enumerate(shades(video, frames=24 if video != 2 else 9)):
+            Image.fromarray(frame).save(folder / f"{i}.png")
+    return tmp_path / "bair"
+
+
+@pytest.fixture
+def archives(tmp_path: Path) -> Path:
+    folder = tmp_path / "videos" / "test"
+    folder.mkdir(parents=True)
+    for video in range(3):
+        np.savez(folder / f"{video}.npz", frames=shades(video))
+    return tmp_path / "videos"
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("networks")
+    save_scripted(StandIn(), folder / "i3d.pt")
+    save_scripted(Distance(), folder / "lpips.pt")
+    return folder
+
+
+def source_of(protocol: Protocol, root: Path) -> RecordedClips:
+    frames = protocol.conditioning + protocol.predicted
+    return make_source("bair-frames", root, frames=frames, height=64, width=64, split="test")
+
+
+def colours(clips: Tensor) -> Tensor:
+    """Features that tell which frames a clip shows."""
+    return clips[:, [0, -1], 0, 0, 0].float()
+
+
+def brightening(wrong_by: Callable[[int], int]) -> Callable[..., Continuation]:
+    """A stand-in for `continue_clips` that knows `shades`; stream s is off by `wrong_by(s)`."""
+
+    def continued(
+        model: CanvasMAR, sampling: SamplingConfig, clips: Clips, *, context: int, seed: int,
+        first_stream: int,
+    ) -> Continuation:  # fmt: skip
+        given = 1 + (context - 1) * model.config.autoencoder.temporal_compression
+        assert clips.actions is None
+        steps = torch.arange(1, clips.frames.shape[1] - given + 1)[:, None, None, None]
+        off = torch.tensor([wrong_by(first_stream + i) for i in range(len(clips.frames))])
+        ahead = clips.frames[:, given - 1 : given] + steps + off[:, None, None, None, None]
+        return Continuation(frames=torch.cat([clips.frames[:, :given], ahead.byte()], dim=1))
+
+    return continued
+
+
+def test_protocol_of_a_perfect_model_and_of_a_copy(
+    model: CanvasMAR, folders: Path, networks: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = dataclasses.replace(BAIR, samples=3)
+    lpips = protocols.Lpips(networks / "lpips.pt")
+    ticks: list[int] = []
+
+    def measure(wrong_by: Callable[[int], int]) -> dict[str, Any]:
+        ticks.clear()
+        monkeypatch.setattr(protocols, "continue_clips", brightening(wrong_by))
+        return measure_protocol(
+            model, SAMPLING, protocol, source_of(protocol, folders), colours, lpips=lpips,
+            batch=5, tick=ticks.append,
+        )  # fmt: skip
+
+    best = measure(lambda stream: 0)
+    assert (best["real_clips"], best["generated_clips"], best["skipped_recordings"]) == (4, 12, 1)
+    assert best["whole_protocol"]
+    assert best["frechet"] < 2  # not 0: of 4 clips and of the same thrice, covariances differ
+    assert best["psnr_db"] == {"mean": 100.0, "best": 100.0}
+    assert best["ssim"] == {"mean": pytest.approx(1), "best": pytest.approx(1)}
+    assert best["lpips"] == {"mean": 0.0, "best": 0.0}
+    assert ticks == [5, 5, 2]
+
+    mixed = measure(lambda stream: 10 * (stream % 3))  # of each place, one is right
+    psnr = 20 * np.log10(255 / np.array([10, 20]))
+    assert mixed["psnr_db"]["best"] == 100
+    assert mixed["psnr_db"]["mean"] == pytest.approx((100 + psnr.sum()) / 3)
+    assert mixed["lpips"]["best"] == 0
+    assert mixed["lpips"]["mean"] == pytest.approx(10 / 127.5, rel=1e-4)
+    assert mixed["frechet"] > 50
+
+
+def test_random_places_are_windows_of_the_recordings(
+    model: CanvasMAR, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(protocols, "continue_clips", brightening(lambda stream: 0))
+    seen: list[Tensor] = []
+
+    def features(clips: Tensor) -> Tensor:
+        assert clips.shape[1:] == (16, 64, 64, 3)
+        seen.append(clips[:, 0, 0, 0, 0])
+        return colours(clips)
+
+    options: dict[str, Any] = {"batch": 4, "clips": 18}
+    source = source_of(BAIR_DEBIASED, folders)
+    result = measure_protocol(model, SAMPLING, BAIR_DEBIASED, source, features, **options)
+    assert (result["real_clips"], result["generated_clips"]) == (18, 18)
+    assert not result["whole_protocol"]
+    assert result["frechet"] < 1e-6
+    assert list(result["psnr_db"]) == ["mean"]
+    real = [int(clips) for clips in seen if len(clips) == 1]
+    assert len(set(real)) > 9  # of up to 8 places in each of 4
+    again = source_of(BAIR_DEBIASED, folders)
+    assert measure_protocol(model, SAMPLING, BAIR_DEBIASED, again, colours, **options) == result
+
+
+def test_predictions_are_cut_to_the_frames_asked_for_and_read_the_context_alone() -> None:
+    ae = dataclasses.replace(tiny().autoencoder, temporal_compression=4)
+    network = build(tiny(autoencoder=ae, action_dim=0), seed=0).eval()
+    clips = held_out(0, 2, 13, 64)
+    whole = stages.continue_clips(
+        network, SAMPLING, Clips(frames=clips.frames, actions=None), context=2, seed=3,
+        first_stream=7,
+    )  # fmt: skip
+    made = predict_frames(network, SAMPLING, clips.frames[:, :5], 6, seed=3, first_stream=7)
+    assert torch.equal(made, whole.frames[:, 5:11])
+    assert [context_frames(network, n) for n in (1, 5, 9)] == [1, 2, 3]
+    for frames in (0, 3, 4):
+        with pytest.raises(InputError, match=r"a context of \d frames: the model takes 1 \+ n\*4"):
+            context_frames(network, frames)
+    with pytest.raises(InputError, match="a context of 3 frames"):
+        predict_frames(network, SAMPLING, clips.frames[:, :3], 4, seed=0)
+
+
+def test_protocol_refuses_what_does_not_fit(model: CanvasMAR, folders: Path) -> None:
+    with pytest.raises(InputError, match="expected clips of 21 frames of 64x64, got 17"):
+        measure_protocol(model, SAMPLING, KINETICS600, source_of(BAIR, folders), colours)
+    with pytest.raises(ConfigError, match="has 5 clips here, 6 were asked for"):
+        measure_protocol(model, SAMPLING, BAIR, source_of(BAIR, folders), colours, clips=6)
+
+
+def test_protocol_command_on_folders_of_pictures(
+    command: Run, runs: Path, folders: Path, networks: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "bair.json"
+    code, out, err = command(
+        "protocol", "bair", runs / "model", "--root", folders, "--data", "bair-frames", "--i3d",
+        networks / "i3d.pt", "--lpips", networks / "lpips.pt", "--clips", 3, "--samples", 2,
+        "-o", output,
+    )  # fmt: skip
+    assert code == 0
+    assert err.startswith(f"left out 1 recordings, the first: {folders}")
+    report = json.loads(output.read_text())
+    assert json.loads(out) == (result := report["result"])
+    assert (result["protocol"], result["real_clips"], result["generated_clips"]) == ("bair", 3, 6)
+    assert result["frechet"] > 0
+    assert set(result["psnr_db"]) == set(result["ssim"]) == set(result["lpips"]) == {"mean", "best"}
+    assert len(result["i3d_sha256"]) == 64
+    assert [p.name for p in output.parent.iterdir()] == ["bair.json"]
+
+
+def test_protocol_command_on_archives(
+    command: Run, runs: Path, archives: Path, networks: Path, tmp_path: Path
+) -> None:
+    report = measured(
+        command, tmp_path / "out" / "k600.json", "protocol", "kinetics600", runs / "model",
+        "--root", archives, "--data", "videos", "--i3d", networks / "i3d.pt", "--clips", 4,
+        "--workers", 2,
+    )  # fmt: skip
+    result = report["result"]
+    assert (result["conditioning"], result["predicted"], result["real_clips"]) == (5, 16, 4)
+    assert list(result["psnr_db"]) == ["mean"]
+    assert "lpips" not in result
+    assert not result["whole_protocol"]
+
+
+def test_protocol_command_refuses(
+    command: Run, runs: Path, archives: Path, networks: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out.json"
+    options = ("--root", archives, "--i3d", networks / "i3d.pt")
+    line = refused(command, output, "protocol", "imagenet", runs / "model", *options)
+    assert f"no protocol 'imagenet'; there are {', '.join(PROTOCOLS)}" in line
+    none = ("--root", archives, "--i3d", tmp_path / "none.pt")
+    line = refused(command, output, "protocol", "bair", runs / "model", *none)
+    assert "there is no file" in line
+    assert "i3d_torchscript.pt" in line
+    line = refused(command, output, "protocol", "bair", runs / "model", *options)
+    assert "*.tfrecords" in line
+    line = refused(command, output, "protocol", "ucf101", runs / "model", *options)
+    assert "testlist01.txt: cannot be read" in line

@@ -1,0 +1,715 @@
+"""Every figure the model card quotes, each by one command: `python -m training.evaluation ...`.
+
+All predict by the reference sampler, write JSON and print the same; a number that is not finite
+becomes null. `protocol` takes the papers' real data, `plot` draws what `ablations` wrote, and the
+others run on held-out ToyTable clips (seed 1; training draws from seed 0). Held-out clip i draws
+its noise from stream i, so its prediction does not depend on the batch it falls into.
+
+Shapes: B clips, T pixel frames, t pixel frames per latent frame; a context of n latent frames is
+1 + (n-1)*t pixel frames.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import math
+import os
+import platform
+import tempfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from canvasmar_rt import __version__
+from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.contact_sheet import contact_sheet
+from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.checkpoint import load_checkpoint
+from canvasmar_rt.schedule import set_sizes
+from training.clips import Clips, ToyTableSource, latent_actions
+from training.config import ModelTraining
+from training.datasets import READERS, make_source
+from training.figures import draw_ablations
+from training.losses import Draws, ModelLoss
+from training.metrics import I3D, PROTOCOLS, GaussianStats, Lpips
+from training.options import override, run_command
+from training.protocols import context_frames, measure_protocol
+from training.stages import (
+    HELD_OUT_SEED,
+    continue_clips,
+    encode_clips,
+    reconstruct,
+    weights_id,
+)
+from training.toytable_metrics import ToyTableEvaluator, pair_features
+from training.trainer import latest_checkpoint, progress_bar
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Figures of a trained model as JSON: on held-out ToyTable clips, or by the papers' "
+    "protocols on their data.",
+)
+
+Checkpoint = Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")]
+Picture = Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")]
+Clip = Annotated[int, typer.Option("--clips", min=2, help="Held-out clips of a point.")]
+Batch = Annotated[int, typer.Option(min=1, help="Clips predicted together.")]
+Context = Annotated[int, typer.Option(min=1, help="Latent frames of context.")]
+Frames = Annotated[int, typer.Option(min=1, help="Pixel frames to predict, a multiple of t.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the sampling noise.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
+Sampling = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Override a sampling option, name=value; repeat as needed."),
+]
+
+
+def held_out(first: int, count: int, frames: int, size: int) -> Clips:
+    """Held-out clips first ... first + count - 1."""
+    return ToyTableSource(frames=frames, size=size, seed=HELD_OUT_SEED).clips(first, count)
+
+
+def batches(
+    model: CanvasMAR, clips: int, batch: int, frames: int, *, start: int = 0
+) -> Iterator[tuple[int, Clips]]:
+    """(index of the first, clips) of held-out clips start ... start + clips - 1 in turn."""
+    size = model.config.autoencoder.height
+    for first in range(start, start + clips, batch):
+        yield first, held_out(first, min(batch, start + clips - first), frames, size)
+
+
+def _given(model: CanvasMAR, context: int) -> int:
+    """Pixel frames of a context of latent frames."""
+    return 1 + (context - 1) * model.config.autoencoder.temporal_compression
+
+
+def _check_predicted(model: CanvasMAR, frames: int) -> None:
+    t = model.config.autoencoder.temporal_compression
+    if frames < 1 or frames % t:
+        raise InputError(f"{frames} predicted frames are not whole latent frames of {t}")
+
+
+def measure_reconstruction(
+    model: CanvasMAR, *, clips: int, frames: int, batch: int, tick: Callable[[int], None]
+) -> dict[str, Any]:
+    """PSNR of clips through the autoencoder: of the mean squared error of all pixels, and per
+    frame of a clip (one that drifts shows).
+
+    Raises:
+        InputError: if the clips are not 1 + n*t frames long.
+    """
+    t = model.config.autoencoder.temporal_compression
+    if (frames - 1) % t:
+        raise InputError(f"clips of {frames} frames: the model wants 1 + n*{t}")
+    total = torch.zeros(frames, dtype=torch.float64)
+    for _, given in batches(model, clips, batch, frames):
+        error = reconstruct(model, given.frames).double() - given.frames.double()
+        total += (error**2).mean((2, 3, 4)).sum(0)
+        tick(len(given.frames))
+    mse = total / clips
+    psnr = 10 * torch.log10(255.0**2 / mse)
+    return {
+        "psnr_db": float(10 * torch.log10(255.0**2 / mse.mean())),
+        "psnr_db_by_frame": [round(v, 2) for v in psnr.tolist()],
+        "clips": clips,
+        "frames": frames,
+    }
+
+
+class AlikeDraws(Draws):
+    """Draws that do not depend on what else a model draws: each is keyed by its distribution, its
+    shape and how many like it came before. So a model with a canvas and one without see the same
+    masks, times and flow noise."""
+
+    def __init__(self, device: torch.device, *, seed: int, step: int, clips: Sequence[int]) -> None:
+        super().__init__(device, seed=seed, step=step, clips=clips)
+        self._seed, self._step, self._rows = seed, step, clips
+        self._drawn: Counter[tuple[str, tuple[int, ...]]] = Counter()
+
+    def _next(self, kind: str, shape: tuple[int, ...]) -> Draws:
+        key = repr((self._seed, kind, shape, self._drawn[kind, shape]))
+        self._drawn[kind, shape] += 1
+        seed = zlib.crc32(key.encode())
+        return Draws(self.device, seed=seed, step=self._step, clips=self._rows)
+
+    def normal(self, *shape: int) -> Tensor:
+        return self._next("normal", shape).normal(*shape)
+
+    def uniform(self, *shape: int) -> Tensor:
+        return self._next("uniform", shape).uniform(*shape)
+
+
+@torch.no_grad()
+def measure_losses(
+    model: CanvasMAR, *, clips: int, batch: int, tick: Callable[[int], None]
+) -> dict[str, Any]:
+    """The training losses on held-out clips of 17 frames (or the whole latent frames in them) under
+    the same draws for every model. The mask ratio is one for a batch: only figures of one batch
+    size compare."""
+    loss = ModelLoss(model, ModelTraining(steps=1, batch=batch)).eval()
+    device = model.spatial.mask.device
+    t = model.config.autoencoder.temporal_compression
+    sums: dict[str, float] = {}
+    for first, given in batches(model, clips, batch, 1 + 16 // t * t):
+        assert given.actions is not None
+        actions = latent_actions(given.actions, t).to(device) if model.config.action_dim else None
+        latents = encode_clips(model, given.frames)
+        count = len(latents)
+        draws = AlikeDraws(device, seed=0, step=first, clips=range(first, first + count))
+        with torch.autocast(device.type, torch.bfloat16):
+            terms = loss(latents, actions, draws)[1]
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0.0) + float(value) * count
+        tick(count)
+    return {**{name: total / clips for name, total in sums.items()}, "clips": clips, "batch": batch}
+
+
+def measure_one_step(
+    model: CanvasMAR,
+    sampling: SamplingConfig,
+    *,
+    clips: int,
+    context: int,
+    batch: int,
+    seed: int,
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
+    """The next latent frame alone: predictions, the canvas alone, a copy of the last frame, and
+    the truth through the autoencoder (no prediction can be nearer), each against the truth."""
+    t = model.config.autoencoder.temporal_compression
+    given = _given(model, context)
+    gathered = {
+        name: ToyTableEvaluator() for name in ("prediction", "canvas", "copy", "autoencoder")
+    }
+    for first, drawn in batches(model, clips, batch, given + t):
+        assert drawn.actions is not None
+        real, actions = drawn.frames[:, given:], drawn.actions[:, given - 1 :]
+        before = drawn.frames[:, :given]
+        shown = continue_clips(
+            model, sampling, drawn, context=context, seed=seed, first_stream=first, canvas=True
+        )
+        frames = {
+            "prediction": shown.frames[:, given:],
+            "canvas": shown.canvas,
+            "copy": before[:, -1:].expand(-1, t, -1, -1, -1),
+            "autoencoder": reconstruct(model, drawn.frames)[:, given:],
+        }
+        for name, predicted in frames.items():
+            if predicted is not None:
+                gathered[name].update(before, predicted, real, actions)
+        tick(len(real))
+    keep = ("frechet", "gripper_penalised_px", "gripper_missing")
+    result: dict[str, Any] = {"clips": clips, "context": context}
+    for name, evaluator in gathered.items():
+        if name != "canvas" or model.canvas is not None:
+            report = dataclasses.asdict(evaluator.report())
+            result[name] = {key: report[key] for key in keep}
+    return result
+
+
+def measure_rollouts(
+    model: CanvasMAR,
+    sampling: SamplingConfig,
+    *,
+    clips: int,
+    frames: int,
+    context: int,
+    batch: int,
+    seed: int,
+    tick: Callable[[int], None],
+    use_actions: bool = True,
+    windows: tuple[tuple[int, int], ...] = (),
+) -> dict[str, Any]:
+    """Predictions of `frames` pixel frames against the truth. `windows` (first, last), counted
+    from 1 at the first predicted frame, add the Frechet distance of those parts alone, of the pairs
+    of frames within them.
+
+    Raises:
+        InputError: if `frames` are not whole latent frames, or a window is not two of them or more.
+    """
+    given = _given(model, context)
+    _check_predicted(model, frames)
+    for start, end in windows:
+        if not 1 <= start < end <= frames:
+            raise InputError(f"window {start}-{end}: expected two or more of frames 1-{frames}")
+    evaluator = ToyTableEvaluator()
+    parts = {window: (GaussianStats(), GaussianStats()) for window in windows}
+    for first, drawn in batches(model, clips, batch, given + frames):
+        assert drawn.actions is not None
+        shown = continue_clips(
+            model,
+            sampling,
+            drawn,
+            context=context,
+            seed=seed,
+            first_stream=first,
+            use_actions=use_actions,
+        ).frames
+        before, actions = drawn.frames[:, :given], drawn.actions[:, given - 1 :]
+        evaluator.update(before, shown[:, given:], drawn.frames[:, given:], actions)
+        for (start, end), sides in parts.items():
+            for stats, clip in zip(sides, (drawn.frames, shown), strict=True):
+                window = clip[:, given + start - 1 : given + end]
+                stats.update(pair_features(window).flatten(0, 1))
+        tick(len(drawn.frames))
+    report = {"context": context, **dataclasses.asdict(evaluator.report())}
+    report["frechet_by_window"] = {
+        f"{start}-{end}": real.distance(predicted)
+        for (start, end), (real, predicted) in parts.items()
+    }
+    return report
+
+
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "no canvas": {"order": "random", "temporal_guidance": 1.0, "canvas_guidance": 1.0},
+    "canvas": {"order": "random", "temporal_guidance": 1.0, "canvas_guidance": 1.0},
+    "canvas + motion order": {
+        "order": "motion", "temporal_guidance": 1.0, "canvas_guidance": 1.0,
+    },
+    "full guidance": {"order": "motion"},
+    "without canvas guidance": {"order": "motion", "canvas_guidance": 1.0},
+    "without temporal guidance": {"order": "motion", "temporal_guidance": 1.0},
+}  # fmt: skip
+"""The curves of the paper's Figure 3 as changes of the sampling configuration: (a) and (b) are
+without guidance, (c) removes one branch at a time."""
+
+
+def measure_ablations(
+    model: CanvasMAR,
+    plain: CanvasMAR,
+    sampling: SamplingConfig,
+    *,
+    steps: tuple[int, ...],
+    seeds: int,
+    clips: int,
+    frames: int,
+    context: int,
+    batch: int,
+    tick: Callable[[int], None],
+) -> dict[str, Any]:
+    """Frechet distance against AR steps (Figure 3): `plain` is the no-canvas model. Every seed has
+    clips of its own, the same for all curves; a point is the mean over seeds, with each seed's
+    value beside it.
+
+    Raises:
+        InputError: if `frames` are not whole latent frames.
+        ConfigError: if the models do not fit together, or there are more steps than tokens.
+    """
+    if plain.canvas is not None or model.canvas is None:
+        raise ConfigError("ablations: expected a model with a canvas, and the other one without")
+    if plain.config.autoencoder != model.config.autoencoder:
+        raise ConfigError("ablations: the two models have autoencoders of another configuration")
+    _check_predicted(model, frames)
+    points: dict[tuple[str, int], tuple[CanvasMAR, SamplingConfig]] = {}
+    for name, changes in ABLATIONS.items():
+        for k in steps:
+            set_sizes(model.config.tokens, k)
+            chosen = dataclasses.replace(sampling, ar_steps=k, **changes)
+            points[name, k] = (plain if name == "no canvas" else model, chosen)
+    given = _given(model, context)
+    values: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+
+    def features(shown: Tensor) -> Tensor:
+        return pair_features(shown[:, given - 1 :]).flatten(0, 1)
+
+    for seed in range(seeds):
+        real, predicted = GaussianStats(), {point: GaussianStats() for point in points}
+        for first, drawn in batches(model, clips, batch, given + frames, start=seed * clips):
+            real.update(features(drawn.frames))
+            for point, (network, chosen) in points.items():
+                shown = continue_clips(
+                    network, chosen, drawn, context=context, seed=seed, first_stream=first
+                )
+                predicted[point].update(features(shown.frames))
+                tick(len(drawn.frames))
+        for point, stats in predicted.items():
+            values[point].append(real.distance(stats))
+    curves: dict[str, Any] = {name: {} for name in ABLATIONS}
+    for (name, k), distances in values.items():
+        curves[name][str(k)] = {"mean": sum(distances) / seeds, "seeds": distances}
+    return {
+        "clips": clips,
+        "frames": frames,
+        "context": context,
+        "no_canvas_weights": weights_id(plain),
+        "curves": curves,
+    }
+
+
+# -- commands
+
+
+@app.command()
+def reconstruction(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 256,
+    frames: Annotated[int, typer.Option(min=1)] = 17,
+    batch: Batch = 16,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """PSNR of held-out clips through the autoencoder."""
+    model, _ = _load_toytable(checkpoint, output, device, threads, None)
+    with _ticking("reconstruction", clips, quiet) as tick:
+        result = measure_reconstruction(model, clips=clips, frames=frames, batch=batch, tick=tick)
+    _write(output, "reconstruction", model, None, result, quiet)
+
+
+@app.command()
+def losses(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 256,
+    batch: Batch = 16,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """The training losses on held-out clips, under the same noise for every model."""
+    model, _ = _load_toytable(checkpoint, output, device, threads, None)
+    with _ticking("losses", clips, quiet) as tick:
+        result = measure_losses(model, clips=clips, batch=batch, tick=tick)
+    _write(output, "losses", model, None, result, quiet)
+
+
+@app.command()
+def one_step(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 512,
+    context: Context = 3,
+    batch: Batch = 32,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """One latent frame ahead: prediction, canvas alone, a copy of the last frame."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    with _ticking("one step", clips, quiet) as tick:
+        result = measure_one_step(
+            model, sampling, clips=clips, context=context, batch=batch, seed=seed, tick=tick
+        )
+    _write(output, "one-step", model, sampling, result, quiet)
+
+
+@app.command()
+def rollouts(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 256,
+    frames: Frames = 16,
+    context: Context = 2,
+    batch: Batch = 32,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Rollouts with and without their actions: gripper error, toys kept, Frechet distance. A model
+    that takes no actions is measured without."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    modes = {"with_actions": True} if model.config.action_dim else {}
+    modes["without_actions"] = False
+    result = {}
+    with _ticking("rollouts", len(modes) * clips, quiet) as tick:
+        for name, given in modes.items():
+            result[name] = measure_rollouts(
+                model, sampling, clips=clips, frames=frames, context=context, batch=batch,
+                seed=seed, tick=tick, use_actions=given,
+            )  # fmt: skip
+    _write(output, "rollouts", model, sampling, result, quiet)
+
+
+@app.command()
+def long(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 128,
+    frames: Frames = 100,
+    context: Context = 2,
+    batch: Batch = 32,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Long rollouts: the last sixteen frames against frames 5 to 20, toys kept, colour, detail."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    if frames < 36:
+        raise InputError(f"long rollouts need at least 36 frames, got {frames}")
+    with _ticking("long rollouts", clips, quiet) as tick:
+        result = measure_rollouts(
+            model, sampling, clips=clips, frames=frames, context=context, batch=batch,
+            seed=seed, tick=tick, windows=((5, 20), (frames - 15, frames)),
+        )  # fmt: skip
+    _write(output, "long", model, sampling, result, quiet)
+
+
+@app.command()
+def ablations(
+    checkpoint: Checkpoint,
+    output: Output,
+    no_canvas: Annotated[Path, typer.Option(help="Run or checkpoint of the no-canvas model.")],
+    clips: Clip = 512,
+    frames: Frames = 16,
+    context: Context = 2,
+    steps: Annotated[str, typer.Option(help="AR steps, with commas.")] = "1,2,4,8",
+    seeds: Annotated[int, typer.Option(min=1, help="Sets of clips.")] = 3,
+    batch: Batch = 32,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's Figure 3: canvas, motion-aware order and guidance against AR steps."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    plain, _ = _load_toytable(no_canvas, output, device, threads, None)
+    try:
+        counts = tuple(sorted({int(k) for k in steps.split(",")}))
+    except ValueError:
+        raise ConfigError(f"--steps {steps!r}: expected whole numbers with commas") from None
+    with _ticking("ablations", clips * seeds * len(counts) * len(ABLATIONS), quiet) as tick:
+        result = measure_ablations(
+            model, plain, sampling, steps=counts, seeds=seeds, clips=clips, frames=frames,
+            context=context, batch=batch, tick=tick,
+        )  # fmt: skip
+    _write(output, "ablations", model, sampling, result, quiet)
+
+
+@app.command()
+def plot(
+    ablations: Annotated[Path, typer.Argument(help="JSON file that `ablations` wrote.")],
+    output: Picture,
+) -> None:
+    """Draw the paper's Figure 3 from what `ablations` measured."""
+    _check_output(output)
+    try:
+        report = json.loads(ablations.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{ablations}: cannot be read as JSON ({error})") from None
+    if not isinstance(report, dict) or report.get("what") != "ablations":
+        raise InputError(f"{ablations}: not written by `python -m training.evaluation ablations`")
+    _replace(output, draw_ablations(report.get("result")))
+
+
+@app.command()
+def sheet(
+    checkpoint: Checkpoint,
+    output: Picture,
+    clips: Annotated[int, typer.Option(min=1)] = 4,
+    first: Annotated[int, typer.Option(min=0, help="First held-out clip.")] = 0,
+    frames: Frames = 16,
+    every: Annotated[int, typer.Option(min=1, help="Show every n-th frame.")] = 2,
+    context: Context = 2,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+) -> None:
+    """Held-out clips above their continuations."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    _check_predicted(model, frames)
+    given = _given(model, context)
+    drawn = held_out(first, clips, given + frames, model.config.autoencoder.height)
+    shown = continue_clips(
+        model, sampling, drawn, context=context, seed=seed, first_stream=first
+    ).frames
+    picks = range(given - 1, given + frames, every)
+    rows = [
+        (f"{label} {first + i}", [np.asarray(side[i, j]) for j in picks])
+        for i in range(clips)
+        for label, side in (("true", drawn.frames), ("predicted", shown))
+    ]
+    columns = ["given", *(str(j - given + 1) for j in picks[1:])]
+    data = io.BytesIO()
+    Image.fromarray(contact_sheet(rows, columns=columns, scale=1)).save(data, "PNG")
+    _replace(output, data.getvalue())
+
+
+@app.command()
+def protocol(
+    name: Annotated[str, typer.Argument(help=f"One of {', '.join(PROTOCOLS)}.")],
+    checkpoint: Checkpoint,
+    output: Output,
+    root: Annotated[Path, typer.Option(help="Where the data set lies.")],
+    i3d: Annotated[Path, typer.Option(help="TorchScript file of the I3D network.")],
+    lpips: Annotated[
+        Path | None, typer.Option(help="TorchScript file of an LPIPS network.")
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help=f"Reader, if not the usual one: {', '.join(READERS)}.")
+    ] = "",
+    split: Annotated[str, typer.Option(help="Part of the data set.")] = "test",
+    clips: Annotated[
+        int | None, typer.Option(min=2, help="Real clips, if fewer than the protocol has.")
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Predictions of each, if not the protocol's number.")
+    ] = None,
+    batch: Batch = 16,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    workers: Annotated[int, typer.Option(min=1, help="Threads that read clips.")] = 1,
+    quiet: Quiet = False,
+) -> None:
+    """FVD by the papers' protocols on their data, with PSNR, SSIM and LPIPS."""
+    if name not in PROTOCOLS:
+        raise ConfigError(f"no protocol {name!r}; there are {', '.join(PROTOCOLS)}")
+    chosen = PROTOCOLS[name]
+    model, sampling = _load(checkpoint, output, device, threads, set_)
+    context_frames(model, chosen.conditioning)
+    place = model.spatial.mask.device
+    features = I3D(i3d, device=place, chunk=batch)
+    distance = None if lpips is None else Lpips(lpips, device=place)
+    usual = name.split("-")[0]
+    source = make_source(
+        data or {"bair": "bair-tfrecord"}.get(usual, usual),
+        root,
+        frames=chosen.conditioning + chosen.predicted,
+        height=model.config.autoencoder.height,
+        width=model.config.autoencoder.width,
+        seed=seed,
+        split=split,
+        workers=workers,
+    )
+    places = clips or (chosen.videos or len(source)) * chosen.places
+    with _ticking(name, places * (samples or chosen.samples), quiet) as tick:
+        result = measure_protocol(
+            model, sampling, chosen, source, features, lpips=distance, clips=clips,
+            samples=samples, batch=batch, seed=seed, tick=tick,
+        )  # fmt: skip
+    result["i3d_sha256"] = hashlib.sha256(i3d.read_bytes()).hexdigest()
+    _write(output, "protocol", model, sampling, result, quiet)
+    for recording, reason in list(source.skipped.items())[:1]:
+        left = len(source.skipped)
+        typer.echo(f"left out {left} recordings, the first: {recording}: {reason}", err=True)
+
+
+# -- files
+
+
+def _load(
+    checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
+) -> tuple[CanvasMAR, SamplingConfig]:
+    """Model and sampling options; what hours of work would end in is checked first."""
+    _check_output(output)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    model, sampling = load_checkpoint(latest_checkpoint(checkpoint))
+    sampling = override(sampling, assignments)
+    set_sizes(model.config.tokens, sampling.ar_steps)
+    try:
+        return model.to(torch.device(device)), sampling
+    except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
+        reason = str(error).split("\n")[0]
+        raise InputError(f"device {device!r} cannot be had ({reason})") from None
+
+
+def _load_toytable(
+    checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
+) -> tuple[CanvasMAR, SamplingConfig]:
+    model, sampling = _load(checkpoint, output, device, threads, assignments)
+    ae, actions = model.config.autoencoder, model.config.action_dim
+    if (ae.height, ae.width) != (64, 64) or actions not in (0, 2 * ae.temporal_compression):
+        raise ConfigError(
+            f"{checkpoint}: ToyTable has 64x64 pixels and {2 * ae.temporal_compression} numbers of "
+            f"action a latent step; the model takes {ae.height}x{ae.width} and {actions}"
+        )
+    return model, sampling
+
+
+@contextmanager
+def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
+    with progress_bar(name, total, quiet) as advance:
+        yield lambda done: advance(done, None)
+
+
+def _write(
+    path: Path,
+    what: str,
+    model: CanvasMAR,
+    sampling: SamplingConfig | None,
+    result: dict[str, Any],
+    quiet: bool,
+) -> None:
+    device = model.spatial.mask.device
+    report = {
+        "what": what,
+        "model": to_dict(model.config),
+        "sampling": None if sampling is None else to_dict(sampling),
+        "weights": weights_id(model),
+        "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "version": __version__,
+        "result": _rounded(result),
+    }
+    _replace(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+    if not quiet:
+        print(json.dumps(report["result"], indent=2))
+
+
+def _check_output(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None
+    if path.is_dir() or not os.access(path.parent, os.W_OK):
+        raise InputError(f"{path}: cannot be written; give the path of a file in a folder of yours")
+
+
+def _replace(path: Path, data: bytes) -> None:
+    """Write a file whole or not at all."""
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)  # made readable by its owner only
+        os.replace(temporary, path)
+    except BaseException as error:
+        if temporary is not None:
+            Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise InputError(f"{path}: cannot be written ({error})") from None
+        raise
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_rounded(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.5g}") if math.isfinite(value) else None
+    return value
+
+
+if __name__ == "__main__":
+    run_command(app)
