@@ -99,7 +99,6 @@ def test_other_opsets(opset: int) -> None:
         "SequenceConstruct",
         "SplitToSequence",
         "STFT",
-        "Resize",
         "NoSuchOperator",
     ],
 )
