@@ -359,7 +359,7 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
         canvas_layers=3,
         spatial_layers=5,
         encoder_layers=2,
-        context_frames=9,
+        context_frames=6,
         action_dim=4,
         fps=10.0,
     )

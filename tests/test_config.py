@@ -104,7 +104,7 @@ def test_preset_sizes_are_table_3(name: str) -> None:
 def test_toytable_sizes() -> None:
     model, _ = preset("toytable")
     assert (model.autoencoder.latent_height, model.autoencoder.latent_width) == (8, 8)
-    assert (model.tokens, model.temporal_tokens, model.context_frames) == (64, 16, 9)
+    assert (model.tokens, model.temporal_tokens, model.context_frames) == (64, 16, 6)
     assert model.action_dim == 4
 
 
