@@ -14,12 +14,12 @@ OPSETS = (20, 23, 24)
 """Opsets the exporter writes (26 has been seen to give invalid files)."""
 
 PLAIN = frozenset(
-    """Add And AveragePool Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos DepthToSpace Div Einsum
-    Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm GlobalAveragePool Greater
-    GroupNormalization Identity InstanceNormalization LayerNormalization Less Log MatMul Max Min
-    Mod Mul Neg Not Or Pow RMSNormalization Range ReduceMax ReduceMean ReduceSum Reciprocal Relu
-    Reshape RotaryEmbedding Round Scan Shape Sigmoid Sin Slice Softmax SpaceToDepth Split Sqrt
-    Squeeze Sub Swish Tanh Transpose Unsqueeze Where""".split()
+    """Add And AveragePool Cast Ceil Clip Concat Constant ConstantOfShape Conv Cos DepthToSpace Div
+    Einsum Equal Erf Exp Expand Flatten Floor Gather GatherElements Gelu Gemm GlobalAveragePool
+    Greater GroupNormalization Identity InstanceNormalization LayerNormalization Less Log MatMul
+    Max Min Mod Mul Neg Not Or Pow RMSNormalization Range ReduceMax ReduceMean ReduceSum
+    Reciprocal Relu Reshape RotaryEmbedding Round Scan Shape Sigmoid Sin Slice Softmax
+    SpaceToDepth Split Sqrt Squeeze Sub Swish Tanh Transpose Unsqueeze Where""".split()
 )
 """Ops taken in every form this project writes."""
 
