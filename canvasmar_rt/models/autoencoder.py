@@ -120,9 +120,7 @@ class Encoder(nn.Module):
         self.stages = nn.ModuleList(
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
         )
-        self.down = nn.ModuleList(
-            Down(a, b) for a, b in itertools.pairwise(widths)
-        )
+        self.down = nn.ModuleList(Down(a, b) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], 2 * c.latent_channels, 3, padding=1)
 
     def forward(
@@ -153,9 +151,7 @@ class Decoder(nn.Module):
         self.stages = nn.ModuleList(
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
         )
-        self.up = nn.ModuleList(
-            Up(a, b) for a, b in itertools.pairwise(widths)
-        )
+        self.up = nn.ModuleList(Up(a, b) for a, b in itertools.pairwise(widths))
         self.conv_out = nn.Conv2d(widths[-1], 3 * c.temporal_compression * c.patch**2, 3, padding=1)
 
     def forward(self, latents: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
