@@ -20,7 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from canvasmar_rt import __version__
-from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.bundle import Bundle, packaged_names
 from canvasmar_rt.config import PRESETS, SamplingConfig, preset
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.rollout import Predictor, load
@@ -380,8 +380,9 @@ def info(
     source: Annotated[str, typer.Argument(help="A preset, a bundle, or a packaged name.")],
     json_: Json = False,
 ) -> None:
-    """Sizes of a preset (parameters beside the paper's Table 3), or contents of a bundle."""
-    if source in PRESETS and not Path(source).is_dir():
+    """Sizes of a preset (parameters beside the paper's Table 3), or contents of a bundle. A name
+    that is both, as toytable is, is the packaged bundle."""
+    if source in PRESETS and source not in packaged_names() and not Path(source).is_dir():
         _preset_info(source, json_)
     else:
         _bundle_info(Bundle.open(source), json_)
