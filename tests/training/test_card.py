@@ -1,0 +1,45 @@
+"""The model card quotes the committed measurements."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+CARD = (ROOT / "docs" / "toytable.md").read_text()
+
+
+def result(name: str) -> dict[str, Any]:
+    report = json.loads((ROOT / "training" / "results" / f"toytable_{name}.json").read_text())
+    return dict(report["result"])
+
+
+def test_the_figures_are_the_committed_ones() -> None:
+    one, long, both = result("one_step"), result("long"), result("rollouts")
+    with_actions, without = both["with_actions"], both["without_actions"]
+    quoted = [
+        f"**{result('reconstruction')['psnr_db']:.1f} dB**",
+        f"prediction | far below both | **{one['prediction']['frechet']:.1f}**",
+        f"| its canvas alone | | {one['canvas']['frechet']:.1f} |",
+        f"| a copy of the last frame | | {one['copy']['frechet']:.1f} |",
+        f"| the truth through the autoencoder | | {one['autoencoder']['frechet']:.1f} |",
+        f"**{with_actions['gripper_penalised_px']:.1f} px** "
+        f"({with_actions['gripper_px']:.1f} where it is found",
+        f"| {without['gripper_penalised_px']:.1f} px; a frozen gripper is "
+        f"{without['frozen_gripper_px']:.1f} px off |",
+        f"| {with_actions['frechet']:.1f}, {without['frechet']:.1f} |",
+        f"frames 5-20 | | {long['frechet_by_window']['5-20']:.1f} |",
+        f"| **{long['frechet_by_window']['85-100']:.0f}** |",
+        f"**{long['all_toys_kept']:.0%}** all, {long['toys_kept']:.0%} of toys",
+    ]
+    assert [text for text in quoted if text not in CARD] == []
+
+
+def test_all_figures_are_of_one_model() -> None:
+    names = ("one_step", "rollouts", "long", "reconstruction")
+    reports = [
+        json.loads((ROOT / "training" / "results" / f"toytable_{n}.json").read_text())
+        for n in names
+    ]
+    assert len({r["weights"] for r in reports}) == 1
