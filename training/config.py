@@ -27,8 +27,8 @@ class RunConfig:
     """The optimisation of either stage. `batch` counts the clips of all ranks; `frames` is the
     length of a clip in pixel frames. The learning rate warms up linearly, stays, and falls
     linearly to zero over the last `decay_steps`. `bf16` runs the networks under autocast with
-    float32 weights. "muon" orthogonalises the updates of hidden matrices, scaled to AdamW's size;
-    all other weights keep AdamW."""
+    float32 weights. "muon" orthogonalises the updates of the matrices of transformer blocks and of
+    convolutions, scaled to AdamW's size; all other weights keep AdamW."""
 
     steps: int
     batch: int

@@ -18,7 +18,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -150,30 +150,55 @@ def learning_rate_factor(config: RunConfig, step: int) -> float:
     return factor
 
 
+class Muon(torch.optim.Muon):
+    """torch's Muon that also takes convolutions: their weights are matrices (out, in *
+    kernel) in the same memory."""
+
+    def __init__(self, params: Sequence[nn.Parameter], **options: Any) -> None:
+        self.whole = list(params)
+        self._matrices = [nn.Parameter(p.detach().view(len(p), -1)) for p in self.whole]
+        super().__init__(self._matrices, **options)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        for whole, matrix in zip(self.whole, self._matrices, strict=True):
+            matrix.grad = None if whole.grad is None else whole.grad.flatten(1)
+        return super().step(closure)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for parameter in (*self.whole, *self._matrices):
+            parameter.grad = None
+
+
+def _orthogonalised(name: str, parameter: nn.Parameter) -> bool:
+    """Muon's: matrices of transformer blocks, and convolutions."""
+    return parameter.ndim == 4 or (parameter.ndim == 2 and "blocks." in name)
+
+
 def make_optimizers(loss: nn.Module, config: RunConfig) -> dict[str, torch.optim.Optimizer]:
-    """AdamW over everything, or Muon over the matrices of transformer blocks and AdamW over the
-    rest. Vectors are not decayed."""
+    """AdamW over everything, or Muon over the matrices of transformer blocks and convolutions and
+    AdamW over the rest. Vectors are not decayed."""
     named = [(n, p) for n, p in loss.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if config.optimizer == "muon" and p.ndim == 2 and "blocks." in n]
+    hidden = [p for n, p in named if config.optimizer == "muon" and _orthogonalised(n, p)]
     taken = {id(p) for p in hidden}
     rest = [p for _, p in named if id(p) not in taken]
     groups = [
         {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
     ]
-    out: dict[str, torch.optim.Optimizer] = {
+    optimizers: dict[str, torch.optim.Optimizer] = {
         "adamw": torch.optim.AdamW(
             groups, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
         )
     }
     if hidden:
-        out["muon"] = torch.optim.Muon(
+        optimizers["muon"] = Muon(
             hidden,
             lr=config.learning_rate,
             weight_decay=config.weight_decay,
             adjust_lr_fn="match_rms_adamw",
         )
-    return out
+    return optimizers
 
 
 class Average:

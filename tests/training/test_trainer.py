@@ -42,6 +42,7 @@ from training.trainer import (
     RUN_FILE,
     STATE_FILE,
     Average,
+    Muon,
     Trainer,
     find_checkpoints,
     latest_checkpoint,
@@ -125,16 +126,36 @@ def test_every_weight_has_one_optimizer(name: str, optimizer: str) -> None:
         (owner, names[id(p)], group["weight_decay"], p.ndim)
         for owner, o in optimizers.items()
         for group in o.param_groups
-        for p in group["params"]
+        for p in (o.whole if isinstance(o, Muon) else group["params"])
     ]
     assert sorted(n for _, n, _, _ in held) == sorted(names.values())
     for owner, parameter, decay, ndim in held:
         assert decay == (0.1 if ndim >= 2 else 0.0), parameter
-        hidden = name == "model" and re.search(
-            r"blocks\.\d+\.(attn|mlp|qkv|out)\..*weight", parameter
+        hidden = (
+            re.search(r"blocks\.\d+\.(attn|mlp|qkv|out)\..*weight", parameter)
+            if name == "model"
+            else re.search(r"conv.*\.weight", parameter)
         )
         assert owner == ("muon" if optimizer == "muon" and hidden else "adamw"), parameter
-    assert ("muon" in optimizers) == (optimizer == "muon" and name == "model")
+    assert ("muon" in optimizers) == (optimizer == "muon")
+
+
+def test_muon_treats_a_convolution_as_a_matrix() -> None:
+    torch.manual_seed(0)
+    conv, matrix = nn.Conv2d(3, 4, 3, bias=False), nn.Linear(27, 4, bias=False)
+    with torch.no_grad():
+        matrix.weight.copy_(conv.weight.flatten(1))
+    gradient = torch.randn(4, 27)
+    options = {"lr": 0.1, "weight_decay": 0.1, "adjust_lr_fn": "match_rms_adamw"}
+    ours = Muon([conv.weight], **options)
+    theirs = torch.optim.Muon([matrix.weight], **options)
+    for _ in range(3):
+        conv.weight.grad, matrix.weight.grad = gradient.view_as(conv.weight), gradient
+        ours.step()
+        theirs.step()
+        ours.zero_grad()
+        assert conv.weight.grad is None
+    assert torch.equal(conv.weight.flatten(1), matrix.weight)
 
 
 def test_mean_terms() -> None:
@@ -181,6 +202,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         ("autoencoder", "adamw", "bf16"),
         ("model", "adamw", "fp32"),
         ("model", "muon", "bf16"),
+        ("autoencoder", "muon", "fp32"),
     ],
 )
 def test_a_resumed_run_is_the_straight_one(
