@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import secrets
 import struct
 import tempfile
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from PIL import Image
 
 from canvasmar_rt._video_common import SCALER, PathLike, Pixels, brief, check_pixels
 from canvasmar_rt.errors import VideoError
+from canvasmar_rt.files import replacing
 
 
 def write_clip(path: PathLike, frames: Pixels, fps: float) -> list[Path]:
@@ -50,7 +50,7 @@ def write_clip(path: PathLike, frames: Pixels, fps: float) -> list[Path]:
         if suffix == ".png":
             return _write_numbered(target, frames)
         write = _write_mp4 if suffix == ".mp4" else _write_gif
-        with _replacing(target) as temporary:
+        with replacing(target) as temporary:
             write(temporary, target, frames, float(fps))
     return [target]
 
@@ -65,7 +65,7 @@ def write_png(path: PathLike, image: Pixels) -> Path:
     check_pixels(str(target), image, ranks=(3,))
     if target.suffix.lower() != ".png":
         raise VideoError(f"{target}: expected a name ending in .png, got {target.suffix!r}")
-    with _refusals(target), _replacing(target) as temporary:
+    with _refusals(target), replacing(target) as temporary:
         Image.fromarray(np.ascontiguousarray(image)).save(temporary, "PNG")
     return target
 
@@ -83,17 +83,6 @@ def _refusals(target: Path) -> Iterator[None]:
             f"{target}: cannot be written ({brief(error)});"
             " check that the folder can be written to and has space"
         ) from error
-
-
-@contextmanager
-def _replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`, which takes its place once the body has succeeded."""
-    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _write_mp4(temporary: Path, target: Path, frames: Pixels, fps: float) -> None:

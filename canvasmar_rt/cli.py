@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import io
 import json
-import signal
-import sys
-import types
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from canvasmar_rt import __version__
 from canvasmar_rt.bundle import Bundle, packaged_names
+from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.config import PRESETS, SamplingConfig, preset
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
+from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
 
 DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
 DEFAULT_MODEL = "toytable"
-
-INTERRUPTED = 130
 
 app = typer.Typer(
     add_completion=False,
@@ -36,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Masked-autoregressive video prediction: export, verify, predict, measure.",
 )
-stdout, stderr = Console(emoji=False), Console(stderr=True, emoji=False)
+stdout = Console(emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
@@ -65,23 +60,7 @@ Batch = Annotated[int, typer.Option(help="Futures to predict at once.")]
 
 def main() -> None:
     """Entry point of the console script."""
-    signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        app()
-    except CanvasMarError as error:
-        _print_error(error)
-        sys.exit(2)
-    except SystemExit as leaving:
-        if leaving.code == INTERRUPTED:
-            stderr.print("interrupted")
-        raise
-
-
-def _terminate(signum: int, frame: types.FrameType | None) -> None:
-    raise KeyboardInterrupt
+    run_command(app)
 
 
 @contextmanager
@@ -92,19 +71,6 @@ def _steps_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         return
     with stderr.status("starting") as status:
         yield lambda text: status.update(escape(text))
-
-
-def _bar(quiet: bool) -> Progress:
-    """A progress bar on stderr, for work whose length is known."""
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TimeRemainingColumn(), console=stderr, transient=True,
-        disable=quiet or not stderr.is_terminal,
-    )  # fmt: skip
-
-
-def _print_error(error: CanvasMarError) -> None:
-    stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
 
 
 def _sampling(base: SamplingConfig, **given: Any) -> SamplingConfig:
@@ -178,7 +144,7 @@ def predict(
             _predict_one(predictor, clip, target, options, json_, quiet)
         except CanvasMarError as error:
             failed += 1
-            _print_error(error)
+            print_error(error)
     if failed:
         stderr.print(f"{failed} of {len(clips)} clips failed")
         raise typer.Exit(1)
@@ -189,7 +155,7 @@ def _predict_one(
 ) -> None:
     from canvasmar_rt.predict import predict_clip
 
-    with _bar(quiet or as_json) as bar:
+    with stderr_bar(quiet or as_json) as bar:
         task = bar.add_task(escape(clip.name), total=None)
         summary = predict_clip(
             predictor, clip, output, options,
@@ -466,9 +432,9 @@ def bench(
         seed=seed,
     )  # fmt: skip
     if output is not None:
-        _write_text(output, "")  # find out before measuring that it can be written
+        check_writable(output)
     predictor = load(model, engine=engine, device=device, threads=threads)
-    with _bar(quiet or json_) as bar:
+    with stderr_bar(quiet or json_) as bar:
         task = bar.add_task("", total=None)
         report = run(
             predictor, options,
@@ -478,28 +444,11 @@ def bench(
         )  # fmt: skip
     text = json.dumps(report, indent=1)
     if output is not None:
-        _write_text(output, text + "\n")
+        write_file(output, text + "\n")
     if json_:
         print(text)
     elif not quiet:
         _print_bench(report)
-
-
-def _write_text(path: Path, text: str) -> None:
-    """Write a file whole, or not at all; the empty text only tries."""
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a directory")
-        temporary.write_text(text)
-        if text:
-            temporary.replace(path)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from None
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
 
 
 def _print_bench(report: dict[str, Any]) -> None:

@@ -13,19 +13,17 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from canvasmar_rt.bundle import MANIFEST, Bundle
+from canvasmar_rt.command import run_command
 from canvasmar_rt.config import ModelConfig
-from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
-from canvasmar_rt.models.checkpoint import load_checkpoint
 from training import stages
-from training.clips import ClipSource, LatentSource, ToyTableSource, write_latents
+from training.clips import ClipSource, LatentSource, ToyTableSource, check_length, write_latents
 from training.config import RECIPES, Recipe, recipe
 from training.datasets import READERS, make_source
 from training.losses import open_skips, zero_outputs
-from training.options import override, run_command
-from training.trainer import Trainer, latest_checkpoint, process_group, progress_bar
+from training.options import override
+from training.trainer import Trainer, load_weights, process_group, progress_bar
 
 app = typer.Typer(
     add_completion=False,
@@ -102,7 +100,7 @@ def encode(
 ) -> None:
     """Run a data set through the autoencoder once, to train on its latents many times."""
     _threads(threads)
-    model = _weights(autoencoder)
+    model, _ = load_weights(autoencoder)
     source = _source(model.config, data, root, frames=frames, seed=seed)
     with process_group(device) as ranks, progress_bar("encode", clips, quiet) as advance:
         if ranks.world > 1:
@@ -143,12 +141,12 @@ def model(
     chosen = _recipe(config, set_model)
     settings = override(chosen.training, set_)
     _threads(threads)
-    trained = _weights(autoencoder)
+    trained, _ = load_weights(autoencoder)
     network = _with_autoencoder(chosen.model, trained, settings.seed)
     if init is None:
         zero_outputs(network)
     else:
-        given = _weights(init).state_dict()
+        given = load_weights(init)[0].state_dict()
         own = {k: v for k, v in network.state_dict().items() if not k.startswith("autoencoder.")}
         differing = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
         if differing:
@@ -177,13 +175,6 @@ def model(
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
 
-def _weights(path: Path) -> CanvasMAR:
-    """The model of a run directory, a checkpoint, or a bundle (by path or packaged name)."""
-    if path.is_dir() and not (path / MANIFEST).is_file():
-        return load_checkpoint(latest_checkpoint(path))[0]
-    return load_model(Bundle.open(path))
-
-
 def _threads(count: int | None) -> None:
     if count is not None:
         torch.set_num_threads(count)
@@ -204,10 +195,7 @@ def _source(
     held_out: bool = False,
 ) -> ClipSource:
     ae = config.autoencoder
-    if (frames - 1) % ae.temporal_compression:
-        raise InputError(
-            f"clips of {frames} frames: the model wants 1 + n*{ae.temporal_compression}"
-        )
+    check_length(frames, ae.temporal_compression)
     if data == "toytable":
         if ae.height != ae.width:
             raise ConfigError(f"toytable is square, the model wants {ae.height}x{ae.width}")

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from canvasmar_rt.errors import BundleError, InputError
+from canvasmar_rt.files import check_writable, write_file
 from training.toytable import ToyTableConfig, generate
 
 _LATENTS_FILE = "latents.json"
@@ -101,6 +102,16 @@ class ToyTableSource:
             device=self.device,
         )
         return Clips(frames=drawn.frames, actions=drawn.actions)
+
+
+def check_length(frames: int, t: int) -> None:
+    """See that clips of so many pixel frames are whole latent frames.
+
+    Raises:
+        InputError: if they are not 1 + n*t frames long.
+    """
+    if frames < 1 or (frames - 1) % t:
+        raise InputError(f"clips of {frames} frames: the model wants 1 + n*{t}")
 
 
 def latent_actions(actions: Tensor, t: int) -> Tensor:
@@ -225,8 +236,9 @@ def write_latents(
     """Encode clips 0 ... `clips` - 1 of a source into float16 shards. `encode` maps uint8 frames
     (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it. The list of shards is
     written last: without it nothing reads the directory."""
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / _LATENTS_FILE).unlink(missing_ok=True)
+    listing = directory / _LATENTS_FILE
+    check_writable(listing)
+    listing.unlink(missing_ok=True)
     names: list[str] = []
     for start in range(0, clips, shard):
         parts: dict[str, list[Tensor]] = {"latents": [], "actions": []}
@@ -249,4 +261,4 @@ def write_latents(
         "action_dim": source.action_dim,
         "autoencoder": autoencoder,
     }
-    (directory / _LATENTS_FILE).write_text(json.dumps(about, indent=2) + "\n")
+    write_file(listing, json.dumps(about, indent=2) + "\n")

@@ -12,13 +12,12 @@ Shapes: B clips, T pixel frames, t pixel frames per latent frame; a context of n
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import math
-import os
 import platform
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -33,19 +32,20 @@ from PIL import Image
 from torch import Tensor
 
 from canvasmar_rt import __version__
+from canvasmar_rt.command import run_command
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models.canvasmar import CanvasMAR
-from canvasmar_rt.models.checkpoint import load_checkpoint
 from canvasmar_rt.schedule import set_sizes
-from training.clips import Clips, ToyTableSource, latent_actions
+from training.clips import Clips, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
 from training.datasets import READERS, make_source
 from training.figures import draw_ablations
 from training.losses import Draws, ModelLoss
 from training.metrics import I3D, PROTOCOLS, GaussianStats, Lpips
-from training.options import override, run_command
+from training.options import override
 from training.protocols import context_frames, measure_protocol
 from training.stages import (
     HELD_OUT_SEED,
@@ -55,7 +55,7 @@ from training.stages import (
     weights_id,
 )
 from training.toytable_metrics import ToyTableEvaluator, pair_features
-from training.trainer import latest_checkpoint, progress_bar
+from training.trainer import load_weights, progress_bar
 
 app = typer.Typer(
     add_completion=False,
@@ -65,7 +65,9 @@ app = typer.Typer(
     "protocols on their data.",
 )
 
-Checkpoint = Annotated[Path, typer.Argument(help="A run directory or one of its checkpoints.")]
+Checkpoint = Annotated[
+    Path, typer.Argument(help="A run directory, a checkpoint, or a bundle by its path or name.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="JSON file to write.")]
 Picture = Annotated[Path, typer.Option("--output", "-o", help="PNG to write.")]
 Clip = Annotated[int, typer.Option("--clips", min=2, help="Held-out clips of a point.")]
@@ -116,9 +118,7 @@ def measure_reconstruction(
     Raises:
         InputError: if the clips are not 1 + n*t frames long.
     """
-    t = model.config.autoencoder.temporal_compression
-    if (frames - 1) % t:
-        raise InputError(f"clips of {frames} frames: the model wants 1 + n*{t}")
+    check_length(frames, model.config.autoencoder.temporal_compression)
     total = torch.zeros(frames, dtype=torch.float64)
     for _, given in batches(model, clips, batch, frames):
         error = reconstruct(model, given.frames).double() - given.frames.double()
@@ -304,10 +304,17 @@ def measure_ablations(
     context: int,
     batch: int,
     tick: Callable[[int], None],
+    before: Callable[[dict[str, Any]], dict[str, Any]] = lambda result: {},
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
     """Frechet distance against AR steps (Figure 3): `plain` is the no-canvas model. Every seed has
     clips of its own, the same for all curves; a point is the mean over seeds, with each seed's
     value beside it.
+
+    Args:
+        before: is given the result without its curves and returns those already measured, whose
+            points are not measured again.
+        keep: is given the result after every point.
 
     Raises:
         InputError: if `frames` are not whole latent frames.
@@ -325,33 +332,48 @@ def measure_ablations(
             chosen = dataclasses.replace(sampling, ar_steps=k, **changes)
             points[name, k] = (plain if name == "no canvas" else model, chosen)
     given = _given(model, context)
-    values: dict[tuple[str, int], list[float]] = {point: [] for point in points}
+    result: dict[str, Any] = {
+        "clips": clips,
+        "frames": frames,
+        "context": context,
+        "seeds": seeds,
+        "no_canvas_weights": weights_id(plain),
+    }
+    found = before(result)
+    curves = result["curves"] = {name: dict(found.get(name, {})) for name in ABLATIONS}
 
     def features(shown: Tensor) -> Tensor:
         return pair_features(shown[:, given - 1 :]).flatten(0, 1)
 
-    for seed in range(seeds):
-        real, predicted = GaussianStats(), {point: GaussianStats() for point in points}
-        for first, drawn in batches(model, clips, batch, given + frames, start=seed * clips):
-            real.update(features(drawn.frames))
-            for point, (network, chosen) in points.items():
+    @functools.cache
+    def truth(seed: int) -> tuple[list[tuple[int, Clips]], GaussianStats]:
+        """The clips of a seed, drawn once for all points, and their statistics."""
+        drawn: list[tuple[int, Clips]] = []
+        stats = GaussianStats()
+        for first, part in batches(model, clips, batch, given + frames, start=seed * clips):
+            drawn.append((first, part))
+            stats.update(features(part.frames))
+        return drawn, stats
+
+    for (name, k), (network, chosen) in points.items():
+        if str(k) in curves[name]:
+            tick(clips * seeds)
+            continue
+        distances = []
+        for seed in range(seeds):
+            drawn, real = truth(seed)
+            predicted = GaussianStats()
+            for first, part in drawn:
                 shown = continue_clips(
-                    network, chosen, drawn, context=context, seed=seed, first_stream=first
+                    network, chosen, part, context=context, seed=seed, first_stream=first
                 )
-                predicted[point].update(features(shown.frames))
-                tick(len(drawn.frames))
-        for point, stats in predicted.items():
-            values[point].append(real.distance(stats))
-    curves: dict[str, Any] = {name: {} for name in ABLATIONS}
-    for (name, k), distances in values.items():
+                predicted.update(features(shown.frames))
+                tick(len(part.frames))
+            distances.append(real.distance(predicted))
         curves[name][str(k)] = {"mean": sum(distances) / seeds, "seeds": distances}
-    return {
-        "clips": clips,
-        "frames": frames,
-        "context": context,
-        "no_canvas_weights": weights_id(plain),
-        "curves": curves,
-    }
+        curves[name] = dict(sorted(curves[name].items(), key=lambda point: int(point[0])))
+        keep(result)
+    return result
 
 
 # -- commands
@@ -473,7 +495,7 @@ def long(
 def ablations(
     checkpoint: Checkpoint,
     output: Output,
-    no_canvas: Annotated[Path, typer.Option(help="Run or checkpoint of the no-canvas model.")],
+    no_canvas: Annotated[Path, typer.Option(help="The no-canvas model, given in the same ways.")],
     clips: Clip = 512,
     frames: Frames = 16,
     context: Context = 2,
@@ -485,17 +507,24 @@ def ablations(
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """The paper's Figure 3: canvas, motion-aware order and guidance against AR steps."""
+    """The paper's Figure 3: canvas, motion-aware order and guidance against AR steps. The file is
+    written after every point; started again with the same options, only the rest is measured."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
     plain, _ = _load_toytable(no_canvas, output, device, threads, None)
     try:
         counts = tuple(sorted({int(k) for k in steps.split(",")}))
     except ValueError:
         raise ConfigError(f"--steps {steps!r}: expected whole numbers with commas") from None
+
+    def report(result: dict[str, Any]) -> dict[str, Any]:
+        return _report("ablations", model, sampling, result)
+
     with _ticking("ablations", clips * seeds * len(counts) * len(ABLATIONS), quiet) as tick:
         result = measure_ablations(
             model, plain, sampling, steps=counts, seeds=seeds, clips=clips, frames=frames,
             context=context, batch=batch, tick=tick,
+            before=lambda result: _curves_before(output, report(result)),
+            keep=lambda result: _write_report(output, report(result)),
         )  # fmt: skip
     _write(output, "ablations", model, sampling, result, quiet)
 
@@ -506,14 +535,8 @@ def plot(
     output: Picture,
 ) -> None:
     """Draw the paper's Figure 3 from what `ablations` measured."""
-    _check_output(output)
-    try:
-        report = json.loads(ablations.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{ablations}: cannot be read as JSON ({error})") from None
-    if not isinstance(report, dict) or report.get("what") != "ablations":
-        raise InputError(f"{ablations}: not written by `python -m training.evaluation ablations`")
-    _replace(output, draw_ablations(report.get("result")))
+    check_writable(output)
+    write_file(output, draw_ablations(_read_ablations(ablations)["result"]))
 
 
 @app.command()
@@ -547,7 +570,7 @@ def sheet(
     columns = ["given", *(str(j - given + 1) for j in picks[1:])]
     data = io.BytesIO()
     Image.fromarray(contact_sheet(rows, columns=columns, scale=1)).save(data, "PNG")
-    _replace(output, data.getvalue())
+    write_file(output, data.getvalue())
 
 
 @app.command()
@@ -618,10 +641,10 @@ def _load(
     checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
 ) -> tuple[CanvasMAR, SamplingConfig]:
     """Model and sampling options; what hours of work would end in is checked first."""
-    _check_output(output)
+    check_writable(output)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, sampling = load_checkpoint(latest_checkpoint(checkpoint))
+    model, sampling = load_weights(checkpoint)
     sampling = override(sampling, assignments)
     set_sizes(model.config.tokens, sampling.ar_steps)
     try:
@@ -650,16 +673,11 @@ def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], Non
         yield lambda done: advance(done, None)
 
 
-def _write(
-    path: Path,
-    what: str,
-    model: CanvasMAR,
-    sampling: SamplingConfig | None,
-    result: dict[str, Any],
-    quiet: bool,
-) -> None:
+def _report(
+    what: str, model: CanvasMAR, sampling: SamplingConfig | None, result: dict[str, Any]
+) -> dict[str, Any]:
     device = model.spatial.mask.device
-    report = {
+    return {
         "what": what,
         "model": to_dict(model.config),
         "sampling": None if sampling is None else to_dict(sampling),
@@ -670,35 +688,59 @@ def _write(
         "version": __version__,
         "result": _rounded(result),
     }
-    _replace(path, (json.dumps(report, indent=2, allow_nan=False) + "\n").encode())
+
+
+def _write_report(path: Path, report: dict[str, Any]) -> None:
+    write_file(path, json.dumps(report, indent=2, allow_nan=False) + "\n")
+
+
+def _write(
+    path: Path,
+    what: str,
+    model: CanvasMAR,
+    sampling: SamplingConfig | None,
+    result: dict[str, Any],
+    quiet: bool,
+) -> None:
+    report = _report(what, model, sampling, result)
+    _write_report(path, report)
     if not quiet:
         print(json.dumps(report["result"], indent=2))
 
 
-def _check_output(path: Path) -> None:
+def _read_ablations(path: Path) -> dict[str, Any]:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error})") from None
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
-        raise InputError(f"{path}: cannot be written; give the path of a file in a folder of yours")
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise InputError(f"{path}: cannot be read as JSON ({error})") from None
+    if (
+        not isinstance(report, dict)
+        or report.get("what") != "ablations"
+        or not isinstance(report.get("result"), dict)
+    ):
+        raise InputError(f"{path}: not written by `python -m training.evaluation ablations`")
+    return report
 
 
-def _replace(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    temporary = None
-    try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)  # made readable by its owner only
-        os.replace(temporary, path)
-    except BaseException as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise InputError(f"{path}: cannot be written ({error})") from None
-        raise
+def _curves_before(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    """The curves of a report that an interrupted command left; none without one.
+
+    Raises:
+        InputError: if the file is something else.
+        ConfigError: if they were measured with other settings.
+    """
+    if not path.exists():
+        return {}
+    found, wanted = _read_ablations(path), json.loads(json.dumps(wanted))
+    curves = found["result"].pop("curves", {})
+    have, want = ({**r, **r["result"], "result": None} for r in (found, wanted))
+    differing = [name for name, value in want.items() if have.get(name) != value]
+    if differing:
+        raise ConfigError(
+            f"{path}: holds points measured with another {' and '.join(differing)}; choose another "
+            "file, or give the same options to go on"
+        )
+    return dict(curves)
 
 
 def _rounded(value: Any) -> Any:

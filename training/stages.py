@@ -24,6 +24,7 @@ from canvasmar_rt.models.canvasmar import CanvasMAR
 from training.clips import Clips, ClipSource, LatentClips, latent_actions
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import AutoencoderLoss, ModelLoss
+from training.metrics import psnr
 
 HELD_OUT_SEED = 1
 """ToyTable seed of the clips that training never sees; training draws from seed 0."""
@@ -87,9 +88,8 @@ class AutoencoderStage:
         clips = self.held_out.clips(0, 4)
         assert isinstance(clips, Clips)
         output = reconstruct(self.model, clips.frames)
-        error = (output.float() - clips.frames.float()) ** 2
-        psnr = 10 * torch.log10(255.0**2 / error.mean())
-        writer.add_scalar("autoencoder/held_out_psnr", float(psnr), step)
+        together = psnr(clips.frames.flatten(0, 2), output.flatten(0, 2))
+        writer.add_scalar("autoencoder/held_out_psnr", float(together), step)
         rows = [("given", clips.frames), ("rebuilt", output)]
         log_videos(writer, "autoencoder", rows, step, directory, self.model.config.fps)
 

@@ -24,14 +24,14 @@ from typing import Annotated
 
 import torch
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional
 
-from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
+from canvasmar_rt.command import run_command, stderr_bar
+from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.files import check_writable, replacing
 from training.metrics import GaussianStats
 from training.toytable import TOY_HUES, ToyTableConfig, generate, gripper_from_pixels, reset
 
@@ -781,7 +781,7 @@ def _measure(net: MetricNet, *, seed: int, clips: int, steps: int) -> MetricCard
 # ---------------------------------------------------------------------------------------------
 # The command
 
-app = typer.Typer(add_completion=False, help=__doc__.split("\n")[0])
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__.split("\n")[0])
 
 
 @app.callback()
@@ -792,35 +792,25 @@ def _group() -> None:
 @app.command()
 def train(
     out: Annotated[Path, typer.Option(help="Safetensors file to write.")],
-    steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 6000,
-    clips: Annotated[int, typer.Option(help="ToyTable clips to learn from.")] = 6144,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 6000,
+    clips: Annotated[int, typer.Option(min=64, help="ToyTable clips to learn from.")] = 6144,
     seed: Annotated[int, typer.Option(help="Of clips, weights and order.")] = TRAIN_SEED,
 ) -> None:
     """Train the network of the ToyTable metric on the CPU."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
-    try:
-        with bar:
-            tasks = [bar.add_task("clips", total=clips), bar.add_task("steps", total=steps)]
-
-            def show(what: str, done: int, total: int) -> None:
-                task = tasks[what != "clips"]
-                bar.update(task, description=what, completed=done, total=total)
-
-            net, card = train_metric_net(steps=steps, clips=clips, seed=seed, progress=show)
-    except CanvasMarError as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False)
-        raise typer.Exit(2) from None
-    out.parent.mkdir(parents=True, exist_ok=True)
+    check_writable(out)
+    with stderr_bar() as bar:
+        task = bar.add_task("", total=None)
+        net, card = train_metric_net(
+            steps=steps, clips=clips, seed=seed,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )  # fmt: skip
     tensors = {name: tensor.half().contiguous() for name, tensor in net.state_dict().items()}
-    save_file(tensors, out, metadata={"card": json.dumps(asdict(card))})
-    Console().print_json(data=asdict(card))
+    with replacing(out) as temporary:
+        save_file(tensors, temporary, metadata={"card": json.dumps(asdict(card))})
+    print(json.dumps(asdict(card), indent=2))
 
 
 if __name__ == "__main__":
-    app()
+    run_command(app)

@@ -18,14 +18,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -34,19 +33,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
+from canvasmar_rt.bundle import MANIFEST, Bundle, packaged_names
+from canvasmar_rt.command import stderr
 from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
+from canvasmar_rt.files import replacing, write_file
 from canvasmar_rt.models.canvasmar import CanvasMAR
-from canvasmar_rt.models.checkpoint import save_checkpoint
-from training.clips import Clips, ClipSource, LatentClips, batches, to_device
+from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from training.clips import Clips, ClipSource, LatentClips, batches, check_length, to_device
 from training.config import RunConfig
 from training.losses import Draws, Terms
 
-_FUSED = (
-    SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.MATH,
-)  # fmt: skip
-STATE_FILE, PROGRESS_FILE, RUN_FILE = "training.safetensors", "training.json", "run.json"
+STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
+RUN_FILE, LOG_FILE = "run.json", "log.jsonl"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +99,10 @@ def progress_bar(
 ) -> Iterator[Callable[[int, str | None], None]]:
     """A bar on stderr; call what it gives with the steps done and, now and then, a text. Where
     stderr is not a terminal the texts become lines."""
-    console = Console(stderr=True, emoji=False)
     with Progress(
         TextColumn(name), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"), console=console,
-        disable=quiet or not console.is_terminal,
+        TextColumn("{task.fields[text]}"), console=stderr,
+        disable=quiet or not stderr.is_terminal,
     ) as bar:  # fmt: skip
         task = bar.add_task("", total=total, completed=done, text="")
         count = done
@@ -115,8 +114,8 @@ def progress_bar(
             if text is None:
                 return
             bar.update(task, text=text)
-            if not quiet and not console.is_terminal:
-                console.print(f"{name} {count}/{total}  {text}", highlight=False, soft_wrap=True)
+            if not quiet and not stderr.is_terminal:
+                stderr.print(f"{name} {count}/{total}  {text}", highlight=False, soft_wrap=True)
 
         yield advance
 
@@ -163,7 +162,7 @@ class Muon(torch.optim.Muon):
     def step(self, closure: Any = None) -> Any:
         for whole, matrix in zip(self.whole, self._matrices, strict=True):
             matrix.grad = None if whole.grad is None else whole.grad.flatten(1)
-        return super().step(closure)
+        return super().step(closure)  # type: ignore[no-untyped-call]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         for parameter in (*self.whole, *self._matrices):
@@ -277,6 +276,8 @@ class Trainer:
         end = c.steps if until is None else min(until, c.steps)
         if self.step >= end:
             return
+        if r.main:
+            self._forget_lost_steps()
         writer = SummaryWriter(str(self.directory), purge_step=self.step) if r.main else None
         data = batches(
             self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world
@@ -312,10 +313,10 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         inputs = self.stage.inputs(clips)
         # a CPU's fused attention is slow to differentiate; matrix products are not
-        kernels = [SDPBackend.MATH] if r.device.type == "cpu" else list(_FUSED)
+        kernels = sdpa_kernel(SDPBackend.MATH) if r.device.type == "cpu" else nullcontext()
         with (
             torch.autocast(r.device.type, torch.bfloat16, enabled=c.precision == "bf16"),
-            sdpa_kernel(kernels),
+            kernels,
         ):
             total, terms = self.module(*inputs, draws)
         total.backward()
@@ -352,9 +353,18 @@ class Trainer:
                 self.step,
             )
             line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **named})
-            with open(self.directory / "log.jsonl", "a", encoding="utf-8") as log:
+            with open(self.directory / LOG_FILE, "a", encoding="utf-8") as log:
                 log.write(line + "\n")
         return "  ".join(f"{n} {v:.4g}" for n, v in named.items() if n != "gradient_norm")
+
+    def _forget_lost_steps(self) -> None:
+        """Drop what the log tells of steps that came after the checkpoint: they are taken again."""
+        path = self.directory / LOG_FILE
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            kept = "".join(f"{n}\n" for n in text.splitlines() if _logged_step(n) <= self.step)
+            if kept != text:
+                write_file(path, kept)
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -465,9 +475,8 @@ class Trainer:
                 self.directory.mkdir(parents=True, exist_ok=True)
                 for left in self.directory.glob(".step_*"):  # by a process that was killed
                     shutil.rmtree(left)
-                temporary = path.with_name(f".{RUN_FILE}")  # other ranks may be reading
-                temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-                os.replace(temporary, path)
+                with replacing(path) as temporary:  # other ranks may be reading
+                    temporary.write_text(json.dumps(wanted, indent=2) + "\n")
             except OSError as error:
                 raise InputError(f"{self.directory}: cannot be written ({error})") from None
         if self.ranks.world > 1:
@@ -493,26 +502,44 @@ def latest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
+def load_weights(path: Path) -> tuple[CanvasMAR, SamplingConfig]:
+    """Model and sampling options of a run directory, a checkpoint, or a bundle (by path or packaged
+    name), in float32 and evaluation mode.
+
+    Raises:
+        BundleError: if there is none of them, or it is damaged.
+        ConfigError: if the configuration is not valid.
+    """
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        return load_checkpoint(latest_checkpoint(path))
+    packaged = packaged_names()
+    if not path.exists() and str(path) not in packaged:
+        raise BundleError(
+            f"{path}: neither a checkpoint nor a run, nor a bundle by its path or name "
+            f"({', '.join(packaged)})"
+        )
+    bundle = Bundle.open(path)
+    return load_model(bundle), bundle.manifest.sampling
+
+
+def _logged_step(line: str) -> float:
+    """The step of a line of the log; infinite for one that was cut when its writer was killed."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
 def _check_source(stage: Stage, source: ClipSource) -> None:
     ae, t = stage.model.config.autoencoder, stage.model.config.autoencoder.temporal_compression
     if (source.height, source.width) != (ae.height, ae.width):
         raise InputError(
             f"clips are {source.height}x{source.width}, the model wants {ae.height}x{ae.width}"
         )
-    if source.frames % t != 1 % t:
-        raise InputError(f"clips of {source.frames} frames: the model wants 1 + n*{t}")
+    check_length(source.frames, t)
     wanted = stage.model.config.action_dim
     if stage.name == "model" and source.action_dim and wanted not in (0, source.action_dim * t):
         raise InputError(
             f"actions of {source.action_dim} numbers a frame make {source.action_dim * t} a latent "
             f"step, the model's action_dim is {wanted}"
         )
-
-
-def mean_terms(parts: Iterable[Terms]) -> dict[str, float]:
-    """Means over batches of equal size."""
-    gathered: dict[str, list[float]] = {}
-    for terms in parts:
-        for name, value in terms.items():
-            gathered.setdefault(name, []).append(float(value))
-    return {name: sum(values) / len(values) for name, values in gathered.items()}

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -13,6 +11,7 @@ from torch import Tensor
 
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError
+from canvasmar_rt.files import replacing
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
@@ -23,19 +22,10 @@ def save_checkpoint(directory: Path, model: CanvasMAR, sampling: SamplingConfig)
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model": to_dict(model.config), "sampling": to_dict(sampling)}
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        handle, temporary = tempfile.mkstemp(dir=directory, prefix=f".{name}.")
-        os.close(handle)
-        try:
-            if name == WEIGHTS_FILE:
-                save_file(state, temporary)
-            else:
-                Path(temporary).write_text(json.dumps(config, indent=2) + "\n")
-            os.chmod(temporary, 0o644)  # made readable by its owner only
-            os.replace(temporary, directory / name)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+    with replacing(directory / WEIGHTS_FILE) as temporary:
+        save_file(state, temporary)
+    with replacing(directory / CONFIG_FILE) as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def load_checkpoint(directory: Path) -> tuple[CanvasMAR, SamplingConfig]:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from canvasmar_rt.command import run_command
 from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig, preset
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
@@ -39,7 +40,7 @@ from training.evaluation import (
     measure_rollouts,
 )
 from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protocol
-from training.options import override, run_command
+from training.options import override
 from training.protocols import context_frames, measure_protocol, predict_frames
 from training.stages import Continuation
 
@@ -215,6 +216,13 @@ def test_one_step(command: Run, runs: Path, tmp_path: Path) -> None:
     assert json.loads((tmp_path / "out.json").read_text()) == report
 
 
+def test_a_packaged_bundle_by_its_name(command: Run, tmp_path: Path) -> None:
+    arguments = ("one-step", "toytable", "--clips", 2, "--set", "flow_steps=1")
+    report = measured(command, tmp_path / "out.json", *arguments)
+    assert report["model"]["name"] == "toytable"
+    assert report["sampling"]["flow_steps"] == 1
+
+
 def test_rollouts_with_and_without_actions(command: Run, runs: Path, tmp_path: Path) -> None:
     options = ("--clips", 3, "--frames", 4, "--batch", 2)
     result = measured(command, tmp_path / "out.json", "rollouts", runs / "model", *options)[
@@ -268,6 +276,53 @@ def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> N
     different = (pictures[0] != pictures[1]).any((0, 2))
     assert not different[:850].any()
     assert different[900:].any()
+
+
+def test_interrupted_ablations_go_on(
+    command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def arguments(name: str, *options: object, steps: str = "1,3") -> tuple[object, ...]:
+        return ("ablations", runs / "model", "--no-canvas", runs / "plain", "-o", tmp_path / name,
+                "--clips", 2, "--frames", 2, "--steps", steps, "--quiet", *options)  # fmt: skip
+
+    predictions = 0
+    last = None
+
+    def counted(*given: Any, **options: Any) -> Continuation:
+        nonlocal predictions
+        predictions += 1
+        if predictions == last:
+            raise KeyboardInterrupt
+        return stages.continue_clips(*given, **options)
+
+    monkeypatch.setattr(evaluation, "continue_clips", counted)
+    few = ("--seeds", 1)
+    assert command(*arguments("straight.json", *few)) == (0, "", "")
+    straight = json.loads((tmp_path / "straight.json").read_text())
+    every = predictions
+    predictions, last = 0, 6
+    assert command(*arguments("parts.json", *few)) == (130, "", "interrupted\n")
+    parts = json.loads((tmp_path / "parts.json").read_text())
+    assert sum(len(curve) for curve in parts["result"]["curves"].values()) == 5
+    predictions, last = 0, None
+    assert command(*arguments("parts.json", *few)) == (0, "", "")
+    assert predictions == every - 5
+    assert json.loads((tmp_path / "parts.json").read_text()) == straight
+
+    # a point more goes to those that are there
+    assert command(*arguments("parts.json", *few, steps="2")) == (0, "", "")
+    more = json.loads((tmp_path / "parts.json").read_text())["result"]["curves"]
+    assert all(list(curve) == ["1", "2", "3"] for curve in more.values())
+
+    kept = (tmp_path / "parts.json").read_text()
+    code, _, line = command(*arguments("parts.json", "--seeds", 2, "--set", "flow_steps=1"))
+    assert code == 2
+    assert "parts.json: holds points measured with another sampling and seeds; choose" in line
+    assert (tmp_path / "parts.json").read_text() == kept
+    (tmp_path / "other.json").write_text("{}")
+    code, _, line = command(*arguments("other.json"))
+    assert code == 2
+    assert "other.json: not written by" in line
 
 
 def test_sheet(command: Run, runs: Path, tmp_path: Path) -> None:

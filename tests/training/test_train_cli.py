@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
+from canvasmar_rt.command import run_command
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.checkpoint import load_checkpoint
 from training.__main__ import app
 from training.clips import ToyTableSource
-from training.options import run_command
 from training.stages import weights_id
 from training.trainer import latest_checkpoint
 

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import (  # type: ig
 )
 from torch import Tensor, nn
 
+from canvasmar_rt.bundle import Bundle, resolve
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.checkpoint import load_checkpoint
@@ -47,8 +48,8 @@ from training.trainer import (
     find_checkpoints,
     latest_checkpoint,
     learning_rate_factor,
+    load_weights,
     make_optimizers,
-    mean_terms,
 )
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,11 +159,6 @@ def test_muon_treats_a_convolution_as_a_matrix() -> None:
     assert torch.equal(conv.weight.flatten(1), matrix.weight)
 
 
-def test_mean_terms() -> None:
-    parts = [{"a": torch.tensor(1.0)}, {"a": torch.tensor(2.0)}]
-    assert mean_terms(parts) == {"a": 1.5}
-
-
 # Learning
 
 
@@ -240,6 +236,20 @@ def test_a_run_goes_on_from_any_checkpoint(tmp_path: Path) -> None:
         assert logged(tmp_path)[-(6 - last) :] == log[last:]
 
 
+def test_a_resumed_run_forgets_the_steps_it_takes_again(tmp_path: Path) -> None:
+    run = trainer(model_stage(checkpoint_every=2), tmp_path)
+    run.run(2)
+    lines = (tmp_path / "log.jsonl").read_text()
+    cut = '{"step": 4, "sec'  # its writer was killed
+    (tmp_path / "log.jsonl").write_text(lines + '{"step": 3, "seconds": 1.0}\n' + cut)
+    again = trainer(model_stage(checkpoint_every=2), tmp_path)
+    again.run(2)  # nothing to do: nothing is touched
+    assert (tmp_path / "log.jsonl").read_text().endswith(cut)
+    again.run(3)
+    assert [line["step"] for line in logged(tmp_path)] == [1, 2, 3]
+    assert (tmp_path / "log.jsonl").read_text().startswith(lines)
+
+
 def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     trainer(model_stage(steps=2), tmp_path).run()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("step_*/*")}
@@ -307,6 +317,31 @@ def test_a_failed_save_leaves_the_one_before(
     assert again.step == 2
     again.run()
     assert names(tmp_path) == ["step_00000004", "step_00000006"]
+
+
+def test_weights_are_given_by_run_checkpoint_or_bundle(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer(autoencoder_stage(), tmp_path / "run").run(1)
+    checkpoint = latest_checkpoint(tmp_path / "run")
+    expected, sampling = load_checkpoint(checkpoint)
+    for path in (tmp_path / "run", checkpoint):
+        model, options = load_weights(path)
+        assert options == sampling
+        assert_same(model.state_dict(), expected.state_dict())
+    by_name, options = load_weights(Path("toytable"))
+    by_path, _ = load_weights(resolve("toytable"))
+    assert by_name.config.name == "toytable"
+    assert options == Bundle.open("toytable").manifest.sampling
+    assert_same(by_name.state_dict(), by_path.state_dict())
+    monkeypatch.chdir(tmp_path)
+    Path("toytable").mkdir()  # what lies here comes first
+    for path, message in (
+        (Path("toytable"), "neither a checkpoint nor a run with checkpoints"),
+        (Path("nowhere"), r"neither a checkpoint nor a run, nor a bundle .* \(toytable\)"),
+    ):
+        with pytest.raises(BundleError, match=f"^{path}: {message}"):
+            load_weights(path)
 
 
 def cut(file: Path) -> None:

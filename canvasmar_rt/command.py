@@ -1,0 +1,54 @@
+"""What command lines share: errors of one line, interrupts, and the bar on stderr."""
+
+from __future__ import annotations
+
+import io
+import signal
+import sys
+import types
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from canvasmar_rt.errors import CanvasMarError
+
+INTERRUPTED = 130
+
+stderr = Console(stderr=True, emoji=False)
+
+
+def run_command(app: typer.Typer) -> None:
+    """Run a command line; a user's mistake is one line on stderr and exit status 2."""
+    signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        app()
+    except CanvasMarError as error:
+        print_error(error)
+        sys.exit(2)
+    except SystemExit as leaving:
+        if leaving.code == INTERRUPTED:
+            stderr.print("interrupted")
+        raise
+
+
+def _terminate(signum: int, frame: types.FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def print_error(error: CanvasMarError) -> None:
+    """The error as one line on stderr."""
+    stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+
+
+def stderr_bar(quiet: bool = False) -> Progress:
+    """A bar on stderr, for work whose length is known."""
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+        TimeRemainingColumn(), console=stderr, transient=True,
+        disable=quiet or not stderr.is_terminal,
+    )  # fmt: skip

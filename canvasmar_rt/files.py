@@ -1,0 +1,56 @@
+"""Files that appear under their name whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from canvasmar_rt.errors import InputError
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A temporary name beside `target`, which takes its place once the body has succeeded."""
+    temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
+    try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        yield temporary
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_file(path: Path, data: str | bytes) -> None:
+    """Write a file whole or not at all; its folder is made.
+
+    Raises:
+        InputError: if it cannot be written.
+    """
+    with _refusals(path), replacing(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def check_writable(path: Path) -> None:
+    """See that a file can be written, before the work it will hold; its folder is made.
+
+    Raises:
+        InputError: if it cannot be.
+    """
+    with _refusals(path), tempfile.TemporaryFile(dir=path.parent):
+        if path.is_dir():
+            raise IsADirectoryError("it is a directory")
+
+
+@contextmanager
+def _refusals(path: Path) -> Iterator[None]:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise InputError(f"{path}: cannot be written ({error})") from None

@@ -1,0 +1,48 @@
+"""Files appear whole or not at all, as readable as any other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from canvasmar_rt.errors import InputError
+from canvasmar_rt.files import check_writable, replacing, write_file
+
+
+def test_a_file_is_replaced_once_its_body_succeeded(tmp_path: Path) -> None:
+    path, plain = tmp_path / "a.bin", tmp_path / "plain"
+    plain.touch()
+    path.write_text("before")
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        _ = temporary.write_text("half") / 0
+    assert path.read_text() == "before"
+    with replacing(path) as temporary:
+        temporary.write_text("after")
+        temporary.chmod(0o600)  # as safetensors does
+        assert (temporary.parent, temporary.suffix) == (tmp_path, ".bin")
+        assert path.read_text() == "before"
+    assert path.read_text() == "after"
+    assert path.stat().st_mode == plain.stat().st_mode
+    assert sorted(tmp_path.iterdir()) == [path, plain]
+
+
+def test_folders_are_made(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "b.txt"
+    check_writable(path)
+    assert list(path.parent.iterdir()) == []
+    write_file(path, "één\n")
+    check_writable(path)
+    assert path.read_bytes() == "één\n".encode()
+    write_file(path, b"\xff")
+    assert path.read_bytes() == b"\xff"
+
+
+def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for path in (tmp_path, tmp_path / "file" / "a" / "b"):
+        for attempt in (check_writable, lambda path: write_file(path, "x")):
+            with pytest.raises(InputError, match=r": cannot be written \(.+\)$") as error:
+                attempt(path)
+            assert str(error.value).startswith(f"{path}: ")
+    assert [p.name for p in tmp_path.iterdir()] == ["file"]
