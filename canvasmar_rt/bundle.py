@@ -28,6 +28,7 @@ from safetensors.numpy import load_file
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError, InputError
+from canvasmar_rt.schedule import flow_plan
 
 MANIFEST = "canvasmar_config.json"
 MANIFEST_BYTES = 16 << 20
@@ -108,7 +109,8 @@ class BatchRange:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
-    """Contents of `canvasmar_config.json`."""
+    """Contents of `canvasmar_config.json`. `unrolled`: the graphs hold one copy of the flow head
+    for each of the solver's evaluations instead of a loop."""
 
     schema_version: int
     producer: dict[str, str]
@@ -124,6 +126,23 @@ class Manifest:
     components: dict[str, ComponentEntry]
     files: dict[str, FileEntry]
     parity: Parity | None = None
+    unrolled: bool = False
+
+    def require_flow(self, sampling: SamplingConfig) -> None:
+        """Raise `ConfigError` if the graphs were unrolled for another number of evaluations."""
+        wanted, have = len(flow_plan(sampling).time), len(flow_plan(self.sampling).time)
+        if self.unrolled and wanted != have:
+            raise ConfigError(
+                f"sampling: this bundle's graphs are unrolled for {have} evaluations of the flow "
+                f"head, not {wanted}; export it without --unroll, or with these flow steps"
+            )
+
+    def fixed_dims(self, component: str) -> dict[str, int]:
+        """Symbolic dimensions of the component table that its graph fixes."""
+        fixed = {"AR": self.sampling.ar_steps} if component == "frame" else {}
+        if self.unrolled and component in ("flow", "frame"):
+            fixed["E"] = len(flow_plan(self.sampling).time)
+        return fixed
 
     def __post_init__(self) -> None:
         for text in (self.source, self.model.name, *self.producer.values()):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-import importlib.util
 import os
 import platform
 import shutil
@@ -36,8 +35,15 @@ def examine() -> list[Finding]:
         *_bundles(),
         _package("torch", "engine 'torch', export", "pip install 'canvasmar-rt[export]'"),
         _package("onnx", "export", "pip install 'canvasmar-rt[export]'"),
-        _nvidia(),
-        _package("tensorrt", "TensorRT engines", "pip install 'canvasmar-rt[tensorrt]'"),
+        gpu := _nvidia(),
+        _cuda_onnxruntime(gpu.status == "ok"),
+        _package("cuda-python", "engines on a GPU", "pip install 'canvasmar-rt[gpu]'"),
+        _package("tensorrt", "engine 'tensorrt'", "pip install 'canvasmar-rt[tensorrt]'"),
+        _package(
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13",
+            "TensorRT for RTX in ONNX Runtime, on GeForce cards",
+            "pip install onnxruntime-ep-nv-tensorrt-rtx-cu13",
+        ),
     ]
 
 
@@ -145,16 +151,31 @@ def _bundles() -> list[Finding]:
 
 def _package(name: str, needed_for: str, fix: str) -> Finding:
     version = _version(name)
-    if version is None or importlib.util.find_spec(name) is None:
+    if version is None:
         return Finding(
             name=name, status="missing", detail=f"optional; needed for {needed_for}", fix=fix
         )
     return Finding(name=name, status="ok", detail=version)
 
 
+def _cuda_onnxruntime(gpu: bool) -> Finding:
+    """Whether ONNX Runtime could run on a GPU."""
+    name, fix = "onnxruntime on CUDA", "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    try:
+        import onnxruntime
+    except ImportError:
+        return Finding(name=name, status="missing", detail="onnxruntime cannot be imported")
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        return Finding(name=name, status="ok", detail="this build has the CUDA provider")
+    detail = "this build of onnxruntime has no CUDA provider"
+    if gpu:
+        return Finding(name=name, status="missing", detail=f"{detail}, the GPU is unused", fix=fix)
+    return Finding(name=name, status="missing", detail=f"optional; {detail}", fix="")
+
+
 def _nvidia() -> Finding:
     tool = shutil.which("nvidia-smi")
-    query = "--query-gpu=name,driver_version,memory.total"
+    query = "--query-gpu=name,driver_version,memory.total,compute_cap"
     if tool is not None:
         try:
             out = subprocess.run(

@@ -1,14 +1,13 @@
 """Predictor and Rollout: the few-step autoregressive loop over a bundle's components.
 
-A `Rollout` owns every buffer it will ever need and has bound them to the engine's components when
-it starts; a step fills noise buffers, runs the bound components in order and copies the frames out.
+A `Rollout` checks what comes in, keeps time and draws the noise; its program, made when it starts,
+owns every array it will ever need and runs the engine over them (`canvasmar_rt.engines.program`).
 Letters as in `canvasmar_rt.config`; t is pixel frames per latent frame.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,22 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.components import MASKED, autoencoder_states, components
 from canvasmar_rt.config import SamplingConfig
-from canvasmar_rt.engines import Engine, Run, create
-from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError
+from canvasmar_rt.engines import Engine, create
+from canvasmar_rt.engines.program import Clock, Float32, Int64, UInt8, state_shapes
+from canvasmar_rt.errors import ConfigError, InputError, StateError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
-from canvasmar_rt.schedule import (
-    flow_plan,
-    generation_order,
-    guidance_branches,
-    set_sizes,
-    time_rotation,
-)
 
 Array = npt.NDArray[Any]
-UInt8 = npt.NDArray[np.uint8]
-Float32 = npt.NDArray[np.float32]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -55,7 +45,7 @@ class Prediction:
     canvas: Float32 | None
     canvas_frames: UInt8 | None
     staticness: Float32 | None
-    order: npt.NDArray[np.int64]
+    order: Int64
     frame: int
     timings: Mapping[str, float]
 
@@ -80,21 +70,24 @@ def load(
     engine: str = "onnxruntime",
     device: str = "cpu",
     threads: int | None = None,
+    **options: Any,
 ) -> Predictor:
     """Open a bundle on an engine.
 
     Args:
         path_or_name: a bundle directory, or the name of a bundle that ships with the package.
-        engine: `onnxruntime` or `torch` (the eager reference).
-        device: `cpu`.
+        engine: `onnxruntime`, `torch` or `tensorrt`.
+        device: `cpu`, `cuda` or `cuda:<index>`.
         threads: CPU threads; the engine's default if None.
+        options: the engine's own: `cuda_graph` (onnxruntime, torch), `compile` (torch),
+            `engine_dir` (tensorrt).
 
     Raises:
         BundleError: missing, cut, tampered with, or of another schema version.
         EngineError: no such engine or device here; nothing falls back to another.
     """
     bundle = Bundle.open(path_or_name)
-    return Predictor(create(engine, bundle, device=device, threads=threads))
+    return Predictor(create(engine, bundle, device=device, threads=threads, **options))
 
 
 class Predictor:
@@ -133,8 +126,10 @@ class Predictor:
         if batch is None:
             batch = len(context) if context is not None and np.ndim(context) == 5 else 1
         self.bundle.manifest.batch.require(batch)
+        chosen = sampling or self.sampling
+        self.bundle.manifest.require_flow(chosen)
         streams = tuple(range(stream, stream + batch))
-        rollout = Rollout(self, streams, seed, sampling or self.sampling)
+        rollout = Rollout(self, streams, seed, chosen)
         rollout._begin(context, actions)
         return rollout
 
@@ -146,8 +141,7 @@ class Rollout:
         self, predictor: Predictor, streams: tuple[int, ...], seed: int, sampling: SamplingConfig
     ) -> None:
         self.predictor, self.sampling = predictor, sampling
-        self.config = config = predictor.config
-        self._sizes = set_sizes(config.tokens, sampling.ar_steps)
+        self.config = predictor.config
         self._streams, self._seed = streams, seed
         self._time = 0
         self._unobserved = 0
@@ -155,144 +149,7 @@ class Rollout:
         self._interrupted = False
         self._start_state: RolloutState | None = None
         _check_key(seed, streams)
-        self._allocate()
-        self._bind()
-
-    # -- buffers and bindings
-
-    def _allocate(self) -> None:
-        c, ae, b = self.config, self.config.autoencoder, len(self._streams)
-        n, hidden = c.tokens, self.predictor.bundle.hidden_dtype
-        ring = (c.context_frames, b, c.temporal_tokens, c.dim)
-        self._latent = np.zeros((b, n, ae.latent_channels), np.float32)
-        self._caches = {
-            f"{kind}_{i}": np.zeros(ring, hidden)
-            for i in range(c.temporal_layers)
-            for kind in ("key", "value")
-        }
-        self._encoder = self._histories(decoder=False)
-        self._decoder = self._histories(decoder=True)
-        self._group = np.zeros((b, ae.temporal_compression, ae.height, ae.width, 3), np.uint8)
-        self._frames = np.zeros_like(self._group)
-        self._canvas_frames = np.zeros_like(self._group)
-        self._canvas_history = [np.zeros_like(x) for x in self._decoder[0]]
-        self._inputs: dict[str, Array] = {
-            "latent": self._latent,
-            "is_first": np.zeros(b, np.float32),
-            "time": np.zeros((2, c.time_rotary_pairs), np.float32),
-            "cache_bias": np.full((b, c.context_frames), MASKED, np.float32),
-            "z_temporal": np.zeros((b, c.temporal_tokens, c.dim), hidden),
-            "z_canvas": np.zeros((b, n, c.dim), hidden),
-            "frame_noise": np.zeros_like(self._latent),
-            "frame_noise_level": np.array(self.sampling.frame_noise, np.float32),
-            "canvas_noise": np.zeros((b, n, c.dim), np.float32),
-            "canvas_noise_level": np.array(self.sampling.canvas_noise, np.float32),
-            "canvas": np.zeros_like(self._latent),
-            "staticness": np.zeros((b, n), np.float32),
-            "flow_noise": np.zeros_like(self._latent),
-        }
-        if c.action_dim:
-            self._inputs["action"] = np.zeros((b, c.action_dim), np.float32)
-            self._inputs["action_given"] = np.zeros(b, np.float32)
-        plan = flow_plan(self.sampling)
-        self._inputs |= {
-            "flow_time": plan.time,
-            "step_new": plan.step_new,
-            "step_old": plan.step_old,
-        }
-        self._gumbel = np.zeros((b, len(self._sizes), n), np.float32)
-        self._order = np.zeros((b, n), np.int64)
-
-    def _histories(self, *, decoder: bool) -> tuple[list[Array], list[Array]]:
-        """Two sets of causal-convolution histories: one is read while the other is written."""
-        shapes = autoencoder_states(self.config.autoencoder, decoder=decoder)
-        dtype, b = self.predictor.bundle.hidden_dtype, len(self._streams)
-        return (
-            [np.zeros((b, *s), dtype) for s in shapes],
-            [np.zeros((b, *s), dtype) for s in shapes],
-        )
-
-    def _bound(self, component: str, **arrays: Array) -> Run:
-        """Bind a component to the rollout's buffers, `arrays` taking precedence by name."""
-        table = components(self.config)[component]
-        have = {**self._inputs, **arrays}
-        return self.predictor.engine.bind(
-            component,
-            {s.name: have[s.name] for s in table.inputs},
-            {s.name: have[s.name] for s in table.outputs},
-        )
-
-    def _bind(self) -> None:
-        caches = {f"cache_{name}": ring for name, ring in self._caches.items()}
-        # one binding per ring slot: the new keys and values are written in place. The slot being
-        # written is masked in that run, so reading it there has no effect.
-        self._temporal = [
-            self._bound(
-                "temporal", **caches, **{f"new_{n}": r[slot] for n, r in self._caches.items()}
-            )
-            for slot in range(self.config.context_frames)
-        ]
-        self._encode = [self._autoencoder("encoder", self._encoder, i, self._group) for i in (0, 1)]
-        self._decode = [
-            self._autoencoder("decoder", self._decoder, i, self._frames) for i in (0, 1)
-        ]
-        self._encoder_side = self._decoder_side = 0  # which set of histories is read next
-        self._decode_canvas: list[Run] | None = None
-        self._canvas = self._bound("canvas") if self.config.canvas else None
-        self._steps = self._bind_steps(has_canvas=self.config.canvas)
-        self._first_steps: _Steps | None = None
-
-    def _autoencoder(
-        self, component: str, sides: tuple[list[Array], list[Array]], side: int, frames: Array
-    ) -> Run:
-        arrays = {f"state_{i}": x for i, x in enumerate(sides[side])}
-        arrays |= {f"next_state_{i}": x for i, x in enumerate(sides[1 - side])}
-        return self._bound(component, frames=frames, **arrays)
-
-    def _bind_steps(self, *, has_canvas: bool) -> _Steps:
-        c, b = self.config, len(self._streams)
-        branches = guidance_branches(self.sampling, has_canvas=has_canvas)
-        g = len(branches.weight)
-        arrays: dict[str, Array] = {
-            "temporal_on": branches.temporal_on.copy(),
-            "canvas_on": branches.canvas_on.copy(),
-            "branch_weight": branches.weight.copy(),
-        }
-        hidden = self.predictor.bundle.hidden_dtype
-        condition = None
-        if c.condition_attention == "isolated":
-            for spec in components(c)["condition"].outputs:
-                arrays[spec.name] = np.zeros((g, b, c.temporal_tokens, c.dim), hidden)
-            condition = self._bound("condition", **arrays)
-        partials = [np.zeros_like(self._latent) for _ in range(min(len(self._sizes), 3))]
-        runs, indices, known = [], [], 0
-        for k, size in enumerate(self._sizes):
-            index = {
-                "select_index": np.zeros((b, size), np.int64),
-                "mask_index": np.zeros((b, c.tokens - known), np.int64),
-            }
-            if known:
-                index["known_index"] = np.zeros((b, known), np.int64)
-            # partials[0] stays empty; the last step writes the latent frame itself
-            source = partials[0] if k == 0 else partials[1 + (k - 1) % 2]
-            last = k + 1 == len(self._sizes)
-            target = self._latent if last else partials[1 + k % 2]
-            step = {
-                **arrays,
-                **index,
-                "z_tokens": np.zeros((g, b, size, c.dim), hidden),
-                "partial": source,
-                "next_partial": target,
-            }
-            runs.append(
-                (
-                    self._bound("spatial" if known else "spatial_first", **step),
-                    self._bound("flow", **step),
-                )
-            )
-            indices.append(index)
-            known += size
-        return _Steps(condition, runs, indices)
+        self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
 
     # -- starting
 
@@ -312,10 +169,9 @@ class Rollout:
             told = self._checked_actions(actions, count)
             for i in range(1 + count):
                 first = i == 0
-                self._group[:] = clip[:, :1] if first else clip[:, 1 + (i - 1) * t : 1 + i * t]
                 self._advance(None if first or told is None else told[:, i - 1])
-                self._run_encoder()
-                self._run_decoder()
+                self._program.encode(clip[:, :1] if first else clip[:, 1 + (i - 1) * t : 1 + i * t])
+                self._program.decode()
             self._encoder_current = True
         elif actions is not None:
             raise InputError("actions: there is no context they could belong to")
@@ -368,25 +224,8 @@ class Rollout:
 
     def _advance(self, action: Float32 | None) -> None:
         """Feed the latest latent frame to the Temporal ViT."""
-        x, c = self._inputs, self.config
-        slot = self._time % c.context_frames
-        x["is_first"].fill(float(self._time == 0))
-        x["cache_bias"][:, : min(self._time, c.context_frames)] = 0.0
-        x["cache_bias"][:, slot] = MASKED
-        x["time"][:] = time_rotation(self._time, c.time_rotary_pairs)
-        if c.action_dim:
-            x["action_given"].fill(float(action is not None))
-            x["action"][:] = 0.0 if action is None else action
-        self._temporal[slot]()
+        self._program.advance(self._time, action)
         self._time += 1
-
-    def _run_encoder(self) -> None:
-        self._encode[self._encoder_side]()
-        self._encoder_side ^= 1
-
-    def _run_decoder(self) -> None:
-        self._decode[self._decoder_side]()
-        self._decoder_side ^= 1
 
     def step(
         self, action: Float32 | Sequence[float] | None = None, *, decode_canvas: bool = False
@@ -409,63 +248,37 @@ class Rollout:
         action: Float32 | Sequence[float] | None,
         *,
         decode_canvas: bool = False,
-        order: npt.NDArray[np.int64] | None = None,
+        order: Int64 | None = None,
     ) -> Prediction:
         told = self._checked_action(action)
         self._enter()
-        clock = _Clock()
+        clock = Clock()
         frame = self._time
         from_nothing = frame == 0
-        has_canvas = self._canvas is not None and not from_nothing
-        self._draw_noise(frame, has_canvas)
+        self._draw_noise(frame, self.config.canvas and not from_nothing)
         clock.lap("noise")
-        self._advance(told)
-        clock.lap("temporal")
-        if has_canvas:
-            assert self._canvas is not None
-            self._canvas()
-            clock.lap("canvas")
-        staticness = self._inputs["staticness"] if has_canvas else None
-        if staticness is not None:
-            self._require_finite("canvas", staticness)
-        if order is None:
-            generation_order(staticness, self._gumbel, self.sampling, self._order)
-        else:
-            self._order[:] = order
-        steps = self._steps
-        if from_nothing and self.config.canvas:
-            if self._first_steps is None:
-                self._first_steps = self._bind_steps(has_canvas=False)
-            steps = self._first_steps
-        steps.fill(self._order)
-        clock.lap("order")
-        if steps.condition is not None:
-            steps.condition()
-            clock.lap("condition")
-        for spatial, flow in steps.runs:
-            spatial()
-            clock.lap("spatial")
-            flow()
-            clock.lap("flow")
-        self._require_finite("flow", self._latent)
-        canvas_frames = None
-        if decode_canvas and has_canvas:
-            canvas_frames = self._decoded_canvas()
-            clock.lap("canvas_decoder")
-        self._run_decoder()
-        clock.lap("decoder")
+        drawn = self._program.predict(
+            frame, told, order=order, decode_canvas=decode_canvas, clock=clock
+        )
+        self._time += 1
         self._unobserved += 1
         self._interrupted = False
         ae = self.config.autoencoder
-        grid = (-1, ae.latent_height, ae.latent_width)
         first = slice(-1, None) if from_nothing else slice(None)
+
+        def own(values: Array | None) -> Any:
+            return None if values is None else values.copy()
+
+        staticness = own(drawn.staticness)
+        if staticness is not None:
+            staticness = staticness.reshape(-1, ae.latent_height, ae.latent_width)
         prediction = Prediction(
-            frames=self._frames[:, first].copy(),
-            latent=self._latent.copy(),
-            canvas=self._inputs["canvas"].copy() if has_canvas else None,
-            canvas_frames=canvas_frames,
-            staticness=None if staticness is None else staticness.reshape(grid).copy(),
-            order=self._order.copy(),
+            frames=drawn.frames[:, first].copy(),
+            latent=drawn.latent.copy(),
+            canvas=own(drawn.canvas),
+            canvas_frames=own(drawn.canvas_frames),
+            staticness=staticness,
+            order=drawn.order.copy(),
             frame=frame,
             timings=clock.timings,
         )
@@ -486,14 +299,6 @@ class Rollout:
                 "a frame; go back with restore(state) or reset()"
             )
 
-    def _require_finite(self, component: str, values: Float32) -> None:
-        if not np.isfinite(values).all():
-            raise EngineError(
-                f"{component}: engine {self.predictor.engine.name} returned values that are not "
-                f"finite; run 'canvasmar-rt verify' on this bundle and engine, and go back with "
-                "restore(state) or reset()"
-            )
-
     def _checked_action(self, action: Float32 | Sequence[float] | None) -> Float32 | None:
         if action is None:
             return None
@@ -506,28 +311,15 @@ class Rollout:
         return array
 
     def _draw_noise(self, frame: int, has_canvas: bool) -> None:
-        x, key = self._inputs, {"seed": self._seed, "streams": self._streams, "frame": frame}
-        fill_normal(x["flow_noise"], purpose=Purpose.FLOW, **key)  # type: ignore[arg-type]
-        fill_gumbel(self._gumbel, purpose=Purpose.ORDER, **key)  # type: ignore[arg-type]
+        noise, key = (
+            self._program.noise,
+            {"seed": self._seed, "streams": self._streams, "frame": frame},
+        )
+        fill_normal(noise.flow, purpose=Purpose.FLOW, **key)  # type: ignore[arg-type]
+        fill_gumbel(noise.order, purpose=Purpose.ORDER, **key)  # type: ignore[arg-type]
         if has_canvas:
-            fill_normal(x["frame_noise"], purpose=Purpose.FRAME_AUGMENTATION, **key)  # type: ignore[arg-type]
-            fill_normal(x["canvas_noise"], purpose=Purpose.CANVAS_AUGMENTATION, **key)  # type: ignore[arg-type]
-
-    def _decoded_canvas(self) -> UInt8:
-        if self._decode_canvas is None:
-            spare = {f"next_state_{i}": x for i, x in enumerate(self._canvas_history)}
-            self._decode_canvas = [
-                self._bound(
-                    "decoder",
-                    frames=self._canvas_frames,
-                    latent=self._inputs["canvas"],
-                    **{f"state_{i}": x for i, x in enumerate(side)},
-                    **spare,
-                )
-                for side in self._decoder
-            ]
-        self._decode_canvas[self._decoder_side]()
-        return self._canvas_frames.copy()
+            fill_normal(noise.frame, purpose=Purpose.FRAME_AUGMENTATION, **key)  # type: ignore[arg-type]
+            fill_normal(noise.canvas, purpose=Purpose.CANVAS_AUGMENTATION, **key)  # type: ignore[arg-type]
 
     # -- what really happened
 
@@ -554,28 +346,28 @@ class Rollout:
                 "observe: the encoder has not seen this video's latest frames (it started from "
                 "nothing, or latents were observed); start a new rollout from real frames"
             )
-        self._before_observation(action)
-        self._group[:] = group
-        self._run_encoder()
-        self._after_observation()
-        return self._latent.copy()
+        again = self._before_observation(action)
+        self._program.encode(group)
+        self._after_observation(again=again)
+        return self._program.latent()
 
     def observe_latent(
         self, latent: Float32, action: Float32 | Sequence[float] | None = None
     ) -> None:
         """Like `observe`, for normalised latents (B, N, C) float32 of your own."""
         array = np.asarray(latent)
-        if array.dtype != np.float32 or array.shape != self._latent.shape:
-            raise InputError(
-                f"latent: expected float32 {self._latent.shape}, got {array.dtype} {array.shape}"
-            )
+        c = self.config
+        shape = (len(self._streams), c.tokens, c.autoencoder.latent_channels)
+        if array.dtype != np.float32 or array.shape != shape:
+            raise InputError(f"latent: expected float32 {shape}, got {array.dtype} {array.shape}")
         array = _numbers("latent", array)
-        self._before_observation(action)
-        self._latent[:] = array
+        again = self._before_observation(action)
+        self._program.set_latent(array)
         self._encoder_current = False
-        self._after_observation()
+        self._after_observation(again=again)
 
-    def _before_observation(self, action: Float32 | Sequence[float] | None) -> None:
+    def _before_observation(self, action: Float32 | Sequence[float] | None) -> bool:
+        """Whether the observation replaces a prediction, which was decoded already."""
         if self._unobserved > 1:
             raise StateError(
                 f"observe: {self._unobserved} steps were predicted since the last real frame; "
@@ -586,28 +378,16 @@ class Rollout:
         told = self._checked_action(action)
         self._enter()
         if self._unobserved:
-            self._decoder_side ^= 1  # decode again, from the history before the prediction
-        else:
-            self._advance(told)
+            return True
+        self._advance(told)
+        return False
 
-    def _after_observation(self) -> None:
-        self._run_decoder()
+    def _after_observation(self, *, again: bool) -> None:
+        self._program.decode(again=again)
         self._unobserved = 0
         self._interrupted = False
 
     # -- copies
-
-    def _arrays(self) -> dict[str, Array]:
-        """Everything that lasts from frame to frame, by name; the batch axis is 1 in caches."""
-        arrays = {"latent": self._latent, "cache_bias": self._inputs["cache_bias"]}
-        arrays |= {f"cache_{k}": v for k, v in self._caches.items()}
-        for name, sides, side in (
-            ("encoder", self._encoder, self._encoder_side),
-            ("decoder", self._decoder, self._decoder_side),
-        ):
-            arrays |= {f"{name}_{i}": x for i, x in enumerate(sides[side])}
-            arrays |= {f"{name}_before_{i}": x for i, x in enumerate(sides[1 - side])}
-        return arrays
 
     def state(self) -> RolloutState:
         """A copy of the rollout's state: a snapshot for `restore`.
@@ -615,7 +395,7 @@ class Rollout:
         Raises:
             StateError: if an earlier step or observation did not complete.
         """
-        return self._state({k: v.copy() for k, v in self._arrays().items()}, self._streams)
+        return self._state(self._program.snapshot(), self._streams)
 
     def _state(self, arrays: Mapping[str, Array], streams: tuple[int, ...]) -> RolloutState:
         self._require_whole()
@@ -637,12 +417,10 @@ class Rollout:
         """
         if state.bundle != self.predictor.bundle.fingerprint:
             raise StateError("restore: this state is of another bundle")
-        mine = self._arrays()
-        shapes = {k: v.shape for k, v in mine.items()}
+        shapes = {k: s for k, (s, _) in state_shapes(self.config, len(self._streams)).items()}
         if shapes != {k: v.shape for k, v in state.arrays.items()}:
             raise StateError("restore: this state is of another batch size")
-        for name, array in mine.items():
-            array[:] = state.arrays[name]
+        self._program.load(state.arrays)
         self._seed, self._streams = state.seed, state.streams
         self._time, self._unobserved = state.time, state.unobserved
         self._encoder_current = state.encoder_current
@@ -684,8 +462,8 @@ class Rollout:
             raise InputError(f"fork: expected {b * n} streams, got {len(streams)}")
         chosen = own if streams is None else tuple(streams)
         copied = {
-            k: np.repeat(v, n, axis=1 if k.startswith(("cache_key", "cache_value")) else 0)
-            for k, v in self._arrays().items()
+            k: np.repeat(v, n, axis=1 if k.startswith("cache_") else 0)
+            for k, v in self._program.snapshot().items()
         }
         state = self._state(copied, chosen)
         other = into or Rollout(self.predictor, chosen, self._seed, self.sampling)
@@ -694,6 +472,16 @@ class Rollout:
         other.restore(state)
         other._start_state = state
         return other
+
+    def warmup(self) -> None:
+        """Do now what the first frames would otherwise wait for: kernels are compiled and CUDA
+        graphs captured. The rollout's state stays as it is.
+
+        Raises:
+            StateError: if an earlier step or observation did not complete.
+        """
+        self._require_whole()
+        self._program.warmup()
 
     @property
     def seed(self) -> int:
@@ -708,24 +496,6 @@ class Rollout:
     def frame(self) -> int:
         """Latent frames seen or predicted so far."""
         return self._time
-
-
-@dataclasses.dataclass(frozen=True)
-class _Steps:
-    """Bound runs of all AR steps of a frame, and the index buffers they read."""
-
-    condition: Run | None
-    runs: list[tuple[Run, Run]]
-    indices: list[dict[str, npt.NDArray[np.int64]]]
-
-    def fill(self, order: npt.NDArray[np.int64]) -> None:
-        for index in self.indices:
-            tokens = order.shape[1]
-            known = tokens - index["mask_index"].shape[1]
-            index["mask_index"][:] = order[:, known:]
-            index["select_index"][:] = order[:, known : known + index["select_index"].shape[1]]
-            if known:
-                index["known_index"][:] = order[:, :known]
 
 
 def _check_key(seed: int, streams: Sequence[int]) -> None:
@@ -744,19 +514,3 @@ def _numbers(what: str, values: Any) -> Float32:
     if not np.isfinite(array).all():
         raise InputError(f"{what}: contains values that are not finite")
     return array
-
-
-class _Clock:
-    """Seconds by label; laps of one label add up."""
-
-    def __init__(self) -> None:
-        self.timings: dict[str, float] = {}
-        self._start = self._last = time.perf_counter()
-
-    def lap(self, label: str) -> None:
-        now = time.perf_counter()
-        self.timings[label] = self.timings.get(label, 0.0) + now - self._last
-        self._last = now
-
-    def finish(self) -> None:
-        self.timings["total"] = self._last - self._start

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from canvasmar_rt.bundle import Bundle, Difference, Parity
 from canvasmar_rt.engines import Engine, create
+from canvasmar_rt.engines.memory import from_storage, to_storage
 from canvasmar_rt.errors import BundleError, CanvasMarError, ParityError
 from canvasmar_rt.rollout import Predictor
 
@@ -44,14 +45,20 @@ def compare_component(
     engine: Engine, name: str, inputs: Mapping[str, Array], reference: Mapping[str, Array]
 ) -> Difference:
     """Run one component on golden inputs and compare with the reference outputs."""
-    entry = engine.bundle.manifest.components[name]
-    given = {
-        t.name: np.ascontiguousarray(inputs[t.name], dtype=t.dtype).reshape(inputs[t.name].shape)
-        for t in entry.inputs
-    }
-    outputs = {t.name: np.full(reference[t.name].shape, 7, t.dtype) for t in entry.outputs}
-    engine.bind(name, given, outputs)()
-    return difference(outputs, reference)
+    entry, memory = engine.bundle.manifest.components[name], engine.memory()
+    given = memory.group({t.name: (inputs[t.name].shape, t.dtype) for t in entry.inputs})
+    made = memory.group({t.name: (reference[t.name].shape, t.dtype) for t in entry.outputs})
+    for tensor, buffer in given.buffers.items():
+        assert buffer.host is not None
+        buffer.host[...] = to_storage(inputs[tensor], buffer.dtype)
+    given.upload()
+    engine.bind(name, given.buffers, made.buffers, memory)()
+    made.download()
+    memory.synchronize()
+    outputs = {n: x.host for n, x in made.buffers.items() if x.host is not None}
+    return difference(
+        {n: from_storage(x, made.buffers[n].dtype) for n, x in outputs.items()}, reference
+    )
 
 
 def compare_rollout(

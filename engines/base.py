@@ -2,51 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.memory import Buffer, Memory, Run
+from canvasmar_rt.engines.program import Program
 from canvasmar_rt.errors import EngineError, InputError
-
-Array = npt.NDArray[Any]
-Run = Callable[[], None]
-"""Runs one bound component: reads its input arrays, fills its output arrays, returns when done."""
 
 
 class Engine(Protocol):
     """A backend holding a bundle's components, shareable between threads.
 
-    `bind` fixes the arrays of one call once; calling the returned function then allocates nothing
-    that outlives the call."""
+    A rollout runs a `program`; `bind` runs one component by itself, on buffers of a `memory` of
+    this engine, which is what parity checks need."""
 
     name: str
     device: str
     bundle: Bundle
 
+    def program(self, *, batch: int, sampling: SamplingConfig) -> Program: ...
+
+    def memory(self) -> Memory: ...
+
     def bind(
-        self, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+        self,
+        component: str,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        memory: Memory,
     ) -> Run: ...
 
 
-ENGINES = ("onnxruntime", "torch")
+ENGINES = ("onnxruntime", "torch", "tensorrt")
 
 
-def create(name: str, bundle: Bundle, *, device: str, threads: int | None) -> Engine:
-    """The engine called `name` on `device`; there is no falling back to another.
+def create(
+    name: str, bundle: Bundle, *, device: str, threads: int | None = None, **options: Any
+) -> Engine:
+    """The engine called `name` on `device` ("cpu", "cuda" or "cuda:<index>"); there is no falling
+    back to another. `options` are the engine's own.
 
     Raises:
-        EngineError: unknown engine, missing package, or a device this machine or engine lacks.
+        EngineError: unknown engine or option, missing package, or a device this machine or engine
+            lacks.
     """
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be >= 1, got {threads}")
+    kind: Any
     if name == "onnxruntime":
         from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine
 
-        return OnnxRuntimeEngine(bundle, device=device, threads=threads)
-    if name == "torch":
+        kind = OnnxRuntimeEngine
+    elif name == "torch":
         try:
             import torch  # noqa: F401
         except ImportError:
@@ -55,14 +64,39 @@ def create(name: str, bundle: Bundle, *, device: str, threads: int | None) -> En
             ) from None
         from canvasmar_rt.engines.torch_engine import TorchEngine
 
-        return TorchEngine(bundle, device=device, threads=threads)
-    raise EngineError(f"no engine {name!r}; engines are {', '.join(ENGINES)}")
+        kind = TorchEngine
+    elif name == "tensorrt":
+        from canvasmar_rt.engines.tensorrt_engine import TensorRTEngine
+
+        kind = TensorRTEngine
+    else:
+        raise EngineError(f"no engine {name!r}; engines are {', '.join(ENGINES)}")
+    known = kind.OPTIONS
+    if unknown := sorted(set(options) - set(known)):
+        raise EngineError(
+            f"engine {name!r} has no option {', '.join(unknown)}; its options are "
+            f"{', '.join(known) or 'none'}"
+        )
+    made: Engine = kind(bundle, device=device, threads=threads, **options)
+    return made
 
 
-def check_arrays(
-    bundle: Bundle, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+def cuda_index(engine: str, device: str) -> int:
+    """The index of "cuda" (0) or "cuda:<index>".
+
+    Raises:
+        EngineError: for any other name.
+    """
+    kind, _, index = device.partition(":")
+    if kind != "cuda" or (":" in device and not index.isdecimal()):
+        raise EngineError(f"engine {engine!r} runs on cpu, cuda or cuda:<index>; got {device!r}")
+    return int(index or 0)
+
+
+def check_buffers(
+    bundle: Bundle, component: str, inputs: Mapping[str, Buffer], outputs: Mapping[str, Buffer]
 ) -> None:
-    """Check names, dtypes, dimensions and memory layout against the manifest.
+    """Check names, dtypes and dimensions against the manifest.
 
     Raises:
         EngineError: if the model has no such component.
@@ -85,21 +119,17 @@ def check_arrays(
                 f"{sorted(set(given) - names)}"
             )
         for tensor in wanted:
-            array = given[tensor.name]
+            buffer = given[tensor.name]
             where = f"{component}: {kind} {tensor.name}"
-            if array.dtype != np.dtype(tensor.dtype):
-                raise InputError(f"{where}: expected dtype {tensor.dtype}, got {array.dtype}")
-            fits = array.ndim == len(tensor.dims) and all(
+            if buffer.dtype != tensor.dtype:
+                raise InputError(f"{where}: expected dtype {tensor.dtype}, got {buffer.dtype}")
+            fits = len(buffer.shape) == len(tensor.dims) and all(
                 size == (symbols.setdefault(dim, size) if isinstance(dim, str) else dim)
-                for dim, size in zip(tensor.dims, array.shape, strict=True)
+                for dim, size in zip(tensor.dims, buffer.shape, strict=True)
             )
             if not fits:
                 raise InputError(
-                    f"{where}: expected shape {tensor.dims} with {symbols}, got {array.shape}"
+                    f"{where}: expected shape {tensor.dims} with {symbols}, got {buffer.shape}"
                 )
-            if not array.flags.c_contiguous:
-                raise InputError(f"{where}: expected a C-contiguous array")
-            if kind == "output" and not array.flags.writeable:
-                raise InputError(f"{where}: expected a writeable array")
     if "B" in symbols:
         bundle.manifest.batch.require(symbols["B"], f"{component}: ")

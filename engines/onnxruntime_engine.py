@@ -1,41 +1,79 @@
-"""ONNX Runtime on the CPU, with every buffer bound once and no copies in the frame path."""
+"""ONNX Runtime on the CPU and on CUDA, with every buffer bound once and no copies between runs."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
 
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.engines.base import Array, Run, check_arrays
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.base import check_buffers, cuda_index
+from canvasmar_rt.engines.component_program import ComponentProgram
+from canvasmar_rt.engines.memory import STORAGE, Buffer, HostMemory, Memory, Run
 from canvasmar_rt.errors import BundleError, EngineError
 
-PROVIDERS = {"cpu": "CPUExecutionProvider"}
+if TYPE_CHECKING:
+    from canvasmar_rt.engines.cuda_memory import CudaMemory
+
+BFLOAT16 = 16
+"""TensorProto.BFLOAT16, which NumPy has no type for."""
 
 
 class OnnxRuntimeEngine:
-    """Sessions are made when a component is first bound, and shared by all rollouts."""
+    """Sessions are shared by all rollouts.
+
+    On CUDA they run on one stream in device memory. With `cuda_graph` every bound run of a graph
+    without loops is captured at its first call and replayed from then on; why a component is not
+    is kept in `graph_off`."""
 
     name = "onnxruntime"
+    OPTIONS = ("cuda_graph",)
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
-        if device not in PROVIDERS:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        cuda_graph: bool = True,
+    ) -> None:
+        self.bundle, self._threads = bundle, threads
+        self.graph_off: dict[str, str] = {}
+        self._cuda: CudaMemory | None = None
+        if device == "cpu":
+            self._provider, self.device = "CPUExecutionProvider", device
+            _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
+        else:
+            index = cuda_index(self.name, device)
+            self._provider, self.device = "CUDAExecutionProvider", f"cuda:{index}"
+        if self._provider not in ort.get_available_providers():
             raise EngineError(
-                f"engine 'onnxruntime' runs on {', '.join(PROVIDERS)}; got device {device!r}"
+                f"device {device!r} needs {self._provider}; this onnxruntime ({ort.__version__}) "
+                f"has only {', '.join(ort.get_available_providers())}"
+                + ("" if device == "cpu" else "; docs/install.md says how to get the GPU build")
             )
-        if PROVIDERS[device] not in ort.get_available_providers():
-            raise EngineError(
-                f"this onnxruntime ({ort.__version__}) has no {PROVIDERS[device]}, only "
-                f"{', '.join(ort.get_available_providers())}"
-            )
-        _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
-        self.bundle, self.device, self._threads = bundle, device, threads
+        if device != "cpu":
+            from canvasmar_rt.engines.cuda_memory import CudaMemory
+
+            ort.preload_dlls(cudnn=False)  # CUDA's libraries from pip packages, where there are any
+            self._cuda = CudaMemory(index, capture=False)
+        self._cuda_graph = cuda_graph
+        self._graph_ids = itertools.count(1)
         self._lock = threading.Lock()
         # all but the whole frame, which the loop does not use, are read now: what was hashed is
         # what runs
         names = [n for n in bundle.manifest.components if n != "frame"]
         self._sessions = {name: self._load(name) for name in names}
+
+    def program(self, *, batch: int, sampling: SamplingConfig) -> ComponentProgram:
+        return ComponentProgram(self, batch=batch, sampling=sampling)
+
+    def memory(self) -> Memory:
+        return HostMemory() if self._cuda is None else self._cuda
 
     def session(self, component: str) -> ort.InferenceSession:
         """The session of a component.
@@ -49,6 +87,27 @@ class OnnxRuntimeEngine:
             return self._sessions[component]
 
     def _load(self, component: str) -> ort.InferenceSession:
+        if self._cuda is None:
+            session = self._open(component, {})
+        else:
+            settings = {
+                "device_id": str(self._cuda.device_index),
+                "user_compute_stream": str(self._cuda.stream),
+                "use_tf32": "0",
+            }
+            if not self._cuda_graph:
+                self.graph_off[component] = "switched off"
+            elif component in ("flow", "frame") and not self.bundle.manifest.unrolled:
+                self.graph_off[component] = (
+                    "the flow steps are a loop inside the graph; export with --unroll"
+                )
+            else:
+                settings["enable_cuda_graph"] = "1"
+            session = self._open(component, settings)
+        self._check_tensors(component, session)
+        return session
+
+    def _open(self, component: str, settings: Mapping[str, str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
         options.log_severity_level = 3
         if self._threads is not None:
@@ -56,52 +115,68 @@ class OnnxRuntimeEngine:
         # Sessions of one frame run in turn: a pool that spins after its run takes the cores from
         # the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if component == "frame":
+        if component == "frame" and self._cuda is None:
             # every AR step is a copy of the same nodes, and each would pack the weights for itself
             options.add_session_config_entry("session.disable_prepacking", "1")
-        provider = PROVIDERS[self.device]
         try:
             session = ort.InferenceSession(
-                str(self.bundle.file(component)), options, providers=[provider]
+                str(self.bundle.file(component)),
+                options,
+                providers=[(self._provider, dict(settings))],
             )
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise EngineError(
                 f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {error}"
             ) from None
-        if session.get_providers()[0] != provider:
+        if session.get_providers()[0] != self._provider:
             raise EngineError(
-                f"{component}: asked ONNX Runtime for {provider}, got {session.get_providers()}"
+                f"{component}: asked ONNX Runtime for {self._provider}, got "
+                f"{session.get_providers()}"
             )
+        return session
+
+    def _check_tensors(self, component: str, session: ort.InferenceSession) -> None:
         entry = self.bundle.manifest.components[component]
-        steps = self.bundle.manifest.sampling.ar_steps
+        fixed = self.bundle.manifest.fixed_dims(component)
         for got, want in (
             (session.get_inputs(), entry.inputs),
             (session.get_outputs(), entry.outputs),
         ):
             found = [(t.name, list(t.shape)) for t in got]
-            listed = [(t.name, [steps if d == "AR" else d for d in t.dims]) for t in want]
+            listed = [(t.name, [fixed.get(str(d), d) for d in t.dims]) for t in want]
             if found != listed:
                 raise BundleError(
                     f"{self.bundle.path}: {component}: the graph's tensors are not those the "
                     "manifest lists; export the bundle again"
                 )
-        return session
 
     def bind(
-        self, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
+        self,
+        component: str,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        memory: Memory,
     ) -> Run:
-        check_arrays(self.bundle, component, inputs, outputs)
+        check_buffers(self.bundle, component, inputs, outputs)
         session = self.session(component)
         binding = session.io_binding()
-        for arrays, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
-            for name, array in arrays.items():
-                bind(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
-        keep = (inputs, outputs)  # the binding holds bare addresses
+        kind, _, index = self.device.partition(":")
+        for buffers, bind in ((inputs, binding.bind_input), (outputs, binding.bind_output)):
+            for name, x in buffers.items():
+                element: Any = BFLOAT16 if x.dtype == "bfloat16" else STORAGE[x.dtype].type
+                bind(name, kind, int(index or 0), element, x.shape, x.address)
+        keep = (inputs, outputs, memory)  # the binding holds bare addresses
+        options = None
+        if self._cuda is not None:
+            options = ort.RunOptions()
+            options.add_run_config_entry("disable_synchronize_execution_providers", "1")
+            graph = -1 if component in self.graph_off else next(self._graph_ids)
+            options.add_run_config_entry("gpu_graph_id", str(graph))
 
         def run() -> None:
             _ = keep
             try:
-                session.run_with_iobinding(binding)
+                session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise EngineError(f"{component}: ONNX Runtime failed: {error}") from None
 

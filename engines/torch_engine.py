@@ -1,16 +1,21 @@
-"""PyTorch running a bundle's weights: the reference behind the engine protocol."""
+"""PyTorch running a bundle's weights: eager, compiled, or captured in CUDA graphs."""
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import cast as typed
 
 import torch
+from torch import Tensor
 
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.engines.base import Array, Run, check_arrays
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.base import check_buffers, cuda_index
+from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
+from canvasmar_rt.engines.torch_program import TorchProgram
 from canvasmar_rt.errors import EngineError
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import CanvasMAR, cast
 from canvasmar_rt.models.checkpoint import load_state
 from canvasmar_rt.models.graphs import Graph, graph
 
@@ -38,38 +43,88 @@ def load_model(bundle: Bundle) -> CanvasMAR:
 
 
 class TorchEngine:
-    """Eager PyTorch in float32 on the CPU."""
+    """The bundle's dtype on the CPU or CUDA. `cuda_graph` captures a frame into one graph on CUDA;
+    `compile` runs the components through torch.compile, which builds kernels at the first frame."""
 
     name = "torch"
+    OPTIONS = ("compile", "cuda_graph")
 
-    def __init__(self, bundle: Bundle, *, device: str = "cpu", threads: int | None = None) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: str = "cpu",
+        threads: int | None = None,
+        compile: bool = False,
+        cuda_graph: bool = True,
+    ) -> None:
+        place = torch.device("cpu")
         if device != "cpu":
-            raise EngineError(f"engine 'torch' runs on cpu; got device {device!r}")
-        if bundle.manifest.dtype != "float32":
-            raise EngineError(
-                f"engine 'torch' runs float32 bundles; {bundle.path} is {bundle.manifest.dtype}"
-            )
+            index = cuda_index(self.name, device)
+            if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+                raise EngineError(
+                    f"this PyTorch ({torch.__version__}) has no {device}, only "
+                    f"{torch.cuda.device_count()} CUDA devices; docs/install.md says how to get "
+                    "the CUDA build"
+                )
+            place = torch.device("cuda", index)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.bundle, self.device = bundle, device
-        self.model = load_model(bundle)
+        self.bundle, self.device = bundle, str(place)
+        model = load_model(bundle)
+        if bundle.manifest.dtype != "float32":
+            model = cast(model, getattr(torch, bundle.manifest.dtype))
+        self.model = model.to(place)
+        self._compile, self._cuda_graph = compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
 
-    def bind(
-        self, component: str, inputs: Mapping[str, Array], outputs: Mapping[str, Array]
-    ) -> Run:
-        check_arrays(self.bundle, component, inputs, outputs)
+    def program(self, *, batch: int, sampling: SamplingConfig) -> TorchProgram:
+        return TorchProgram(
+            self.model,
+            self.component,
+            name=self.name,
+            batch=batch,
+            sampling=sampling,
+            graphs=self._cuda_graph,
+        )
+
+    def component(self, name: str) -> Graph:
+        """The module of a component, shared by all rollouts."""
         with self._lock:
-            if component not in self._graphs:
-                self._graphs[component] = graph(self.model, component)
-            module = self._graphs[component]
-        args = [torch.from_numpy(inputs[s.name]) for s in module.component.inputs]
-        out = [torch.from_numpy(outputs[s.name]) for s in module.component.outputs]
+            if name not in self._graphs:
+                module = graph(self.model, name)
+                if self._compile:
+                    module.compile(dynamic=False)
+                self._graphs[name] = module
+            return self._graphs[name]
+
+    def memory(self) -> Memory:
+        return HostMemory()
+
+    def bind(
+        self,
+        component: str,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        memory: Memory,
+    ) -> Run:
+        """One component on host buffers, through copies on a GPU: for parity checks."""
+        check_buffers(self.bundle, component, inputs, outputs)
+        module = self.component(component)
+        args = [_tensor(inputs[s.name]) for s in module.component.inputs]
+        out = [_tensor(outputs[s.name]) for s in module.component.outputs]
 
         def run() -> None:
             with torch.inference_mode():
-                for target, value in zip(out, module(*args), strict=True):
+                made = module(*(x.to(self.device) for x in args))
+                for target, value in zip(out, typed("tuple[Tensor, ...]", made), strict=True):
                     target.copy_(value)
 
         return run
+
+
+def _tensor(buffer: Buffer) -> Tensor:
+    assert buffer.host is not None
+    tensor = torch.from_numpy(buffer.host)
+    return tensor.view(torch.bfloat16) if buffer.dtype == "bfloat16" else tensor

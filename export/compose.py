@@ -1,4 +1,4 @@
-"""Graph surgery on exported components: the flow loop as a Scan, the whole frame as one graph.
+"""Graph surgery on exported components: the flow loop, the whole frame as one graph.
 
 Both are built by inlining exported graphs into a new one, so a composed graph computes exactly
 what its parts compute. Weights keep their names and are shared by all inlined copies.
@@ -136,10 +136,17 @@ def model(
     )
 
 
-def flow_loop(
-    prepare: ModelProto, evaluate: ModelProto, config: ModelConfig, dtype: str, opset: int
+def flow(
+    prepare: ModelProto,
+    evaluate: ModelProto,
+    config: ModelConfig,
+    dtype: str,
+    opset: int,
+    *,
+    evaluations: int | None = None,
 ) -> ModelProto:
-    """The flow component: `evaluate` in a Scan over the E evaluations of the solver's plan."""
+    """The flow component: `evaluate` in a Scan over the E evaluations of the solver's plan, or
+    copied `evaluations` times (CUDA graphs take no loops)."""
     component = components(config)["flow"]
     b = Builder()
     prepared = b.inline(
@@ -149,7 +156,43 @@ def flow_loop(
     )
     x0, condition, time = (prepared[o.name] for o in prepare.graph.output)
     zero = b.op("Mul", [x0, b.constant(np.float32(0.0), "zero")])
+    if evaluations is None:
+        x = _scanned(b, evaluate, x0, zero, condition, time)
+    else:
+        x = _unrolled(b, evaluate, x0, zero, condition, time, evaluations)
+    index = b.op(
+        "Expand",
+        [
+            b.op("Unsqueeze", ["select_index", b.constant(np.array([2]), "axis")]),
+            b.op("Shape", [x]),
+        ],
+    )
+    b.nodes.append(
+        helper.make_node(
+            "ScatterElements", ["partial", index, x], ["next_partial"], "put_tokens", axis=1
+        )
+    )
+    return model(b, component, dtype, opset, {} if evaluations is None else {"E": evaluations})
 
+
+def _unrolled(
+    b: Builder, evaluate: ModelProto, x: str, velocity: str, condition: str, time: str, count: int
+) -> str:
+    for e in range(count):
+        at = b.constant(np.int64(e), "evaluation")
+        now = {
+            n: b.op("Gather", [source, at])
+            for n, source in (("time", time), ("step_new", "step_new"), ("step_old", "step_old"))
+        }
+        wired = {"x": x, "velocity": velocity, "condition": condition} | now
+        made = b.inline(evaluate, {**wired, "branch_weight": "branch_weight"}, f"flow_evaluate/{e}")
+        x, velocity = (made[o.name] for o in evaluate.graph.output)
+    return x
+
+
+def _scanned(
+    b: Builder, evaluate: ModelProto, x0: str, zero: str, condition: str, time: str
+) -> str:
     body = Builder()
     body._count = 10_000  # names inside the body must not meet those outside
     loop_inputs = ["x", "velocity", "time", "step_new", "step_old"]
@@ -187,19 +230,7 @@ def flow_loop(
             num_scan_inputs=3,
         )
     )
-    index = b.op(
-        "Expand",
-        [
-            b.op("Unsqueeze", ["select_index", b.constant(np.array([2]), "axis")]),
-            b.op("Shape", [x]),
-        ],
-    )
-    b.nodes.append(
-        helper.make_node(
-            "ScatterElements", ["partial", index, x], ["next_partial"], "put_tokens", axis=1
-        )
-    )
-    return model(b, component, dtype, opset)
+    return x
 
 
 def whole_frame(
@@ -208,6 +239,7 @@ def whole_frame(
     sampling: SamplingConfig,
     dtype: str,
     opset: int,
+    dims: Mapping[str, int],
 ) -> ModelProto:
     """One latent frame as one graph: every component but encoder and decoder, K AR steps unrolled,
     the order drawn inside. Set sizes and order temperatures are constants; guidance weights, the
@@ -245,7 +277,7 @@ def whole_frame(
     for spec in component.outputs:
         if have[spec.name] != spec.name:
             b.identity(have[spec.name], spec.name)
-    return model(b, component, dtype, opset, {"AR": sampling.ar_steps})
+    return model(b, component, dtype, opset, dims)
 
 
 def _concat(b: Builder, values: Sequence[str]) -> str:

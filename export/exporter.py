@@ -42,8 +42,9 @@ from canvasmar_rt.engines.torch_engine import TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import CanvasMAR, cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
+from canvasmar_rt.schedule import flow_plan
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
     "fp32": ("float32", torch.float32),
@@ -59,7 +60,9 @@ class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
     rounded to float16, half the size; parity is then against the model with those weights.
     `drift_frames` is the length of the rollout compared with PyTorch. `card` is Markdown that
-    joins the bundle's model card: how the weights were trained, what they reach."""
+    joins the bundle's model card: how the weights were trained, what they reach. `unroll` copies
+    the flow head for every evaluation instead of looping over one, which CUDA graphs of ONNX
+    Runtime need and which fixes the solver and its steps."""
 
     dtype: str = "fp32"
     weights: str = ""
@@ -68,6 +71,7 @@ class ExportOptions:
     seed: int = 0
     drift_frames: int = 32
     card: str = ""
+    unroll: bool = False
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -86,16 +90,6 @@ class ExportOptions:
                 f"opset {self.opset} writes Attention nodes, which TensorRT does not build in "
                 "fp32; use opset 20, or --dtype fp16 or bf16"
             )
-
-
-def cast(model: CanvasMAR, dtype: torch.dtype) -> CanvasMAR:
-    """Cast the weights; tables that are always float32 (flow frequencies, latent statistics) keep
-    their precision."""
-    kept = {name: value.clone() for name, value in model.named_buffers()}
-    model = model.to(dtype)
-    for name, buffer in model.named_buffers():
-        buffer.data = kept[name].float()
-    return model
 
 
 def export_bundle(
@@ -165,7 +159,7 @@ def _write(
         reference = cast(cast(copy.deepcopy(model), torch.float16), torch.float32)
     narrowed = dtype != torch.float32
     cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
-    graphs = trace(cast_model, sampling, dtype_name, options.opset, progress)
+    graphs = trace(cast_model, sampling, options, progress)
     progress("writing graphs and weights")
     files = write_graphs(graphs, cast_model, config, work, halve=halved)
     for name, problems in ((n, tensorrt_ops.problems(g)) for n, g in graphs.items()):
@@ -190,13 +184,13 @@ def _write(
         latent_mean=tuple(ae.latent_mean.tolist()),
         latent_std=tuple(ae.latent_std.tolist()),
         components=component_entries(config, dtype_name),
+        unrolled=options.unroll,
         files=_hashes(work, files),
     )
     write_manifest(work, manifest)
     certificate, golden = parity.measure(
         Bundle.open(work),
         reference,
-        cast_model,
         seed=options.seed,
         frames=options.drift_frames,
         progress=progress,
@@ -224,11 +218,11 @@ EXAMPLE_SIZES = {"B": 2, "G": 3, "S": 5, "K": 7, "M": 9, "E": 4}
 
 
 def trace(
-    model: CanvasMAR, sampling: SamplingConfig, dtype_name: str, opset: int, progress: Progress
+    model: CanvasMAR, sampling: SamplingConfig, options: ExportOptions, progress: Progress
 ) -> dict[str, ModelProto]:
     """ONNX graphs of all components of `model`, whose weights have the graphs' dtype."""
-    config = model.config
-    dtype = getattr(torch, dtype_name)
+    config, opset = model.config, options.opset
+    dtype_name, dtype = DTYPES[options.dtype]
     sizes = EXAMPLE_SIZES
     if config.tokens < 16:
         raise ConfigError(f"{config.name}: a latent frame has {config.tokens} tokens, 16 needed")
@@ -291,21 +285,36 @@ def trace(
         ["next_x", "next_velocity"],
         opset,
     )
-    graphs["flow"] = compose.flow_loop(prepare, evaluate, config, dtype_name, opset)
+    evaluations = len(flow_plan(sampling).time) if options.unroll else None
+    graphs["flow"] = compose.flow(
+        prepare, evaluate, config, dtype_name, opset, evaluations=evaluations
+    )
+    fixed = {} if evaluations is None else {"E": evaluations}
     for name, part in graphs.items():
-        _describe(part, table[name].inputs, table[name].outputs, dtype_name)
+        _describe(
+            part,
+            table[name].inputs,
+            table[name].outputs,
+            dtype_name,
+            fixed if name == "flow" else {},
+        )
     progress("composing the whole frame")
-    graphs["frame"] = compose.whole_frame(graphs, config, sampling, dtype_name, opset)
+    fixed["AR"] = sampling.ar_steps
+    graphs["frame"] = compose.whole_frame(graphs, config, sampling, dtype_name, opset, fixed)
     return graphs
 
 
 def _describe(
-    part: ModelProto, inputs: Sequence[TensorSpec], outputs: Sequence[TensorSpec], dtype: str
+    part: ModelProto,
+    inputs: Sequence[TensorSpec],
+    outputs: Sequence[TensorSpec],
+    dtype: str,
+    dims: Mapping[str, int],
 ) -> None:
     """Give a graph the table's names, dtypes and dimensions, and no other shape annotations."""
     for values, specs in ((part.graph.input, inputs), (part.graph.output, outputs)):
         assert [v.name for v in values] == [s.name for s in specs]
-        wanted = [compose.value_info(s, dtype) for s in specs]
+        wanted = [compose.value_info(s, dtype, dims) for s in specs]
         for value, want in zip(values, wanted, strict=True):
             assert value.type.tensor_type.elem_type == want.type.tensor_type.elem_type, value.name
         del values[:]

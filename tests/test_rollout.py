@@ -10,6 +10,7 @@ import pytest
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.engines.component_program import ComponentProgram
 from canvasmar_rt.errors import (
     CanvasMarError,
     ConfigError,
@@ -32,6 +33,11 @@ def rollout(predictor: Predictor, clip: np.ndarray) -> Rollout:
 
 def latents(rollout: Rollout, count: int) -> np.ndarray:
     return np.stack([rollout.step().latent for _ in range(count)])
+
+
+def program(rollout: Rollout) -> ComponentProgram:
+    assert isinstance(rollout._program, ComponentProgram)
+    return rollout._program
 
 
 def test_same_seed_same_video_and_another_seed_another(
@@ -154,7 +160,7 @@ def test_guidance_of_one_is_a_single_branch(
     predictor: Predictor, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With w_t = w_s = 1 one branch is computed, and it equals all three with weights 0, 0, 1."""
-    import canvasmar_rt.rollout as module
+    import canvasmar_rt.engines.component_program as module
     from canvasmar_rt.schedule import Branches
 
     sampling = dataclasses.replace(predictor.sampling, temporal_guidance=1.0, canvas_guidance=1.0)
@@ -165,7 +171,7 @@ def test_guidance_of_one_is_a_single_branch(
         canvas_on=np.array([0, 0, 1], np.float32),
         weight=np.array([0, 0, 1], np.float32),
     )
-    assert [len(s["select_index"]) for s in single._steps.indices] == [1, 1, 1]
+    assert program(single)._branches_of(True).buffers["branch_weight"].shape == (1,)
     monkeypatch.setattr(module, "guidance_branches", lambda *a, **k: whole)
     np.testing.assert_allclose(
         latents(predictor.start(clip, sampling=sampling), 3), want, atol=1e-5
@@ -249,11 +255,15 @@ def test_from_nothing_begins_with_one_pixel_frame(predictor: Predictor) -> None:
 
 def test_buffers_never_move(rollout: Rollout) -> None:
     """Nothing is allocated anew from frame to frame: every buffer stays where it is."""
-    addresses = {k: v.ctypes.data for k, v in rollout._inputs.items()}
-    caches = {k: v.ctypes.data for k, v in rollout._caches.items()}
-    latents(rollout, 7)
-    assert {k: v.ctypes.data for k, v in rollout._inputs.items()} == addresses
-    assert {k: v.ctypes.data for k, v in rollout._caches.items()} == caches
+
+    def addresses() -> dict[str, int]:
+        return {n: x.host.ctypes.data for n, x in program(rollout)._state().items()}
+
+    bound = {n: x.address for n, x in program(rollout)._state().items()}
+    assert len(bound) > 10
+    assert addresses() == bound
+    latents(rollout, 8)  # even, so that the histories have changed sides and back
+    assert addresses() == bound
 
 
 @pytest.mark.parametrize(
@@ -327,7 +337,7 @@ def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: 
 def test_an_engine_that_returns_nan_is_an_error(predictor: Predictor, clip: np.ndarray) -> None:
     """A miscompiled engine must not quietly poison the video."""
     rollout = predictor.start(clip)
-    rollout._inputs["canvas_noise_level"].fill(np.nan)
+    program(rollout)._fixed["canvas_noise_level"].host.fill(np.nan)
     with pytest.raises(EngineError, match=r"flow: .*not finite.*verify"):
         rollout.step()
 
@@ -337,11 +347,11 @@ def test_a_failed_step_is_not_built_upon(rollout: Rollout) -> None:
     kept = rollout.state()
     want = latents(rollout, 3)
     rollout.restore(kept)
-    good = rollout._decode
-    rollout._decode = [_raise, _raise]
+    good = program(rollout)._backs.copy()
+    program(rollout)._backs.update(dict.fromkeys(good, _raise))
     with pytest.raises(KeyboardInterrupt):
         rollout.step()
-    rollout._decode = good
+    program(rollout)._backs.update(good)
     for call in (rollout.step, rollout.state, rollout.fork):
         with pytest.raises(StateError, match="restore"):
             call()
@@ -349,7 +359,7 @@ def test_a_failed_step_is_not_built_upon(rollout: Rollout) -> None:
     np.testing.assert_array_equal(latents(rollout, 3), want)
 
 
-def _raise() -> None:
+def _raise(clock: object) -> None:
     raise KeyboardInterrupt
 
 

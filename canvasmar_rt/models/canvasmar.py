@@ -419,3 +419,13 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
     return {
         name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()
     }
+
+
+def cast(model: CanvasMAR, dtype: torch.dtype) -> CanvasMAR:
+    """Cast the weights; tables that are always float32 (flow frequencies, latent statistics) keep
+    their precision."""
+    kept = {name: value.clone() for name, value in model.named_buffers()}
+    model = model.to(dtype)
+    for name, buffer in model.named_buffers():
+        buffer.data = kept[name].float()
+    return model

@@ -56,7 +56,7 @@ def model() -> CanvasMAR:
 
 @pytest.fixture(scope="module")
 def graphs(model: CanvasMAR) -> dict[str, onnx.ModelProto]:
-    return exporter.trace(model, SAMPLING, "float32", 20, lambda _: None)
+    return exporter.trace(model, SAMPLING, ExportOptions(), lambda _: None)
 
 
 @pytest.fixture
@@ -247,14 +247,37 @@ def test_float16_runs_and_stays_close(model: CanvasMAR, tmp_path: Path) -> None:
     assert np.isfinite(prediction.latent).all()
 
 
+def test_unrolled_graphs_hold_no_loop(
+    bundle: Bundle, model: CanvasMAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA graphs take no loops; the price is that the solver is fixed."""
+    monkeypatch.undo()  # trace again
+    unrolled = export_bundle(
+        model, SAMPLING, tmp_path / "u", ExportOptions(unroll=True), source="test"
+    )
+    for name in ("flow", "frame"):
+        proto = onnx.load(unrolled.file(name), load_external_data=False)
+        kinds = {n.op_type for n in proto.graph.node}
+        assert not kinds & {"Scan", "Loop", "If"}
+        assert tensorrt_ops.problems(proto) == []
+    ours, theirs = (canvasmar_rt.load(b.path).start(seed=1).step() for b in (unrolled, bundle))
+    np.testing.assert_allclose(ours.latent, theirs.latent, atol=1e-5)
+    other = dataclasses.replace(SAMPLING, flow_steps=5)
+    with pytest.raises(ConfigError, match="unrolled for 2 evaluations"):
+        canvasmar_rt.load(unrolled.path).start(sampling=other)
+    canvasmar_rt.load(bundle.path).start(sampling=other)
+
+
 def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
     bundle = export_bundle(
         model, SAMPLING, tmp_path / "b", ExportOptions(dtype="bf16", opset=23), source="test"
     )
     certificate = bundle.manifest.parity
     assert certificate is not None
-    assert "no engine here" in certificate.engine
+    assert certificate.engine == "torch"
     assert 1e-4 < certificate.components["spatial"].relative < 1e-1
+    report = verify(bundle.path, engine="torch")
+    assert report["components"]["spatial"]["relative"] == certificate.components["spatial"].relative
     with pytest.raises(BundleError, match=r"GPU engine only.*fp32"):
         canvasmar_rt.load(bundle.path)
 

@@ -1,0 +1,320 @@
+"""Everything that needs a GPU, in one command and under nine minutes:
+
+    python -m canvasmar_rt.benchmarks.gpu --output results.json
+
+Parts run in order of worth, each in what is left of the time; the JSON is rewritten after each one,
+so that a machine that goes away leaves what was measured. `--device cpu` runs the same code without
+a GPU, to see that it works; its figures mean nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import typer
+
+import canvasmar_rt
+from canvasmar_rt.benchmarks.latency import machine, percentiles, resident_bytes
+from canvasmar_rt.command import run_command, stderr
+from canvasmar_rt.config import SamplingConfig, preset
+from canvasmar_rt.engines.base import ENGINES, cuda_index
+from canvasmar_rt.engines.program import Clock
+from canvasmar_rt.engines.torch_program import TorchProgram
+from canvasmar_rt.errors import CanvasMarError, EngineError
+from canvasmar_rt.files import check_writable, write_file
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.canvasmar import build, cast
+from canvasmar_rt.models.graphs import Graph, graph
+from canvasmar_rt.verify import verify
+
+MODES = ("eager", "cuda graph", "compile", "compile + cuda graph")
+"""Ways to run a frame in PyTorch; eager is the reference sampler, as a researcher writes it."""
+
+CASE_SECONDS = 12.0
+
+Report = dict[str, Any]
+Say = Callable[[str], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One latency measurement. `guided` is full guidance (three branches) or none (one)."""
+
+    model: str
+    mode: str
+    batch: int = 1
+    guided: bool = True
+    dtype: str = "bfloat16"
+
+
+CASES = (
+    *(Case(model="kinetics600", mode=m) for m in ("eager", "cuda graph")),
+    *(Case(model="bair", mode=m) for m in ("eager", "cuda graph")),
+    Case(model="kinetics600", mode="cuda graph", guided=False),
+    Case(model="kinetics600", mode="cuda graph", batch=32),
+    *(Case(model="toytable", mode=m, dtype="float32") for m in ("eager", "cuda graph")),
+    Case(model="bair", mode="cuda graph", batch=32),
+    Case(model="bair", mode="compile + cuda graph"),
+    Case(model="kinetics600", mode="compile + cuda graph"),
+    Case(model="kinetics600", mode="compile"),
+)
+
+
+class Frames:
+    """Latent frames of a model with random weights, one call each, under one of the modes."""
+
+    def __init__(self, case: Case, device: torch.device, *, sampling: SamplingConfig) -> None:
+        model = cast(build(preset(case.model)[0], seed=0), getattr(torch, case.dtype)).to(device)
+        self._model, self._sampling, self._batch = model, sampling, case.batch
+        self._rng = np.random.default_rng(0)
+        self._time = 0
+        if case.mode == "eager":
+            self._state = sampler.empty_state(model, case.batch)
+            self.step = self._eager
+            return
+        modules: dict[str, Graph] = {}
+
+        def component(name: str) -> Graph:
+            if name not in modules:
+                modules[name] = graph(model, name)
+                if "compile" in case.mode:
+                    modules[name].compile(dynamic=False)
+            return modules[name]
+
+        self._program = TorchProgram(
+            model, component, name=case.mode, batch=case.batch, sampling=sampling,
+            graphs="cuda graph" in case.mode,
+        )  # fmt: skip
+        self._program.warmup()
+        self.step = self._programmed
+
+    def _eager(self) -> None:
+        config, device = self._model.config, self._model.spatial.mask.device
+        noise = sampler.draw_noise(
+            config, self._sampling, seed=0, streams=range(self._batch), frame=self._time
+        )
+        moved = {k: v.to(device) for k, v in vars(noise).items()}
+        self._state, sample = sampler.step(
+            self._model, self._sampling, self._state, dataclasses.replace(noise, **moved)
+        )
+        sample.frames.cpu()
+        self._time += 1
+
+    def _programmed(self) -> None:
+        noise = sampler.draw_noise(
+            self._model.config, self._sampling, seed=0, streams=range(self._batch), frame=self._time
+        )
+        for name, values in vars(noise).items():
+            getattr(self._program.noise, name)[...] = values.numpy()
+        self._program.predict(self._time, None, order=None, decode_canvas=False, clock=Clock())
+        self._time += 1
+
+
+def latency(case: Case, device: torch.device, *, seconds: float) -> Report:
+    """Wall-clock time of latent frames, noise to pixels on the host, within about `seconds`."""
+    _, sampling = preset(case.model)
+    if not case.guided:
+        sampling = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
+    begun = time.perf_counter()
+    frames = Frames(case, device, sampling=sampling)
+    times: list[float] = []
+    while len(times) < 3 or (len(times) < 300 and time.perf_counter() - begun < seconds):
+        started = time.perf_counter()
+        frames.step()
+        times.append(time.perf_counter() - started)
+        if len(times) == 1:
+            ready = time.perf_counter() - begun
+    steady = times[len(times) // 4 :]
+    return {
+        **dataclasses.asdict(case),
+        "sampling": dataclasses.asdict(sampling),
+        "frames": len(steady),
+        "ready_seconds": round(ready, 2),
+        "first_frame_ms": round(1e3 * times[0], 3),
+        "frame_ms": percentiles(steady),
+        "per_video_ms": round(1e3 * float(np.median(steady)) / case.batch, 3),
+    }
+
+
+def parity(device: str) -> list[Report]:
+    """`verify` of the packaged bundle on every engine that this machine has on the device."""
+    found = []
+    for engine in ENGINES:
+        try:
+            report = verify("toytable", engine=engine, device=device)
+            del report["bundle"]
+            found.append(report)
+        except CanvasMarError as error:
+            found.append({"engine": engine, "device": device, "error": str(error)})
+    return found
+
+
+def soak(device: str, *, frames: int, seconds: float) -> Report:
+    """The packaged model frame after frame: memory at a tenth and at the end, and the jitter."""
+    predictor = canvasmar_rt.load("toytable", engine="torch", device=device)
+    rollout = predictor.start(seed=0)
+    rollout.warmup()
+    begun, early = time.perf_counter(), dict[str, int]()
+    times: list[float] = []
+    for i in range(frames):
+        started = time.perf_counter()
+        rollout.step()
+        times.append(time.perf_counter() - started)
+        if i == frames // 10:
+            early = _memory(device)
+        if time.perf_counter() - begun > seconds:
+            break
+    shown = percentiles(times[len(times) // 10 :])
+    return {
+        "frames": len(times),
+        "memory_at_a_tenth": early,
+        "memory_at_end": _memory(device),
+        "frame_ms": shown,
+        "p99_over_p50": round(shown["p99"] / shown["p50"], 3),
+    }
+
+
+def _memory(device: str) -> dict[str, int]:
+    out = {"host_bytes": resident_bytes()}
+    if device != "cpu":
+        free, total = torch.cuda.mem_get_info(cuda_index("torch", device))
+        out["device_bytes"] = total - free
+    return out
+
+
+def gpu_tests(*, seconds: float) -> Report:
+    """The test suite's GPU tests, if the tests are at hand."""
+    if not Path("tests").is_dir():
+        return {"skipped": "no tests/ here: run this from a checkout"}
+    with tempfile.TemporaryDirectory() as work:
+        path = Path(work) / "junit.xml"
+        command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu or tensorrt"]
+        try:
+            done = subprocess.run(
+                [*command, f"--junitxml={path}"],
+                capture_output=True, text=True, timeout=max(seconds, 1), check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return {"error": f"stopped after {seconds:.0f} s"}
+        if not path.is_file():
+            return {"error": done.stdout[-2000:] + done.stderr[-2000:]}
+        suite = ET.parse(path).getroot().find("testsuite")
+        assert suite is not None
+        counts = {k: int(suite.get(k, "0")) for k in ("tests", "failures", "errors", "skipped")}
+        return {**counts, "output": done.stdout[-4000:] if done.returncode else ""}
+
+
+def describe(device: str) -> Report:
+    """The machine, with the GPU if one is used."""
+    report = machine() | {"torch": torch.__version__}
+    if device != "cpu":
+        place = torch.cuda.get_device_properties(cuda_index("torch", device))
+        report |= {
+            "gpu": place.name,
+            "gpu_memory_bytes": place.total_memory,
+            "compute_capability": f"{place.major}.{place.minor}",
+            "cuda": torch.version.cuda,
+        }
+    return report
+
+
+@contextmanager
+def _freed() -> Iterator[None]:
+    yield
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+
+def run(
+    device: str,
+    output: Path,
+    *,
+    limit: float,
+    cases: tuple[Case, ...] = CASES,
+    soak_frames: int = 10_000,
+    say: Say = lambda _: None,
+) -> Report:
+    """All parts, within about `limit` seconds.
+
+    Raises:
+        EngineError: if the device is not there.
+    """
+    if device != "cpu":
+        index = cuda_index("torch", device)
+        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+            raise EngineError(
+                f"no {device} here ({torch.cuda.device_count()} CUDA devices); run 'canvasmar-rt "
+                "doctor' to see what is missing"
+            )
+    begun = time.perf_counter()
+
+    def left() -> float:
+        return limit - (time.perf_counter() - begun)
+
+    report: Report = {"metadata": describe(device), "device": device}
+    place = torch.device("cpu" if device == "cpu" else f"cuda:{cuda_index('torch', device)}")
+
+    def part(name: str, work: Callable[[], Any], at_least: float) -> None:
+        started = time.perf_counter()
+        if left() < at_least:
+            value: Any = {"skipped": f"{left():.0f} s left, it wants {at_least:.0f}"}
+        else:
+            say(f"{name} ({left():.0f} s left)")
+            try:
+                with _freed():
+                    value = work()
+            except (CanvasMarError, RuntimeError) as error:
+                value = {"error": f"{type(error).__name__}: {error}"[:2000]}
+        report[name] = value
+        report.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)
+        write_file(output, json.dumps(report, indent=1) + "\n")
+
+    part("parity", lambda: parity(device), 0)
+    for case in cases:
+        label = ", ".join(
+            [case.model, case.mode, f"batch {case.batch}"] + ([] if case.guided else ["unguided"])
+        )
+        slow = "compile" in case.mode
+        part(
+            label,
+            lambda case=case: latency(case, place, seconds=min(CASE_SECONDS, left() / 2)),  # type: ignore[misc]
+            90 if slow and device != "cpu" else 10,
+        )
+    part("soak", lambda: soak(device, frames=soak_frames, seconds=left() / 2), 5)
+    part("tests", lambda: gpu_tests(seconds=left()), 10)
+    return report
+
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    output: Annotated[Path, typer.Option(help="Where the JSON goes.")] = Path("gpu.json"),
+    device: Annotated[str, typer.Option(help="cuda, cuda:<index>, or cpu to try it out.")] = "cuda",
+    limit: Annotated[float, typer.Option(help="Seconds for everything.")] = 510,
+) -> None:
+    """Run every GPU test and benchmark and write JSON."""
+    check_writable(output)
+    run(device, output, limit=limit, say=stderr.print)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    run_command(app)

@@ -1,0 +1,455 @@
+"""The frame loop over separate component graphs, on any engine that can bind them.
+
+The host only decides the token order: a frame is one stretch of work up to the staticness, and one
+from the order to the pixels. Everything else stays in the engine's memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.components import MASKED, components
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.memory import Array, Buffer, Group, Memory, Run
+from canvasmar_rt.engines.program import (
+    Clock,
+    Drawn,
+    Float32,
+    Int64,
+    Noise,
+    UInt8,
+    require_finite,
+    state_shapes,
+)
+from canvasmar_rt.schedule import (
+    flow_plan,
+    generation_order,
+    guidance_branches,
+    set_sizes,
+    time_rotation,
+)
+
+
+class ComponentEngine(Protocol):
+    """An engine that runs single components on buffers of its memory."""
+
+    name: str
+    bundle: Bundle
+
+    def memory(self) -> Memory: ...
+
+    def bind(
+        self,
+        component: str,
+        inputs: Mapping[str, Buffer],
+        outputs: Mapping[str, Buffer],
+        memory: Memory,
+    ) -> Run: ...
+
+
+class _Stage:
+    """Runs in a row: timed one by one on the CPU, one sequence on a GPU."""
+
+    def __init__(self, memory: Memory, parts: list[tuple[str, Run]]) -> None:
+        if memory.device == "cpu":
+            self._parts = [part for part in parts if part[0] != "transfer"]
+        else:
+            self._parts = [("enqueue", memory.sequence([run for _, run in parts]))]
+
+    def __call__(self, clock: Clock) -> None:
+        for label, run in self._parts:
+            run()
+            clock.lap(label)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Branches:
+    """The guided AR steps with or without a canvas, and every buffer they have to themselves."""
+
+    buffers: Mapping[str, Buffer]
+    condition: Run | None
+    steps: list[tuple[Run, Run]]
+
+
+class ComponentProgram:
+    """See `canvasmar_rt.engines.program.Program`."""
+
+    def __init__(self, engine: ComponentEngine, *, batch: int, sampling: SamplingConfig) -> None:
+        self._engine, self._batch, self._sampling = engine, batch, sampling
+        self._config = engine.bundle.manifest.model
+        self._dtype = engine.bundle.manifest.dtype
+        self._table = components(self._config)
+        self._sizes = set_sizes(self._config.tokens, sampling.ar_steps)
+        self._memory = engine.memory()
+        self._allocate()
+        self._bind()
+
+    # -- buffers and bindings
+
+    def _group(
+        self, layout: Mapping[str, tuple[tuple[int, ...], str]], *, mirrored: bool = True
+    ) -> Group:
+        named = {n: (s, self._dtype if d == "hidden" else d) for n, (s, d) in layout.items()}
+        return self._memory.group(named, mirrored=mirrored)
+
+    def _allocate(self) -> None:
+        c, ae, b = self._config, self._config.autoencoder, self._batch
+        n, t = c.tokens, ae.temporal_compression
+        latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
+        plan = flow_plan(self._sampling)
+        self._fixed = self._constants(
+            {
+                "frame_noise_level": np.array(self._sampling.frame_noise, np.float32),
+                "canvas_noise_level": np.array(self._sampling.canvas_noise, np.float32),
+                "flow_time": plan.time,
+                "step_new": plan.step_new,
+                "step_old": plan.step_old,
+            }
+        )
+        action = {"action": ((b, c.action_dim), "float32"), "action_given": ((b,), "float32")}
+        self._told = self._group(
+            {
+                "is_first": ((b,), "float32"),
+                "time": ((2, c.time_rotary_pairs), "float32"),
+                "cache_bias": ((b, c.context_frames), "float32"),
+                **(action if c.action_dim else {}),
+            }
+        )
+        self._noise = self._group(
+            {
+                "flow_noise": (latent, "float32"),
+                "frame_noise": (latent, "float32"),
+                "canvas_noise": ((b, n, c.dim), "float32"),
+            }
+        )
+        self.noise = Noise(
+            **{k: _host(self._noise, f"{k}_noise") for k in ("flow", "frame", "canvas")},
+            order=np.zeros((b, len(self._sizes), n), np.float32),
+        )
+        self._given = self._group({"frames": (pixels, "uint8")})
+        self._guess = self._group(
+            {"staticness": ((b, n), "float32"), "canvas": (latent, "float32")}
+        )
+        self._indices = self._group(
+            {
+                f"{kind}_{k}": ((b, size), "int64")
+                for k, kinds in enumerate(_index_sizes(self._sizes))
+                for kind, size in kinds.items()
+            }
+        )
+        self._out = self._group({"latent": (latent, "float32"), "frames": (pixels, "uint8")})
+        self._canvas_out = self._group({"frames": (pixels, "uint8")})
+        self._order = np.zeros((b, n), np.int64)
+        states = state_shapes(c, b)
+        del states["latent"]
+        self._lasting = self._group(states, mirrored=False).buffers
+        histories = {k: s for k, s in states.items() if k.startswith("decoder_before")}
+        self._spare = list(self._group(histories, mirrored=False).buffers.values())
+        work: dict[str, tuple[tuple[int, ...], str]] = {
+            "z_temporal": ((b, c.temporal_tokens, c.dim), "hidden"),
+            "z_canvas": ((b, n, c.dim), "hidden"),
+        }
+        # the first stays empty; the last step writes the latent frame itself
+        work |= {f"partial_{i}": (latent, "float32") for i in range(min(len(self._sizes), 3))}
+        self._work = self._group(work, mirrored=False).buffers
+        self._buffers: dict[str, Buffer] = {
+            **self._fixed,
+            **self._told.buffers,
+            **self._noise.buffers,
+            **self._guess.buffers,
+            "latent": self._out.buffers["latent"],
+            "z_temporal": self._work["z_temporal"],
+            "z_canvas": self._work["z_canvas"],
+        }
+
+    def _constants(self, values: Mapping[str, Array]) -> Mapping[str, Buffer]:
+        group = self._group({k: (v.shape, "float32") for k, v in values.items()})
+        for name, value in values.items():
+            _host(group, name)[...] = value
+        group.upload()
+        return group.buffers
+
+    def _bound(self, component: str, buffers: Mapping[str, Buffer]) -> Run:
+        """Bind a component to the program's buffers, `buffers` taking precedence by name."""
+        table, have = self._table[component], {**self._buffers, **buffers}
+        return self._engine.bind(
+            component,
+            {s.name: have[s.name] for s in table.inputs},
+            {s.name: have[s.name] for s in table.outputs},
+            self._memory,
+        )
+
+    def _bind(self) -> None:
+        caches = {n: x for n, x in self._lasting.items() if n.startswith("cache_")}
+        # one binding per ring slot: the new keys and values are written in place. The slot being
+        # written is masked in that run, so reading it there has no effect.
+        self._temporal = []
+        for slot in range(self._config.context_frames):
+            new = {n.replace("cache_", "new_"): ring.row(slot) for n, ring in caches.items()}
+            self._temporal.append(self._bound("temporal", caches | new))
+        self._sides = {"encoder": 0, "decoder": 0}  # which set of histories is read next
+        self._encode = [
+            self._autoencoder("encoder", side, self._given.buffers["frames"]) for side in (0, 1)
+        ]
+        self._decode = [
+            self._autoencoder("decoder", side, self._out.buffers["frames"]) for side in (0, 1)
+        ]
+        self._decode_canvas: list[Run] | None = None
+        self._canvas = self._bound("canvas", {}) if self._config.canvas else None
+        self._branches: dict[bool, _Branches] = {}
+        self._fronts: dict[tuple[int, bool], _Stage] = {}
+        self._backs: dict[tuple[int, bool], _Stage] = {}
+        self._branches_of(self._config.canvas)
+
+    def _histories(self, part: str, side: int) -> list[Buffer]:
+        """Two sets of causal-convolution histories: one is read while the other is written."""
+        prefix = f"{part}_" if side == 0 else f"{part}_before_"
+        count = sum(n.startswith(f"{part}_before_") for n in self._lasting)
+        return [self._lasting[f"{prefix}{i}"] for i in range(count)]
+
+    def _autoencoder(
+        self,
+        part: str,
+        side: int,
+        frames: Buffer,
+        target: list[Buffer] | None = None,
+        **more: Buffer,
+    ) -> Run:
+        after = self._histories(part, 1 - side) if target is None else target
+        states = {f"state_{i}": x for i, x in enumerate(self._histories(part, side))}
+        states |= {f"next_state_{i}": x for i, x in enumerate(after)}
+        return self._bound(part, {**states, "frames": frames, **more})
+
+    def _branches_of(self, has_canvas: bool) -> _Branches:
+        if has_canvas not in self._branches:
+            self._branches[has_canvas] = self._bind_branches(has_canvas)
+        return self._branches[has_canvas]
+
+    def _bind_branches(self, has_canvas: bool) -> _Branches:
+        c, b = self._config, self._batch
+        branches = guidance_branches(self._sampling, has_canvas=has_canvas)
+        g = len(branches.weight)
+        fixed = self._constants(
+            {
+                "temporal_on": branches.temporal_on,
+                "canvas_on": branches.canvas_on,
+                "branch_weight": branches.weight,
+            }
+        )
+        layout: dict[str, tuple[tuple[int, ...], str]] = {
+            f"z_tokens_{k}": ((g, b, size, c.dim), "hidden") for k, size in enumerate(self._sizes)
+        }
+        isolated = c.condition_attention == "isolated"
+        if isolated:
+            shape = (g, b, c.temporal_tokens, c.dim)
+            layout |= {s.name: (shape, "hidden") for s in self._table["condition"].outputs}
+        own = {**fixed, **self._group(layout, mirrored=False).buffers}
+        condition = self._bound("condition", own) if isolated else None
+        steps = []
+        for k, kinds in enumerate(_index_sizes(self._sizes)):
+            last = k + 1 == len(self._sizes)
+            step = {
+                **own,
+                **{f"{kind}_index": self._indices.buffers[f"{kind}_{k}"] for kind in kinds},
+                "z_tokens": own[f"z_tokens_{k}"],
+                "partial": self._work["partial_0" if k == 0 else f"partial_{1 + (k - 1) % 2}"],
+                "next_partial": self._buffers["latent"]
+                if last
+                else self._work[f"partial_{1 + k % 2}"],
+            }
+            spatial = self._bound("spatial" if k else "spatial_first", step)
+            steps.append((spatial, self._bound("flow", step)))
+        return _Branches(own, condition, steps)
+
+    # -- stages of a frame
+
+    def _front(self, slot: int, has_canvas: bool) -> _Stage:
+        """From the noise to the staticness."""
+        key = slot, has_canvas
+        if key not in self._fronts:
+            parts = [
+                ("transfer", self._told.upload),
+                ("transfer", self._noise.upload),
+                ("temporal", self._temporal[slot]),
+            ]
+            if has_canvas:
+                assert self._canvas is not None
+                parts += [("canvas", self._canvas), ("transfer", self._guess.download)]
+            self._fronts[key] = _Stage(self._memory, parts)
+        return self._fronts[key]
+
+    def _back(self, side: int, has_canvas: bool) -> _Stage:
+        """From the order to the pixels."""
+        key = side, has_canvas
+        if key not in self._backs:
+            branches = self._branches_of(has_canvas)
+            parts = [("transfer", self._indices.upload)]
+            if branches.condition is not None:
+                parts.append(("condition", branches.condition))
+            for spatial, flow in branches.steps:
+                parts += [("spatial", spatial), ("flow", flow)]
+            parts += [("decoder", self._decode[side]), ("transfer", self._out.download)]
+            self._backs[key] = _Stage(self._memory, parts)
+        return self._backs[key]
+
+    def _tell(self, time: int, action: Float32 | None) -> int:
+        """Fill the inputs of the Temporal ViT; the ring slot it will write."""
+        frames = self._config.context_frames
+        slot = time % frames
+        _host(self._told, "is_first").fill(float(time == 0))
+        bias = _host(self._told, "cache_bias")
+        bias.fill(MASKED)
+        bias[:, : min(time, frames)] = 0.0
+        bias[:, slot] = MASKED
+        _host(self._told, "time")[:] = time_rotation(time, self._config.time_rotary_pairs)
+        if self._config.action_dim:
+            _host(self._told, "action_given").fill(float(action is not None))
+            _host(self._told, "action")[:] = 0.0 if action is None else action
+        return slot
+
+    # -- the program
+
+    def advance(self, time: int, action: Float32 | None) -> None:
+        slot = self._tell(time, action)
+        self._told.upload()
+        self._temporal[slot]()
+        self._memory.synchronize()
+
+    def encode(self, frames: UInt8) -> None:
+        _host(self._given, "frames")[:] = frames
+        self._given.upload()
+        self._encode[self._sides["encoder"]]()
+        self._sides["encoder"] ^= 1
+        self._memory.synchronize()
+
+    def decode(self, *, again: bool = False) -> None:
+        if again:
+            self._sides["decoder"] ^= 1
+        self._decode[self._sides["decoder"]]()
+        self._sides["decoder"] ^= 1
+        self._memory.synchronize()
+
+    def predict(
+        self,
+        time: int,
+        action: Float32 | None,
+        *,
+        order: Int64 | None,
+        decode_canvas: bool,
+        clock: Clock,
+    ) -> Drawn:
+        has_canvas = self._config.canvas and time > 0
+        self._front(self._tell(time, action), has_canvas)(clock)
+        staticness = canvas = None
+        if has_canvas:
+            self._wait(clock)
+            staticness, canvas = _host(self._guess, "staticness"), _host(self._guess, "canvas")
+            require_finite(self._engine.name, "canvas", staticness)
+        if order is None:
+            generation_order(staticness, self.noise.order, self._sampling, self._order)
+        else:
+            self._order[:] = order
+        for k, kinds in enumerate(_index_sizes(self._sizes)):
+            known = sum(self._sizes[:k])
+            for kind, size in kinds.items():
+                start = 0 if kind == "known" else known
+                _host(self._indices, f"{kind}_{k}")[:] = self._order[:, start : start + size]
+        clock.lap("order")
+        side = self._sides["decoder"]
+        self._back(side, has_canvas)(clock)
+        self._sides["decoder"] ^= 1
+        self._wait(clock)
+        require_finite(self._engine.name, "flow", _host(self._out, "latent"))
+        canvas_frames = None
+        if decode_canvas and has_canvas:
+            self._canvas_decoders()[side]()
+            self._canvas_out.download()
+            self._memory.synchronize()
+            clock.lap("canvas_decoder")
+            canvas_frames = _host(self._canvas_out, "frames")
+        return Drawn(
+            frames=_host(self._out, "frames"),
+            latent=_host(self._out, "latent"),
+            canvas=canvas,
+            canvas_frames=canvas_frames,
+            staticness=staticness,
+            order=self._order,
+        )
+
+    def _wait(self, clock: Clock) -> None:
+        self._memory.synchronize()
+        if self._memory.device != "cpu":
+            clock.lap("device")
+
+    def _canvas_decoders(self) -> list[Run]:
+        if self._decode_canvas is None:
+            self._decode_canvas = [
+                self._autoencoder(
+                    "decoder",
+                    side,
+                    self._canvas_out.buffers["frames"],
+                    self._spare,
+                    latent=self._buffers["canvas"],
+                )
+                for side in (0, 1)
+            ]
+        return self._decode_canvas
+
+    def latent(self) -> Float32:
+        return self._memory.read(self._buffers["latent"])
+
+    def set_latent(self, values: Float32) -> None:
+        self._memory.write(self._buffers["latent"], values)
+
+    def _state(self) -> dict[str, Buffer]:
+        """Buffers under the names a snapshot has: the histories read next are `encoder_0` ..."""
+        out = {"latent": self._buffers["latent"]}
+        out |= {n: x for n, x in self._lasting.items() if n.startswith("cache_")}
+        for part, side in self._sides.items():
+            for name, which in ((part, side), (f"{part}_before", 1 - side)):
+                out |= {f"{name}_{i}": x for i, x in enumerate(self._histories(part, which))}
+        return out
+
+    def snapshot(self) -> dict[str, Array]:
+        return {name: self._memory.read(buffer) for name, buffer in self._state().items()}
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        for name, buffer in self._state().items():
+            self._memory.write(buffer, arrays[name])
+
+    def warmup(self) -> None:
+        kept = self.snapshot()
+        clock = Clock()
+        for slot in range(self._config.context_frames):
+            self._front(slot, self._config.canvas)(clock)
+        for has_canvas in {self._config.canvas, False}:
+            self._front(0, has_canvas)(clock)
+            for k, kinds in enumerate(_index_sizes(self._sizes)):
+                for kind, size in kinds.items():
+                    _host(self._indices, f"{kind}_{k}")[:] = np.arange(size)
+            for side in (0, 1):
+                self._back(side, has_canvas)(clock)
+        self._canvas_decoders()
+        self._memory.synchronize()
+        self.load(kept)
+
+
+def _host(group: Group, name: str) -> Array:
+    array = group.buffers[name].host
+    assert array is not None
+    return array
+
+
+def _index_sizes(sizes: tuple[int, ...]) -> list[dict[str, int]]:
+    """How many tokens every AR step knows, draws (`select`) and has left (`mask`, these included);
+    `known` is missing in the first step."""
+    table, known, tokens = [], 0, sum(sizes)
+    for size in sizes:
+        table.append({"select": size, "mask": tokens - known} | ({"known": known} if known else {}))
+        known += size
+    return table

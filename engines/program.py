@@ -1,0 +1,144 @@
+"""What a rollout asks of an engine: one program per rollout, which owns every array of it.
+
+A program is made for a batch size and sampling options, allocates and binds all it will ever need,
+and then only moves numbers. Letters as in `canvasmar_rt.config`; t is pixel frames per latent
+frame.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Mapping
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from canvasmar_rt.components import autoencoder_states
+from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.engines.memory import Array
+from canvasmar_rt.errors import EngineError
+
+UInt8 = npt.NDArray[np.uint8]
+Int64 = npt.NDArray[np.int64]
+Float32 = npt.NDArray[np.float32]
+
+
+class Clock:
+    """Seconds by label; laps of one label add up."""
+
+    def __init__(self) -> None:
+        self.timings: dict[str, float] = {}
+        self._start = self._last = time.perf_counter()
+
+    def lap(self, label: str) -> None:
+        now = time.perf_counter()
+        self.timings[label] = self.timings.get(label, 0.0) + now - self._last
+        self._last = now
+
+    def finish(self) -> None:
+        self.timings["total"] = self._last - self._start
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Noise:
+    """Host arrays a rollout fills before every frame, float32: flow and frame (B, N, C), canvas
+    (B, N, D), order (B, K, N). Frame and canvas are left alone where there is no canvas."""
+
+    flow: Float32
+    frame: Float32
+    canvas: Float32
+    order: Float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Drawn:
+    """One latent frame as the program holds it: views that the next call overwrites.
+
+    frames, canvas_frames: uint8 (B, t, H, W, 3); latent, canvas: float32 (B, N, C); staticness:
+    float32 (B, N); order: int64 (B, N). Canvas and staticness are None without a canvas."""
+
+    frames: UInt8
+    latent: Float32
+    canvas: Float32 | None
+    canvas_frames: UInt8 | None
+    staticness: Float32 | None
+    order: Int64
+
+
+class Program(Protocol):
+    """One rollout's arrays on a device and the work of a frame over them. Not for two threads."""
+
+    noise: Noise
+
+    def advance(self, time: int, action: Float32 | None) -> None:
+        """Feed the latest latent frame (the BOS embedding at time 0) to the Temporal ViT, as frame
+        `time` of the video, with the action (A,) or (B, A) that follows it."""
+
+    def encode(self, frames: UInt8) -> None:
+        """uint8 (B or 1, t or 1, H, W, 3), repeated where 1: their latents become the latest."""
+
+    def decode(self, *, again: bool = False) -> None:
+        """Decode the latest latents; `again` starts from the history before the last decoding."""
+
+    def predict(
+        self,
+        time: int,
+        action: Float32 | None,
+        *,
+        order: Int64 | None,
+        decode_canvas: bool,
+        clock: Clock,
+    ) -> Drawn:
+        """Advance, then draw the next latent frame from `noise` and decode it; `order` (N,) or
+        (B, N) replaces the model's own.
+
+        Raises:
+            EngineError: values that are not finite.
+        """
+
+    def latent(self) -> Float32:
+        """A copy of the latest latents, float32 (B, N, C)."""
+
+    def set_latent(self, values: Float32) -> None:
+        """Make (B, N, C) the latest latents."""
+
+    def snapshot(self) -> dict[str, Array]:
+        """Copies of everything that lasts from frame to frame, by name (`state_shapes`)."""
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        """Put a snapshot back."""
+
+    def warmup(self) -> None:
+        """Do now what the first frames would otherwise have to wait for; the state stays."""
+
+
+def state_shapes(config: ModelConfig, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype ("hidden" for the bundle's) of the arrays of a snapshot. `before` are the
+    autoencoder's histories before the latest frame."""
+    ae = config.autoencoder
+    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+        "latent": ((batch, config.tokens, ae.latent_channels), "float32"),
+    }
+    ring = (config.context_frames, batch, config.temporal_tokens, config.dim)
+    for i in range(config.temporal_layers):
+        shapes |= {f"cache_{kind}_{i}": (ring, "hidden") for kind in ("key", "value")}
+    for part in ("encoder", "decoder"):
+        histories = autoencoder_states(ae, decoder=part == "decoder")
+        for name in (part, f"{part}_before"):
+            shapes |= {f"{name}_{i}": ((batch, *s), "hidden") for i, s in enumerate(histories)}
+    return shapes
+
+
+def require_finite(engine: str, component: str, values: Float32) -> None:
+    """
+    Raises:
+        EngineError: if a value is not finite.
+    """
+    if not np.isfinite(values).all():
+        raise EngineError(
+            f"{component}: engine {engine} returned values that are not finite; run "
+            "'canvasmar-rt verify' on this bundle and engine, and go back with restore(state) or "
+            "reset()"
+        )

@@ -1,0 +1,406 @@
+"""The whole latent frame in PyTorch over fixed tensors: on CUDA one captured graph.
+
+Everything a frame needs from the host travels in one transfer, the ring slot and the token order
+included, and everything it gives comes back in one. In between nothing waits for the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from canvasmar_rt.components import MASKED
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.memory import STORAGE, Array
+from canvasmar_rt.engines.program import (
+    Clock,
+    Drawn,
+    Float32,
+    Int64,
+    Noise,
+    UInt8,
+    require_finite,
+    state_shapes,
+)
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.graphs import Graph
+from canvasmar_rt.schedule import (
+    flow_plan,
+    guidance_branches,
+    order_temperatures,
+    set_sizes,
+    time_rotation,
+)
+
+ALIGNMENT = 64
+
+
+class Parcel:
+    """Tensors that travel together: one block on the device and one, pinned, on the host."""
+
+    def __init__(
+        self, layout: Mapping[str, tuple[tuple[int, ...], str]], device: torch.device
+    ) -> None:
+        places, size = {}, 0
+        for name, (shape, dtype) in layout.items():
+            nbytes = int(np.prod(shape)) * STORAGE[dtype].itemsize
+            places[name] = (size, nbytes)
+            size += -(-nbytes // ALIGNMENT) * ALIGNMENT
+        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
+        self._host = self._device
+        if device.type == "cuda":
+            self._host = torch.zeros(size, dtype=torch.uint8, pin_memory=True)
+
+        def views(block: Tensor) -> dict[str, Tensor]:
+            return {
+                name: block[start : start + nbytes].view(getattr(torch, dtype)).view(shape)
+                for (name, (shape, dtype)), (start, nbytes) in zip(
+                    layout.items(), places.values(), strict=True
+                )
+            }
+
+        self.tensors = views(self._device)
+        self.host: dict[str, Array] = {k: v.numpy() for k, v in views(self._host).items()}
+
+    def upload(self) -> None:
+        if self._host is not self._device:
+            self._device.copy_(self._host, non_blocking=True)
+
+    def download(self) -> None:
+        if self._host is not self._device:
+            self._host.copy_(self._device, non_blocking=True)
+
+
+def draw_order(
+    staticness: Tensor | None, gumbel: Tensor, sampling: SamplingConfig, sizes: tuple[int, ...]
+) -> Tensor:
+    """`canvasmar_rt.schedule.generation_order` on the device: (B, N) int64."""
+    tau = order_temperatures(sampling)
+    confidence = torch.zeros_like(gumbel[:, 0])
+    if staticness is not None and sampling.order != "random":
+        confidence = staticness.clamp(min=1e-6).log()
+    parts: list[Tensor] = []
+    for k, size in enumerate(sizes):
+        score = confidence + float(tau[k]) * gumbel[:, k]
+        for taken in parts:
+            score = score.scatter(1, taken, -torch.inf)
+        parts.append(score.sort(dim=1, descending=True, stable=True).indices[:, :size])
+    return torch.cat(parts, dim=1)
+
+
+class TorchProgram:
+    """See `canvasmar_rt.engines.program.Program`."""
+
+    def __init__(
+        self,
+        model: CanvasMAR,
+        component: Callable[[str], Graph],
+        *,
+        name: str,
+        batch: int,
+        sampling: SamplingConfig,
+        graphs: bool,
+    ) -> None:
+        """`component` gives a component's module; `graphs` captures frames on CUDA."""
+        self._model, self._component, self._name = model, component, name
+        self._config, self._sampling, self._batch = model.config, sampling, batch
+        self._sizes = set_sizes(model.config.tokens, sampling.ar_steps)
+        self._device = model.spatial.mask.device
+        self._dtype = str(model.spatial.mask.dtype).removeprefix("torch.")
+        self._capture = graphs and self._device.type == "cuda"
+        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._graphs: dict[bool, Any] = {}
+        self._allocate()
+
+    def _allocate(self) -> None:
+        c, ae, b = self._config, self._config.autoencoder, self._batch
+        n, t = c.tokens, ae.temporal_compression
+        latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
+        action = {"action": ((b, c.action_dim), "float32"), "action_given": ((b,), "float32")}
+        self._in = Parcel(
+            {
+                "slot": ((1,), "int64"),
+                "order": ((b, n), "int64"),
+                "own_order": ((1,), "float32"),
+                "flow_noise": (latent, "float32"),
+                "frame_noise": (latent, "float32"),
+                "canvas_noise": ((b, n, c.dim), "float32"),
+                "order_noise": ((b, len(self._sizes), n), "float32"),
+                "is_first": ((b,), "float32"),
+                "time": ((2, c.time_rotary_pairs), "float32"),
+                "cache_bias": ((b, c.context_frames), "float32"),
+                **(action if c.action_dim else {}),
+            },
+            self._device,
+        )
+        host = self._in.host
+        self.noise = Noise(
+            flow=host["flow_noise"],
+            frame=host["frame_noise"],
+            canvas=host["canvas_noise"],
+            order=host["order_noise"],
+        )
+        self._given = Parcel({"frames": (pixels, "uint8")}, self._device)
+        self._out = Parcel(
+            {
+                "order": ((b, n), "int64"),
+                "latent": (latent, "float32"),
+                "canvas": (latent, "float32"),
+                "staticness": ((b, n), "float32"),
+                "frames": (pixels, "uint8"),
+            },
+            self._device,
+        )
+        self._canvas_frames = Parcel({"frames": (pixels, "uint8")}, self._device)
+        hidden = self._model.spatial.mask.dtype
+        self._state = {
+            name: torch.zeros(
+                shape, dtype=hidden if d == "hidden" else torch.float32, device=self._device
+            )
+            for name, (shape, d) in state_shapes(c, b).items()
+            if name != "latent"
+        }
+        self._state["latent"] = self._out.tensors["latent"]
+        plan = flow_plan(self._sampling)
+        levels = {
+            "frame_noise_level": np.float32(self._sampling.frame_noise),
+            "canvas_noise_level": np.float32(self._sampling.canvas_noise),
+        }
+        fixed = {"flow_time": plan.time, "step_new": plan.step_new, "step_old": plan.step_old}
+        self._fixed = {
+            k: torch.from_numpy(np.array(v)).to(self._device) for k, v in (levels | fixed).items()
+        }
+        self._branches = {}
+        for has_canvas in (False, True):
+            branches = guidance_branches(self._sampling, has_canvas=has_canvas)
+            self._branches[has_canvas] = {
+                "temporal_on": torch.from_numpy(branches.temporal_on.copy()).to(self._device),
+                "canvas_on": torch.from_numpy(branches.canvas_on.copy()).to(self._device),
+                "branch_weight": torch.from_numpy(branches.weight.copy()).to(self._device),
+            }
+
+    # -- the work on the device; every function here can be captured
+
+    def _run(self, component: str, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        module = self._component(component)
+        out = module(*(have[s.name] for s in module.component.inputs))
+        return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
+
+    def _temporal(self) -> Tensor:
+        """The Temporal ViT on the latest latent; the ring moves on. z_t (B, P, D)."""
+        out = self._run("temporal", {**self._in.tensors, **self._state})
+        slot = self._in.tensors["slot"]
+        for name, ring in self._state.items():
+            if name.startswith("cache_"):
+                ring.index_copy_(0, slot, out[name.replace("cache_", "new_")][None])
+        return out["z_temporal"]
+
+    def _histories(self, part: str) -> tuple[list[Tensor], list[Tensor]]:
+        """The autoencoder's histories, and those before its latest frame."""
+        before = [x for n, x in self._state.items() if n.startswith(f"{part}_before_")]
+        return [self._state[f"{part}_{i}"] for i in range(len(before))], before
+
+    def _autoencode(self, part: str, what: str, value: Tensor) -> Tensor:
+        """Run the encoder or decoder; its histories move on."""
+        now, before = self._histories(part)
+        out = self._run(part, {what: value} | {f"state_{i}": x for i, x in enumerate(now)})
+        for i, (history, old) in enumerate(zip(now, before, strict=True)):
+            old.copy_(history)
+            history.copy_(out[f"next_state_{i}"])
+        return out["frames" if part == "decoder" else "latent"]
+
+    def _decode(self) -> None:
+        frames = self._autoencode("decoder", "latent", self._state["latent"])
+        self._out.tensors["frames"].copy_(frames)
+
+    def _frame(self, has_canvas: bool) -> None:
+        """One latent frame from the uploaded inputs into `_out`."""
+        x, out = self._in.tensors, self._out.tensors
+        have = {**x, **self._fixed, **self._branches[has_canvas], "latent": self._state["latent"]}
+        have["z_temporal"] = self._temporal()
+        staticness = None
+        if has_canvas:
+            guess = self._run("canvas", have)
+            have |= guess
+            staticness = guess["staticness"]
+            out["staticness"].copy_(staticness)
+            out["canvas"].copy_(guess["canvas"])
+        elif self._config.canvas:  # masked in every branch
+            mask = self._model.spatial.mask
+            have["z_canvas"] = mask.expand(self._batch, self._config.tokens, -1)
+        drawn = draw_order(staticness, x["order_noise"], self._sampling, self._sizes)
+        order = torch.where(x["own_order"] > 0, drawn, x["order"])
+        out["order"].copy_(order)
+        if self._config.condition_attention == "isolated":
+            have |= self._run("condition", have)
+        partial = torch.zeros_like(out["latent"])
+        known = 0
+        for size in self._sizes:
+            have |= {
+                "partial": partial,
+                "mask_index": order[:, known:],
+                "select_index": order[:, known : known + size],
+                "known_index": order[:, :known],
+            }
+            have |= self._run("spatial" if known else "spatial_first", have)
+            partial = self._run("flow", have)["next_partial"]
+            known += size
+        out["latent"].copy_(partial)
+        self._decode()
+
+    # -- the program
+
+    def _tell(self, time: int, action: Float32 | None) -> None:
+        host, frames = self._in.host, self._config.context_frames
+        slot = time % frames
+        host["slot"][:] = slot
+        host["is_first"].fill(float(time == 0))
+        host["cache_bias"].fill(MASKED)
+        host["cache_bias"][:, : min(time, frames)] = 0.0
+        host["cache_bias"][:, slot] = MASKED
+        host["time"][:] = time_rotation(time, self._config.time_rotary_pairs)
+        if self._config.action_dim:
+            host["action_given"].fill(float(action is not None))
+            host["action"][:] = 0.0 if action is None else action
+
+    def _do(self, *work: Callable[[], object]) -> None:
+        """Run on the program's stream and wait."""
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for each in work:
+                each()
+        self._wait()
+
+    def _wait(self) -> None:
+        if self._stream is not None:
+            self._stream.synchronize()
+
+    def advance(self, time: int, action: Float32 | None) -> None:
+        self._tell(time, action)
+        self._do(self._in.upload, self._temporal)
+
+    def encode(self, frames: UInt8) -> None:
+        self._given.host["frames"][:] = frames
+
+        def run() -> None:
+            latent = self._autoencode("encoder", "frames", self._given.tensors["frames"])
+            self._state["latent"].copy_(latent)
+
+        self._do(self._given.upload, run)
+
+    def decode(self, *, again: bool = False) -> None:
+        def rewind() -> None:
+            for history, before in zip(*self._histories("decoder"), strict=True):
+                history.copy_(before)
+
+        self._do(*([rewind] if again else []), self._decode)
+
+    def predict(
+        self,
+        time: int,
+        action: Float32 | None,
+        *,
+        order: Int64 | None,
+        decode_canvas: bool,
+        clock: Clock,
+    ) -> Drawn:
+        has_canvas = self._config.canvas and time > 0
+        self._tell(time, action)
+        self._in.host["own_order"].fill(float(order is None))
+        if order is not None:
+            self._in.host["order"][:] = order
+        clock.lap("input")
+        self._do(self._in.upload, self._frame_run(has_canvas), self._out.download)
+        clock.lap("frame")
+        host = self._out.host
+        if has_canvas:
+            require_finite(self._name, "canvas", host["staticness"])
+        require_finite(self._name, "flow", host["latent"])
+        canvas_frames = None
+        if decode_canvas and has_canvas:
+            self._do(self._decoded_canvas, self._canvas_frames.download)
+            canvas_frames = self._canvas_frames.host["frames"]
+            clock.lap("canvas_decoder")
+        return Drawn(
+            frames=host["frames"],
+            latent=host["latent"],
+            canvas=host["canvas"] if has_canvas else None,
+            canvas_frames=canvas_frames,
+            staticness=host["staticness"] if has_canvas else None,
+            order=host["order"],
+        )
+
+    def _decoded_canvas(self) -> None:
+        _, before = self._histories("decoder")  # where this frame's decoding began
+        have = {"latent": self._out.tensors["canvas"]}
+        out = self._run("decoder", have | {f"state_{i}": x for i, x in enumerate(before)})
+        self._canvas_frames.tensors["frames"].copy_(out["frames"])
+
+    def _frame_run(self, has_canvas: bool) -> Callable[[], None]:
+        if not self._capture:
+            return lambda: self._frame(has_canvas)
+        if has_canvas not in self._graphs:
+            self._graphs[has_canvas] = self._captured(has_canvas)
+        replay: Callable[[], None] = self._graphs[has_canvas].replay
+        return replay
+
+    def _captured(self, has_canvas: bool) -> Any:
+        kept = {name: tensor.clone() for name, tensor in self._state.items()}
+        graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode():
+            with torch.cuda.stream(self._stream):
+                for _ in range(2):  # libraries choose and load their kernels
+                    self._frame(has_canvas)
+            self._stream.synchronize()
+            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+                self._frame(has_canvas)
+            with torch.cuda.stream(self._stream):
+                for name, tensor in kept.items():
+                    self._state[name].copy_(tensor)
+            self._stream.synchronize()
+        return graph
+
+    def latent(self) -> Float32:
+        values: Float32 = _to_numpy(self._state["latent"])
+        return values
+
+    def set_latent(self, values: Float32) -> None:
+        self.load({"latent": values})
+
+    def snapshot(self) -> dict[str, Array]:
+        self._wait()
+        return {name: _to_numpy(tensor) for name, tensor in self._state.items()}
+
+    def load(self, arrays: Mapping[str, Array]) -> None:
+        self._wait()
+        for name, values in arrays.items():
+            target = self._state[name]
+            given = torch.from_numpy(np.ascontiguousarray(values))
+            if target.dtype == torch.bfloat16:
+                given = given.view(torch.bfloat16)
+            with torch.inference_mode():
+                target.copy_(given)
+        if self._stream is not None:
+            torch.cuda.synchronize(self._device)
+
+    def warmup(self) -> None:
+        kept = self.snapshot()
+        with torch.inference_mode(), torch.cuda.stream(self._stream):
+            for has_canvas in {False, self._config.canvas}:
+                self._tell(0 if not has_canvas else 1, None)
+                self._in.upload()
+                self._frame_run(has_canvas)()
+        self.load(kept)
+
+
+def _to_numpy(tensor: Tensor) -> Array:
+    """A copy on the host; bfloat16 as its bits."""
+    values = tensor.detach().to("cpu", copy=True).contiguous()
+    if values.dtype == torch.bfloat16:
+        bits: Array = values.view(torch.uint16).numpy()
+        return bits
+    array: Array = values.numpy()
+    return array

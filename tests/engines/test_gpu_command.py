@@ -1,0 +1,65 @@
+"""The command that runs everything on a GPU, tried out on the CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from canvasmar_rt.benchmarks import gpu
+from canvasmar_rt.errors import EngineError
+
+
+def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # without the test suite
+    monkeypatch.setattr(gpu, "CASE_SECONDS", 1.0)
+    output = tmp_path / "gpu.json"
+    said: list[str] = []
+    cases = tuple(
+        gpu.Case(model="toytable", mode=mode, dtype="float32") for mode in ("eager", "cuda graph")
+    )
+    report = gpu.run("cpu", output, limit=600, cases=cases, soak_frames=10, say=said.append)
+    assert json.loads(output.read_text()) == report
+    by_engine = {found["engine"]: found for found in report["parity"]}
+    assert max(by_engine["torch"]["drift"]) < 1e-3
+    assert "runs on cuda" in by_engine["tensorrt"]["error"]
+    for mode in ("eager", "cuda graph"):
+        found = report[f"toytable, {mode}, batch 1"]
+        assert 0 < found["frame_ms"]["p50"] <= found["frame_ms"]["p99"]
+        assert found["frames"] >= 3
+    assert report["soak"]["frames"] == 10
+    assert report["soak"]["memory_at_end"]["host_bytes"] > 0
+    assert "checkout" in report["tests"]["skipped"]
+    assert len(said) >= 4
+
+
+def test_what_no_longer_fits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(gpu, "parity", lambda device: [])
+    report = gpu.run("cpu", tmp_path / "gpu.json", limit=5, soak_frames=10)
+    skipped = [name for name, found in report.items() if "skipped" in found]
+    assert len(skipped) == len(gpu.CASES) + 2
+
+
+def test_a_part_that_fails_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def broken(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(gpu, "parity", lambda device: [])
+    monkeypatch.setattr(gpu, "latency", broken)
+    monkeypatch.setattr(gpu, "soak", lambda *_, **__: {"frames": 1})
+    report = gpu.run("cpu", tmp_path / "gpu.json", limit=60, cases=gpu.CASES[:1])
+    assert "out of memory" in report["kinetics600, eager, batch 1"]["error"]
+    assert report["soak"] == {"frames": 1}
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="doctor"):
+        gpu.run("cuda", tmp_path / "gpu.json", limit=10)
