@@ -52,6 +52,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors."
 From = Annotated[
     Path, typer.Option(help="The trained autoencoder: a run, a checkpoint or a bundle.")
 ]
+Init = Annotated[
+    Path | None, typer.Option(help="Start from these weights: a run, checkpoint or bundle.")
+]
 
 
 @app.command()
@@ -60,6 +63,7 @@ def autoencoder(
     config: Config = "toytable",
     data: Data = "toytable",
     root: Root = None,
+    init: Init = None,
     set_: Set = None,
     set_model: SetModel = None,
     until: Until = None,
@@ -72,7 +76,10 @@ def autoencoder(
     settings = override(chosen.autoencoder, set_)
     _threads(threads)
     network = build(chosen.model, settings.seed)
-    open_skips(network.autoencoder)
+    if init is None:
+        open_skips(network.autoencoder)
+    else:
+        network = _with_autoencoder(chosen.model, load_weights(init)[0], settings.seed)
     with process_group(device) as ranks:
         stage = stages.AutoencoderStage(
             network,
@@ -127,9 +134,7 @@ def model(
     latents: Annotated[
         Path | None, typer.Option(help="Train on latents that `encode` wrote.")
     ] = None,
-    init: Annotated[
-        Path | None, typer.Option(help="Start from these weights: a run, checkpoint or bundle.")
-    ] = None,
+    init: Init = None,
     set_: Set = None,
     set_model: SetModel = None,
     until: Until = None,

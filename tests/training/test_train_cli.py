@@ -149,6 +149,15 @@ def test_the_same_command_resumes(autoencoder: Path, tmp_path: Path) -> None:
         assert torch.equal(parts[name], tensor), name
 
 
+def test_an_autoencoder_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
+    run(*AUTOENCODER, "-o", tmp_path, "--init", autoencoder, "--until", 1,
+        "--set", "learning_rate=1e-12", "--set", "frames=9")  # fmt: skip
+    given = load_checkpoint(latest_checkpoint(autoencoder))[0].autoencoder.state_dict()
+    for name, tensor in load_file(tmp_path / "step_00000001" / "training.safetensors").items():
+        if name.startswith("weights."):
+            torch.testing.assert_close(tensor, given[name.removeprefix("weights.autoencoder.")])
+
+
 def test_a_model_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
