@@ -87,6 +87,7 @@ def bench(
             "dtype": manifest.dtype,
             "engine": predictor.engine.name,
             "device": predictor.engine.device,
+            "graph_off": dict(predictor.engine.graph_off),
             "sampling": dataclasses.asdict(predictor.sampling),
             **dataclasses.asdict(options),
         },

@@ -35,8 +35,15 @@ stdout = Console(emoji=False)
 
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
-Engine = Annotated[str, typer.Option(help="onnxruntime, or torch (the eager reference).")]
-Device = Annotated[str, typer.Option(help="Where the engine runs.")]
+Engine = Annotated[str, typer.Option(help="onnxruntime, torch or tensorrt.")]
+EngineOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--engine-option", metavar="NAME=VALUE",
+        help="An option of the engine, such as cuda_graph=false or engine_dir=DIR.",
+    ),
+]  # fmt: skip
+Device = Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or cuda:<index>.")]
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; the engine's default if not given.")
 ]
@@ -113,6 +120,7 @@ def predict(
     start: Annotated[float, typer.Option(help="Second of the clip to start at.")] = 0.0,
     actions: Annotated[bool, typer.Option(help="Use the actions stored in the .npz.")] = False,
     engine: Engine = "onnxruntime",
+    engine_option: EngineOption = None,
     device: Device = "cpu",
     threads: Threads = None,
     json_: Json = False,
@@ -122,7 +130,9 @@ def predict(
     from canvasmar_rt.predict import PredictOptions
     from canvasmar_rt.video import find_clips
 
-    predictor = load(model, engine=engine, device=device, threads=threads)
+    predictor = load(
+        model, engine=engine, device=device, threads=threads, **_engine_options(engine_option)
+    )
     sampling = _sampling(
         predictor.sampling, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
         temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
@@ -206,6 +216,7 @@ def demo(
 def verify(
     bundle: Annotated[str, typer.Argument(help="Bundle directory or packaged name.")],
     engine: Engine = "onnxruntime",
+    engine_option: EngineOption = None,
     device: Device = "cpu",
     json_: Json = False,
     quiet: Quiet = False,
@@ -214,7 +225,10 @@ def verify(
     from canvasmar_rt.verify import verify as run
 
     with _steps_shown(quiet or json_) as progress:
-        report = run(bundle, engine=engine, device=device, progress=progress)
+        report = run(
+            bundle, engine=engine, device=device, progress=progress,
+            **_engine_options(engine_option),
+        )  # fmt: skip
     if json_:
         print(json.dumps(report))
     elif not quiet:
@@ -253,6 +267,10 @@ def export(
     drift_frames: Annotated[
         int, typer.Option(help="Latent frames of the rollout compared with PyTorch.")
     ] = 32,
+    unroll: Annotated[
+        bool,
+        typer.Option("--unroll", help="No loop over flow steps: for ONNX Runtime's CUDA graphs."),
+    ] = False,
     card: Annotated[
         Path | None, typer.Option(help="Markdown to put into the bundle's model card.")
     ] = None,
@@ -277,7 +295,7 @@ def export(
 
     options = ExportOptions(
         dtype=dtype, weights=weights, opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
-        drift_frames=drift_frames, card=text,
+        drift_frames=drift_frames, card=text, unroll=unroll,
         batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
     )  # fmt: skip
     if source in PRESETS:
@@ -402,6 +420,77 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
 
 
 @app.command()
+def build(
+    bundle: Annotated[str, typer.Argument(help="Bundle directory or packaged name.")],
+    engine_dir: Annotated[Path, typer.Option(help="Folder of the engines.")],
+    timing_cache: Annotated[
+        Path | None, typer.Option(help="File that keeps kernel timings from build to build.")
+    ] = None,
+    optimization_level: Annotated[
+        int, typer.Option(help="0 (quick to build) to 5 (most kernels tried).")
+    ] = 3,
+    batch_min: Annotated[int | None, typer.Option(help="Smallest batch; the bundle's.")] = None,
+    batch_opt: Annotated[int | None, typer.Option(help="Batch to tune for; the bundle's.")] = None,
+    batch_max: Annotated[int | None, typer.Option(help="Largest batch; the bundle's.")] = None,
+    force_rebuild: Annotated[
+        bool, typer.Option("--force-rebuild", help="Build what would be reused, too.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would be built, and why.")
+    ] = False,
+    json_: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build TensorRT engines of a bundle for this machine's GPU."""
+    from canvasmar_rt.bundle import BatchRange
+    from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines
+
+    opened = Bundle.open(bundle)
+    own = opened.manifest.batch
+    low = own.minimum if batch_min is None else batch_min
+    high = own.maximum if batch_max is None else batch_max
+    tuned = min(max(own.optimum, low), high) if batch_opt is None else batch_opt
+    options = BuildOptions(
+        batch=BatchRange(minimum=low, optimum=tuned, maximum=high),
+        timing_cache=timing_cache, optimization_level=optimization_level,
+        force_rebuild=force_rebuild, dry_run=dry_run,
+    )  # fmt: skip
+    with stderr_bar(quiet or json_) as bar:
+        task = bar.add_task("", total=None)
+        report = build_engines(
+            opened, engine_dir, options,
+            lambda component, done, total: bar.update(
+                task, description=component, completed=done, total=total
+            ),
+        )  # fmt: skip
+    if json_:
+        print(json.dumps(dataclasses.asdict(report), default=str))
+    elif not quiet:
+        table = Table("component", "", "why", "s", title=escape(str(report.directory)))
+        for part in report.components:
+            why = escape("; ".join(part.reasons))
+            table.add_row(part.component, part.action, why, f"{part.seconds:.1f}")
+        stdout.print(table)
+        for note in report.notes:
+            stdout.print(escape(note), highlight=False)
+
+
+def _engine_options(given: list[str] | None) -> dict[str, Any]:
+    """NAME=VALUE options; true and false are switches.
+
+    Raises:
+        ConfigError: without an equals sign.
+    """
+    options: dict[str, Any] = {}
+    for text in given or ():
+        name, equals, value = text.partition("=")
+        if not (name and equals):
+            raise ConfigError(f"--engine-option takes NAME=VALUE, got {text!r}")
+        options[name] = {"true": True, "false": False}.get(value, value)
+    return options
+
+
+@app.command()
 def bench(
     model: Annotated[
         str, typer.Argument(help="Bundle directory or packaged name.")
@@ -409,6 +498,7 @@ def bench(
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     baseline: Annotated[str, typer.Option(help="none, or eager (PyTorch, interleaved).")] = "none",
     engine: Engine = "onnxruntime",
+    engine_option: EngineOption = None,
     device: Device = "cpu",
     threads: Threads = None,
     warmup: Annotated[int, typer.Option(help="Untimed frames.")] = 5,
@@ -433,7 +523,9 @@ def bench(
     )  # fmt: skip
     if output is not None:
         check_writable(output)
-    predictor = load(model, engine=engine, device=device, threads=threads)
+    predictor = load(
+        model, engine=engine, device=device, threads=threads, **_engine_options(engine_option)
+    )
     with stderr_bar(quiet or json_) as bar:
         task = bar.add_task("", total=None)
         report = run(

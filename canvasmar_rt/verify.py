@@ -93,8 +93,10 @@ def verify(
     engine: str = "onnxruntime",
     device: str = "cpu",
     progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Check a bundle's files, then every component and the golden rollout on this machine.
+    `options` are the engine's own.
 
     Returns:
         A JSON-ready report: engine, device, tolerances, and the differences found.
@@ -107,7 +109,7 @@ def verify(
     parity = bundle.manifest.parity
     if parity is None:
         raise BundleError(f"{bundle.path}: no parity certificate; export the bundle again")
-    made = create(engine, bundle, device=device, threads=None)
+    made = create(engine, bundle, device=device, **options)
     try:
         return _verified(bundle, parity, made, progress)
     except (KeyError, ValueError, IndexError) as error:

@@ -22,6 +22,10 @@ class Engine(Protocol):
     device: str
     bundle: Bundle
 
+    @property
+    def graph_off(self) -> Mapping[str, str]:
+        """What runs on a GPU without a CUDA graph, and why; empty on the CPU."""
+
     def program(self, *, batch: int, sampling: SamplingConfig) -> Program: ...
 
     def memory(self) -> Memory: ...
@@ -71,12 +75,15 @@ def create(
         kind = TensorRTEngine
     else:
         raise EngineError(f"no engine {name!r}; engines are {', '.join(ENGINES)}")
-    known = kind.OPTIONS
+    known: Mapping[str, type] = kind.OPTIONS
     if unknown := sorted(set(options) - set(known)):
         raise EngineError(
             f"engine {name!r} has no option {', '.join(unknown)}; its options are "
             f"{', '.join(known) or 'none'}"
         )
+    for option, value in options.items():
+        if known[option] is bool and not isinstance(value, bool):
+            raise EngineError(f"engine {name!r}: {option} must be true or false, got {value!r}")
     made: Engine = kind(bundle, device=device, threads=threads, **options)
     return made
 
@@ -89,7 +96,9 @@ def cuda_index(engine: str, device: str) -> int:
     """
     kind, _, index = device.partition(":")
     if kind != "cuda" or (":" in device and not index.isdecimal()):
-        raise EngineError(f"engine {engine!r} runs on cpu, cuda or cuda:<index>; got {device!r}")
+        raise EngineError(
+            f"engine {engine!r} knows no device {device!r}; GPUs are called cuda and cuda:<index>"
+        )
     return int(index or 0)
 
 

@@ -110,9 +110,6 @@ class Memory(Protocol):
             EngineError: if the device has not enough memory.
         """
 
-    def copy(self, target: Buffer, source: Buffer) -> None:
-        """Enqueue a copy within the device between buffers of one shape and dtype."""
-
     def read(self, buffer: Buffer) -> Array:
         """A copy of the values, once everything enqueued before is done (for snapshots)."""
 
@@ -160,10 +157,6 @@ class HostMemory:
                 for name, (shape, dtype) in layout.items()
             }
         )
-
-    def copy(self, target: Buffer, source: Buffer) -> None:
-        assert target.host is not None
-        target.host[...] = source.host
 
     def read(self, buffer: Buffer) -> Array:
         assert buffer.host is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import onnxruntime as ort
@@ -22,16 +23,23 @@ if TYPE_CHECKING:
 BFLOAT16 = 16
 """TensorProto.BFLOAT16, which NumPy has no type for."""
 
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
+
 
 class OnnxRuntimeEngine:
     """Sessions are shared by all rollouts.
 
-    On CUDA they run on one stream in device memory. With `cuda_graph` every bound run of a graph
-    without loops is captured at its first call and replayed from then on; why a component is not
-    is kept in `graph_off`."""
+    On a GPU they run on one stream in device memory, through ONNX Runtime's CUDA kernels or, with
+    `provider="tensorrt-rtx"`, NVIDIA's plugin for GeForce cards. With `cuda_graph` every bound run
+    of a graph without loops is captured at its first call and replayed from then on (CUDA kernels
+    only)."""
 
     name = "onnxruntime"
-    OPTIONS = ("cuda_graph",)
+    OPTIONS = MappingProxyType({"cuda_graph": bool, "provider": str})
 
     def __init__(
         self,
@@ -40,22 +48,29 @@ class OnnxRuntimeEngine:
         device: str = "cpu",
         threads: int | None = None,
         cuda_graph: bool = True,
+        provider: str = "",
     ) -> None:
         self.bundle, self._threads = bundle, threads
-        self.graph_off: dict[str, str] = {}
-        self._cuda: CudaMemory | None = None
+        self._graph_off: dict[str, str] = {}
+        index = 0 if device == "cpu" else cuda_index(self.name, device)
+        self.device = device if device == "cpu" else f"cuda:{index}"
+        usable = ("cpu",) if device == "cpu" else ("cuda", "tensorrt-rtx")
+        kind = provider or usable[0]
+        if kind not in usable:
+            raise EngineError(
+                f"provider must be {' or '.join(usable)} on {device}, got {provider!r}"
+            )
+        self._provider = PROVIDERS[kind]
         if device == "cpu":
-            self._provider, self.device = "CPUExecutionProvider", device
             _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
-        else:
-            index = cuda_index(self.name, device)
-            self._provider, self.device = "CUDAExecutionProvider", f"cuda:{index}"
-        if self._provider not in ort.get_available_providers():
+        self._plugin = _rtx_device(index) if kind == "tensorrt-rtx" else None
+        if self._plugin is None and self._provider not in ort.get_available_providers():
             raise EngineError(
                 f"device {device!r} needs {self._provider}; this onnxruntime ({ort.__version__}) "
                 f"has only {', '.join(ort.get_available_providers())}"
                 + ("" if device == "cpu" else "; docs/install.md says how to get the GPU build")
             )
+        self._cuda: CudaMemory | None = None
         if device != "cpu":
             from canvasmar_rt.engines.cuda_memory import CudaMemory
 
@@ -68,6 +83,10 @@ class OnnxRuntimeEngine:
         # what runs
         names = [n for n in bundle.manifest.components if n != "frame"]
         self._sessions = {name: self._load(name) for name in names}
+
+    @property
+    def graph_off(self) -> Mapping[str, str]:
+        return self._graph_off
 
     def program(self, *, batch: int, sampling: SamplingConfig) -> ComponentProgram:
         return ComponentProgram(self, batch=batch, sampling=sampling)
@@ -87,25 +106,31 @@ class OnnxRuntimeEngine:
             return self._sessions[component]
 
     def _load(self, component: str) -> ort.InferenceSession:
-        if self._cuda is None:
-            session = self._open(component, {})
-        else:
-            settings = {
-                "device_id": str(self._cuda.device_index),
-                "user_compute_stream": str(self._cuda.stream),
-                "use_tf32": "0",
-            }
-            if not self._cuda_graph:
-                self.graph_off[component] = "switched off"
-            elif component in ("flow", "frame") and not self.bundle.manifest.unrolled:
-                self.graph_off[component] = (
-                    "the flow steps are a loop inside the graph; export with --unroll"
-                )
-            else:
-                settings["enable_cuda_graph"] = "1"
-            session = self._open(component, settings)
+        session = self._open(component, {} if self._cuda is None else self._settings(component))
         self._check_tensors(component, session)
         return session
+
+    def _settings(self, component: str) -> dict[str, str]:
+        """Options of the GPU providers."""
+        assert self._cuda is not None
+        stream = str(self._cuda.stream)
+        if self._plugin is not None:
+            self._graph_off[component] = "not used with tensorrt-rtx"
+            return {"has_user_compute_stream": "1", "user_compute_stream": stream}
+        settings = {
+            "device_id": str(self._cuda.device_index),
+            "user_compute_stream": stream,
+            "use_tf32": "0",
+        }
+        if not self._cuda_graph:
+            self._graph_off[component] = "switched off"
+        elif component in ("flow", "frame") and not self.bundle.manifest.unrolled:
+            self._graph_off[component] = (
+                "the flow steps are a loop inside the graph; export with --unroll"
+            )
+        else:
+            settings["enable_cuda_graph"] = "1"
+        return settings
 
     def _open(self, component: str, settings: Mapping[str, str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
@@ -118,12 +143,12 @@ class OnnxRuntimeEngine:
         if component == "frame" and self._cuda is None:
             # every AR step is a copy of the same nodes, and each would pack the weights for itself
             options.add_session_config_entry("session.disable_prepacking", "1")
+        chosen: dict[str, Any] = {"providers": [(self._provider, dict(settings))]}
+        if self._plugin is not None:
+            options.add_provider_for_devices([self._plugin], dict(settings))
+            chosen = {}
         try:
-            session = ort.InferenceSession(
-                str(self.bundle.file(component)),
-                options,
-                providers=[(self._provider, dict(settings))],
-            )
+            session = ort.InferenceSession(str(self.bundle.file(component)), options, **chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class
             raise EngineError(
                 f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {error}"
@@ -170,7 +195,7 @@ class OnnxRuntimeEngine:
         if self._cuda is not None:
             options = ort.RunOptions()
             options.add_run_config_entry("disable_synchronize_execution_providers", "1")
-            graph = -1 if component in self.graph_off else next(self._graph_ids)
+            graph = -1 if component in self._graph_off else next(self._graph_ids)
             options.add_run_config_entry("gpu_graph_id", str(graph))
 
         def run() -> None:
@@ -181,3 +206,40 @@ class OnnxRuntimeEngine:
                 raise EngineError(f"{component}: ONNX Runtime failed: {error}") from None
 
         return run
+
+
+def _rtx_device(index: int) -> Any:
+    """The GPU as the TensorRT-RTX plugin offers it.
+
+    Raises:
+        EngineError: if the plugin is not installed, or offers no such GPU.
+    """
+    try:
+        import onnxruntime_ep_nv_tensorrt_rtx as plugin
+    except ImportError:
+        raise EngineError(
+            "provider 'tensorrt-rtx' needs its plugin: pip install "
+            "onnxruntime-ep-nv-tensorrt-rtx-cu13"
+        ) from None
+    name = PROVIDERS["tensorrt-rtx"]
+
+    def offered() -> list[Any]:
+        return [d for d in ort.get_ep_devices() if d.ep_name == name]
+
+    with _registering:
+        if not offered():
+            try:
+                ort.register_execution_provider_library(name, plugin.get_library_path())
+            except Exception as error:  # onnxruntime's exceptions share no base class
+                raise EngineError(
+                    f"ONNX Runtime refused the TensorRT-RTX plugin: {error}"
+                ) from None
+        devices = offered()
+    if index >= len(devices):
+        raise EngineError(
+            f"the TensorRT-RTX plugin offers {len(devices)} GPUs, cuda:{index} is not among them"
+        )
+    return devices[index]
+
+
+_registering = threading.Lock()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 from typing import cast as typed
 
 import torch
@@ -18,6 +19,9 @@ from canvasmar_rt.errors import EngineError
 from canvasmar_rt.models.canvasmar import CanvasMAR, cast
 from canvasmar_rt.models.checkpoint import load_state
 from canvasmar_rt.models.graphs import Graph, graph
+
+if TYPE_CHECKING:
+    from canvasmar_rt.engines.flow_kernel import Mode
 
 TRANSPOSED = "^T"
 """Suffix of a weight stored transposed, as its graph reads it."""
@@ -44,10 +48,13 @@ def load_model(bundle: Bundle) -> CanvasMAR:
 
 class TorchEngine:
     """The bundle's dtype on the CPU or CUDA. `cuda_graph` captures a frame into one graph on CUDA;
-    `compile` runs the components through torch.compile, which builds kernels at the first frame."""
+    `compile` runs the components through torch.compile, which builds kernels at the first frame.
+    `flow_kernel` (True, which is "staged", or "persistent") draws tokens with the Triton kernel of
+    `canvasmar_rt.engines.flow_kernel` in place of the flow component; `self.flow_kernel` says what
+    runs. `bind` always runs the components."""
 
     name = "torch"
-    OPTIONS = ("compile", "cuda_graph")
+    OPTIONS = ("compile", "cuda_graph", "flow_kernel")
 
     def __init__(
         self,
@@ -57,6 +64,7 @@ class TorchEngine:
         threads: int | None = None,
         compile: bool = False,
         cuda_graph: bool = True,
+        flow_kernel: bool | Mode = False,
     ) -> None:
         place = torch.device("cpu")
         if device != "cpu":
@@ -70,6 +78,7 @@ class TorchEngine:
             place = torch.device("cuda", index)
         if threads is not None:
             torch.set_num_threads(threads)
+        self.flow_kernel = _flow_kernel(bundle, place, flow_kernel)
         self.bundle, self.device = bundle, str(place)
         model = load_model(bundle)
         if bundle.manifest.dtype != "float32":
@@ -87,6 +96,7 @@ class TorchEngine:
             batch=batch,
             sampling=sampling,
             graphs=self._cuda_graph,
+            flow_kernel=self.flow_kernel,
         )
 
     def component(self, name: str) -> Graph:
@@ -122,6 +132,27 @@ class TorchEngine:
                     target.copy_(value)
 
         return run
+
+
+def _flow_kernel(bundle: Bundle, place: torch.device, wanted: bool | Mode) -> Mode | None:
+    """How the flow kernel is to run, None for not at all.
+
+    Raises:
+        EngineError: if it is wanted and cannot run here.
+    """
+    if wanted is False:
+        return None
+    if wanted not in (True, "staged", "persistent"):
+        raise EngineError(
+            f"flow_kernel must be True, False, 'staged' or 'persistent', got {wanted!r}"
+        )
+    try:
+        from canvasmar_rt.engines.flow_kernel import supported
+    except ModuleNotFoundError as error:
+        raise EngineError(f"flow_kernel: {error}; pip install triton") from None
+    if reason := supported(bundle.manifest.model, place):
+        raise EngineError(f"flow_kernel: {reason}")
+    return "staged" if wanted is True else wanted
 
 
 def _tensor(buffer: Buffer) -> Tensor:

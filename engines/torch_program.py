@@ -7,7 +7,7 @@ included, and everything it gives comes back in one. In between nothing waits fo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -35,6 +35,9 @@ from canvasmar_rt.schedule import (
     set_sizes,
     time_rotation,
 )
+
+if TYPE_CHECKING:
+    from canvasmar_rt.engines.flow_kernel import Mode
 
 ALIGNMENT = 64
 
@@ -104,8 +107,10 @@ class TorchProgram:
         batch: int,
         sampling: SamplingConfig,
         graphs: bool,
+        flow_kernel: Mode | None = None,
     ) -> None:
-        """`component` gives a component's module; `graphs` captures frames on CUDA."""
+        """`component` gives a component's module; `graphs` captures frames on CUDA; `flow_kernel`
+        is how `canvasmar_rt.engines.flow_kernel` takes the place of the flow component."""
         self._model, self._component, self._name = model, component, name
         self._config, self._sampling, self._batch = model.config, sampling, batch
         self._sizes = set_sizes(model.config.tokens, sampling.ar_steps)
@@ -114,7 +119,20 @@ class TorchProgram:
         self._capture = graphs and self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._graphs: dict[bool, Any] = {}
+        self._flow: Callable[[Mapping[str, Tensor]], Tensor] = lambda have: self._run("flow", have)[
+            "next_partial"
+        ]
         self._allocate()
+        if flow_kernel is not None:
+            from canvasmar_rt.engines.flow_kernel import FlowKernel
+
+            self._flow = FlowKernel(
+                model.flow,
+                tokens=batch * max(self._sizes),
+                branches=max(len(b["branch_weight"]) for b in self._branches.values()),
+                evaluations=len(self._fixed["flow_time"]),
+                mode=flow_kernel,
+            ).component
 
     def _allocate(self) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
@@ -247,7 +265,7 @@ class TorchProgram:
                 "known_index": order[:, :known],
             }
             have |= self._run("spatial" if known else "spatial_first", have)
-            partial = self._run("flow", have)["next_partial"]
+            partial = self._flow(have)
             known += size
         out["latent"].copy_(partial)
         self._decode()

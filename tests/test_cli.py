@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from canvasmar_rt.bundle import PACKAGED
+from canvasmar_rt.bundle import PACKAGED, Bundle
 from canvasmar_rt.cli import DEFAULT_MODEL, DEMO_CLIP
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -150,6 +150,29 @@ def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
         assert 0 < m["outside_engine_share"] < 1
         assert m["eager_over_ours"]["median"] > 0
     assert bench["soak"]["resident_mb_at_end"] > 0
+
+
+def test_a_dry_build_says_what_it_would_do(tmp_path: Path) -> None:
+    """Needs no TensorRT."""
+    arguments = ["build", DEFAULT_MODEL, "--engine-dir", "engines", "--dry-run"]
+    report = json.loads(run(*arguments, "--json", cwd=tmp_path).stdout)
+    named = {part["component"]: part["action"] for part in report["components"]}
+    assert set(named) == set(Bundle.open(DEFAULT_MODEL).manifest.components)
+    assert set(named.values()) == {"would build"}
+    assert "would build" in run(*arguments, cwd=tmp_path).stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_engine_options_reach_the_engine(tmp_path: Path) -> None:
+    torch = ["verify", DEFAULT_MODEL, "--engine", "torch", "--quiet"]
+    run(*torch, "--engine-option", "cuda_graph=false", cwd=tmp_path)
+    for option, message in (
+        ("cuda_grap=false", "no option cuda_grap; its options are .*cuda_graph"),
+        ("cuda_graph=maybe", "cuda_graph must be true or false, got 'maybe'"),
+        ("cuda_graph", "NAME=VALUE"),
+    ):
+        done = run(*torch, "--engine-option", option, cwd=tmp_path, code=2)
+        assert re.search(message, done.stderr), done.stderr
 
 
 def test_a_tampered_bundle_is_refused(tmp_path: Path) -> None:

@@ -278,7 +278,7 @@ class Trainer:
             return
         if r.main:
             self._forget_lost_steps()
-        writer = SummaryWriter(str(self.directory), purge_step=self.step) if r.main else None
+        writer = SummaryWriter(str(self.directory), purge_step=self.step + 1) if r.main else None
         data = batches(
             self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world
         )

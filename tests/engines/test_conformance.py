@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import numpy as np
@@ -171,6 +172,16 @@ def _rolled(predictor: Predictor, clip: np.ndarray, seed: int) -> list[canvasmar
 def test_no_falling_back_to_another_device(bundles: Callable[[str], Bundle], engine: str) -> None:
     with pytest.raises(EngineError, match="cuda"):
         canvasmar_rt.load(bundles("expert").path, engine=engine, device="cuda")
+
+
+def test_a_plugin_that_is_missing_is_named(bundles: Callable[[str], Bundle]) -> None:
+    if importlib.util.find_spec("onnxruntime_ep_nv_tensorrt_rtx"):
+        pytest.skip("the TensorRT-RTX plugin is installed")
+    path = bundles("expert").path
+    with pytest.raises(EngineError, match="pip install onnxruntime-ep-nv-tensorrt-rtx"):
+        canvasmar_rt.load(path, device="cuda", provider="tensorrt-rtx")
+    with pytest.raises(EngineError, match="provider must be cpu on cpu"):
+        canvasmar_rt.load(path, provider="tensorrt-rtx")
 
 
 def test_unknown_engine_lists_those_there_are(bundles: Callable[[str], Bundle]) -> None:
