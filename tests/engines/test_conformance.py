@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 from collections.abc import Callable
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 import torch
 
 import canvasmar_rt
-from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.bundle import Bundle, TensorEntry
 from canvasmar_rt.components import components
+from canvasmar_rt.engines import ENGINES
+from canvasmar_rt.engines.cuda_memory import gpu
 from canvasmar_rt.engines.memory import Buffer, host_buffer
+from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines
+from canvasmar_rt.engines.tensorrt_engine import TensorRTEngine
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import EngineError, InputError
 from canvasmar_rt.models import sampler
@@ -20,14 +26,55 @@ from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.verify import verify
 
 TOLERANCE = 1e-4
+
+
+def lacking(engine: str) -> str | None:
+    """Why an engine cannot run on a GPU here."""
+    if engine == "torch":
+        return None if torch.cuda.is_available() else f"PyTorch {torch.__version__} has no GPU"
+    try:
+        gpu()
+        if engine == "tensorrt":
+            import canvasmar_rt.engines.tensorrt_library  # noqa: F401
+    except EngineError as error:
+        return str(error)
+    if engine == "onnxruntime" and "CUDAExecutionProvider" not in ort.get_available_providers():
+        return f"onnxruntime {ort.__version__} has no CUDA provider"
+    return None
+
+
 CPU_ENGINES = ("onnxruntime", "torch")
-CASES = [(e, v) for e in CPU_ENGINES for v in ("expert", "mmdit", "no-canvas")]
+VARIANTS = ("expert", "mmdit", "no-canvas")
+CASES = [
+    *((engine, "cpu", variant) for engine in CPU_ENGINES for variant in VARIANTS),
+    *(
+        pytest.param(
+            (engine, "cuda", variant),
+            marks=[
+                pytest.mark.tensorrt if engine == "tensorrt" else pytest.mark.gpu,
+                pytest.mark.skipif(why is not None, reason=str(why)),
+            ],
+        )
+        for engine in ENGINES
+        for why in [lacking(engine)]
+        for variant in VARIANTS
+    ),
+]
 
 
-@pytest.fixture(params=CASES, ids=lambda c: f"{c[0]}-{c[1]}")
-def predictor(request: pytest.FixtureRequest, bundles: Callable[[str], Bundle]) -> Predictor:
-    engine, variant = request.param
-    return canvasmar_rt.load(bundles(variant).path, engine=engine)
+@pytest.fixture(params=CASES, ids=lambda c: "-".join(c))
+def predictor(
+    request: pytest.FixtureRequest,
+    bundles: Callable[[str], Bundle],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Predictor:
+    engine, device, variant = request.param
+    bundle = bundles(variant)
+    options = {}
+    if engine == "tensorrt":
+        options["engine_dir"] = tmp_path_factory.getbasetemp() / f"engines-{variant}"
+        build_engines(bundle, options["engine_dir"], BuildOptions(optimization_level=0))
+    return canvasmar_rt.load(bundle.path, engine=engine, device=device, **options)
 
 
 def relative(a: np.ndarray, b: np.ndarray) -> float:
@@ -76,9 +123,11 @@ def test_rollout_equals_the_reference_sampler(
 
 
 def test_golden_tensors_hold(predictor: Predictor) -> None:
-    report = verify(predictor.bundle.path, engine=predictor.engine.name)
+    engine = predictor.engine
+    options = {"engine_dir": engine._directory} if isinstance(engine, TensorRTEngine) else {}
+    report = verify(predictor.bundle.path, engine=engine.name, device=engine.device, **options)
     names = set(components(predictor.config))
-    if predictor.engine.name == "torch":
+    if engine.name == "torch":
         names.remove("frame")
     assert set(report["components"]) == names
     assert len(report["drift"]) == 32
@@ -112,25 +161,23 @@ def test_batch_rows_are_separate_videos(predictor: Predictor, clip: np.ndarray) 
 @pytest.mark.parametrize("change", ["shape", "dtype", "name"])
 def test_arrays_are_checked_on_the_way_in(predictor: Predictor, change: str) -> None:
     component = predictor.bundle.manifest.components["decoder"]
-    sizes = {"B": 2}
-
-    def arrays(tensors: tuple) -> dict[str, np.ndarray]:
-        return {t.name: np.zeros([sizes.get(d, d) for d in t.dims], t.dtype) for t in tensors}
-
-    def buffers(given: dict[str, np.ndarray]) -> dict[str, Buffer]:
-        return {name: host_buffer(x) for name, x in given.items()}
-
     engine, memory = predictor.engine, predictor.engine.memory()
-    inputs, outputs = arrays(component.inputs), arrays(component.outputs)
-    engine.bind("decoder", buffers(inputs), buffers(outputs), memory)()
+
+    def buffers(tensors: tuple[TensorEntry, ...]) -> dict[str, Buffer]:
+        layout = {t.name: ([2 if d == "B" else d for d in t.dims], t.dtype) for t in tensors}
+        return dict(memory.group(layout).buffers)
+
+    inputs, outputs = buffers(component.inputs), buffers(component.outputs)
+    engine.bind("decoder", inputs, outputs, memory)()
+    memory.synchronize()
     latent = inputs.pop("latent")
     inputs[{"name": "latents"}.get(change, "latent")] = {
-        "shape": latent[:, :-1].copy(),
-        "dtype": latent.astype(np.float64),
+        "shape": dataclasses.replace(latent, shape=(2, *latent.shape[2:])),
+        "dtype": dataclasses.replace(latent, dtype="float16"),
         "name": latent,
     }[change]
     with pytest.raises(InputError, match=r"decoder: .*latent"):
-        engine.bind("decoder", buffers(inputs), buffers(outputs), memory)
+        engine.bind("decoder", inputs, outputs, memory)
 
 
 def test_buffers_lie_in_one_piece() -> None:
