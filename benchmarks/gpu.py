@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -28,13 +29,22 @@ import torch
 import typer
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks.latency import machine, percentiles, resident_bytes
+from canvasmar_rt.benchmarks.latency import (
+    BenchOptions,
+    bench,
+    machine,
+    percentiles,
+    resident_bytes,
+)
+from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.command import run_command, stderr
 from canvasmar_rt.config import SamplingConfig, preset
 from canvasmar_rt.engines.base import ENGINES, cuda_index
 from canvasmar_rt.engines.program import Clock
+from canvasmar_rt.engines.tensorrt_build import build_engines
 from canvasmar_rt.engines.torch_program import TorchProgram
 from canvasmar_rt.errors import CanvasMarError, EngineError
+from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import build, cast
@@ -45,6 +55,7 @@ MODES = ("eager", "cuda graph", "compile", "compile + cuda graph")
 """Ways to run a frame in PyTorch; eager is the reference sampler, as a researcher writes it."""
 
 CASE_SECONDS = 12.0
+ITERATIONS = 50
 
 Report = dict[str, Any]
 Say = Callable[[str], None]
@@ -161,6 +172,33 @@ def parity(device: str) -> list[Report]:
         except CanvasMarError as error:
             found.append({"engine": engine, "device": device, "error": str(error)})
     return found
+
+
+def engines(bundle: str | Path, device: str) -> list[Report]:
+    """`canvasmar-rt bench` of a bundle on every engine, with and without CUDA graphs."""
+    found = []
+    with tempfile.TemporaryDirectory() as work:
+        for engine, graphs in itertools.product(ENGINES, (True, False)):
+            options: dict[str, Any] = {"cuda_graph": graphs}
+            try:
+                if engine == "tensorrt":
+                    options["engine_dir"] = Path(work)
+                    build_engines(Bundle.open(bundle), Path(work))
+                predictor = canvasmar_rt.load(bundle, engine=engine, device=device, **options)
+                report = bench(predictor, BenchOptions(warmup=5, iterations=ITERATIONS))
+                found.append({"config": report["config"], "metrics": report["metrics"]})
+            except CanvasMarError as error:
+                found.append({"engine": engine, "cuda_graph": graphs, "error": str(error)})
+    return found
+
+
+def exported(name: str, dtype: str, device: str) -> list[Report]:
+    """The same for a preset with random weights, exported without loops."""
+    model, sampling = build(preset(name)[0], seed=0), preset(name)[1]
+    options = ExportOptions(dtype=dtype, opset=23, unroll=True, drift_frames=1)
+    with tempfile.TemporaryDirectory() as work:
+        bundle = export_bundle(model, sampling, Path(work) / name, options, source="random weights")
+        return engines(bundle.path, device)
 
 
 def soak(device: str, *, frames: int, seconds: float) -> Report:
@@ -296,8 +334,11 @@ def run(
             lambda case=case: latency(case, place, seconds=min(CASE_SECONDS, left() / 2)),  # type: ignore[misc]
             90 if slow and device != "cpu" else 10,
         )
+    part("engines, toytable", lambda: engines("toytable", device), 30)
     part("soak", lambda: soak(device, frames=soak_frames, seconds=left() / 2), 5)
     part("tests", lambda: gpu_tests(seconds=left()), 10)
+    if device != "cpu":
+        part("engines, bair fp16", lambda: exported("bair", "fp16", device), 200)
     return report
 
 

@@ -350,13 +350,8 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
     model = ModelConfig(
         name="toytable",
         autoencoder=AutoencoderConfig(
-            height=64,
-            width=64,
-            temporal_compression=2,
-            latent_channels=32,
-            patch=4,
-            widths=(64, 128),
-        ),  # fmt: skip
+            height=64, width=64, temporal_compression=2, patch=4, widths=(64, 128)
+        ),
         flow=FlowConfig(width=256),
         dim=192,
         heads=3,

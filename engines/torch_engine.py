@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
+from types import MappingProxyType
 from typing import cast as typed
 
 import torch
@@ -87,6 +88,12 @@ class TorchEngine:
         self._compile, self._cuda_graph = compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
+
+    @property
+    def graph_off(self) -> Mapping[str, str]:
+        if self.device == "cpu" or self._cuda_graph:
+            return {}
+        return {"frame": "switched off"}
 
     def program(self, *, batch: int, sampling: SamplingConfig) -> TorchProgram:
         return TorchProgram(

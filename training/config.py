@@ -64,11 +64,14 @@ class RunConfig:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderTraining(RunConfig):
     """Autoencoder: L1 + gradient term + KL. `kl_weight` multiplies the KL of one latent frame in
-    nats, summed over its tokens and channels; `gradient_weight` the L1 of spatial differences."""
+    nats, summed over its tokens and channels; `gradient_weight` the L1 of spatial differences.
+    With `freeze_encoder` only the decoder learns: latents and their scale stay, and so do models
+    trained on them."""
 
     kl_weight: float = 1e-6
     gradient_weight: float = 1.0
     statistics_clips: int = 128
+    freeze_encoder: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -155,17 +158,17 @@ def kinetics600() -> Recipe:
 
 
 def toytable() -> Recipe:
-    """The small world, for hours of two CPU cores or minutes of a GPU. Clips are longer than the
-    autoencoder remembers (10 latent frames) and than the window: in a shorter clip neither would
-    learn what it meets in a long rollout."""
+    """The small world, for hours of two CPU cores or minutes of a GPU. The model's clips are longer
+    than its window and than the autoencoder remembers (10 latent frames): in shorter ones it would
+    never meet what it meets in a long rollout."""
     model, sampling = preset("toytable")
     return Recipe(
         model=model,
         sampling=sampling,
         autoencoder=AutoencoderTraining(
-            steps=8_000, batch=4, frames=25, optimizer="muon", learning_rate=2e-3,
-            warmup_steps=100, decay_steps=4_000, weight_decay=0.0, ema_decay=0.995,
-            checkpoint_every=500, sample_every=500,
+            steps=6_000, batch=8, frames=9, learning_rate=2e-3, warmup_steps=100,
+            decay_steps=2_000, weight_decay=0.0, ema_decay=0.995, checkpoint_every=500,
+            sample_every=500,
         ),
         training=ModelTraining(
             steps=12_000, batch=8, frames=25, optimizer="muon", learning_rate=2e-3,

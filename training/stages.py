@@ -62,6 +62,7 @@ class AutoencoderStage:
     ) -> None:
         self.model, self.sampling, self.config = model, sampling, config
         self.held_out = held_out
+        model.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
         self.loss: nn.Module = AutoencoderLoss(model.autoencoder, config)
 
     def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
@@ -70,6 +71,8 @@ class AutoencoderStage:
 
     def finish(self) -> None:
         """Measure the latents of held-out clips: their mean and deviation become the scale."""
+        if self.config.freeze_encoder:
+            return
         ae = self.model.autoencoder
         ae.latent_mean.zero_()
         ae.latent_std.fill_(1.0)

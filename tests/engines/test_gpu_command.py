@@ -15,6 +15,7 @@ from canvasmar_rt.errors import EngineError
 def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)  # without the test suite
     monkeypatch.setattr(gpu, "CASE_SECONDS", 1.0)
+    monkeypatch.setattr(gpu, "ITERATIONS", 3)
     output = tmp_path / "gpu.json"
     said: list[str] = []
     cases = tuple(
@@ -29,6 +30,11 @@ def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
         found = report[f"toytable, {mode}, batch 1"]
         assert 0 < found["frame_ms"]["p50"] <= found["frame_ms"]["p99"]
         assert found["frames"] >= 3
+    by_engine = {found.get("engine") or found["config"]["engine"]: found
+                 for found in report["engines, toytable"]}  # fmt: skip
+    for engine in ("onnxruntime", "torch"):
+        assert by_engine[engine]["metrics"][0]["frame_ms"]["p50"] > 0
+    assert "TensorRT" in by_engine["tensorrt"]["error"]
     assert report["soak"]["frames"] == 10
     assert report["soak"]["memory_at_end"]["host_bytes"] > 0
     assert "checkout" in report["tests"]["skipped"]
@@ -40,7 +46,7 @@ def test_what_no_longer_fits_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu, "parity", lambda device: [])
     report = gpu.run("cpu", tmp_path / "gpu.json", limit=5, soak_frames=10)
     skipped = [name for name, found in report.items() if "skipped" in found]
-    assert len(skipped) == len(gpu.CASES) + 2
+    assert len(skipped) == len(gpu.CASES) + 3
 
 
 def test_a_part_that_fails_does_not_end_the_others(
@@ -53,6 +59,7 @@ def test_a_part_that_fails_does_not_end_the_others(
 
     monkeypatch.setattr(gpu, "parity", lambda device: [])
     monkeypatch.setattr(gpu, "latency", broken)
+    monkeypatch.setattr(gpu, "engines", broken)
     monkeypatch.setattr(gpu, "soak", lambda *_, **__: {"frames": 1})
     report = gpu.run("cpu", tmp_path / "gpu.json", limit=60, cases=gpu.CASES[:1])
     assert "out of memory" in report["kinetics600, eager, batch 1"]["error"]

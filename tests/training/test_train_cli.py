@@ -158,6 +158,16 @@ def test_an_autoencoder_can_start_from_another(autoencoder: Path, tmp_path: Path
             torch.testing.assert_close(tensor, given[name.removeprefix("weights.autoencoder.")])
 
 
+def test_a_frozen_encoder_leaves_the_latents_as_they_are(autoencoder: Path, tmp_path: Path) -> None:
+    run(*AUTOENCODER, "-o", tmp_path, "--init", autoencoder, "--set", "freeze_encoder=true")
+    before, after = (
+        load_checkpoint(latest_checkpoint(d))[0].autoencoder.state_dict()
+        for d in (autoencoder, tmp_path)
+    )
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor) != name.startswith("decoder."), name
+
+
 def test_a_model_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
