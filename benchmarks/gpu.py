@@ -22,7 +22,7 @@ import xml.etree.ElementTree as ET
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -51,11 +51,19 @@ from canvasmar_rt.models.canvasmar import build, cast
 from canvasmar_rt.models.graphs import Graph, graph
 from canvasmar_rt.verify import verify
 
-MODES = ("eager", "cuda graph", "compile", "compile + cuda graph")
+MODES = (
+    "eager", "cuda graph", "cuda graph, flow kernel", "cuda graph, persistent flow kernel",
+    "compile", "compile + cuda graph",
+)  # fmt: skip
 """Ways to run a frame in PyTorch; eager is the reference sampler, as a researcher writes it."""
 
 CASE_SECONDS = 12.0
 ITERATIONS = 50
+
+FLOW_KERNELS: dict[str, Literal["staged", "persistent"]] = {
+    "cuda graph, flow kernel": "staged",
+    "cuda graph, persistent flow kernel": "persistent",
+}
 
 Report = dict[str, Any]
 Say = Callable[[str], None]
@@ -74,7 +82,7 @@ class Case:
 
 CASES = (
     *(Case(model="kinetics600", mode=m) for m in ("eager", "cuda graph")),
-    *(Case(model="bair", mode=m) for m in ("eager", "cuda graph")),
+    *(Case(model="bair", mode=m) for m in MODES[:4]),
     Case(model="kinetics600", mode="cuda graph", guided=False),
     Case(model="kinetics600", mode="cuda graph", batch=32),
     *(Case(model="toytable", mode=m, dtype="float32") for m in ("eager", "cuda graph")),
@@ -109,6 +117,7 @@ class Frames:
         self._program = TorchProgram(
             model, component, name=case.mode, batch=case.batch, sampling=sampling,
             graphs="cuda graph" in case.mode,
+            flow_kernel=FLOW_KERNELS.get(case.mode),
         )  # fmt: skip
         self._program.warmup()
         self.step = self._programmed

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 from typing import cast as typed
 
 import torch
@@ -50,12 +50,14 @@ def load_model(bundle: Bundle) -> CanvasMAR:
 class TorchEngine:
     """The bundle's dtype on the CPU or CUDA. `cuda_graph` captures a frame into one graph on CUDA;
     `compile` runs the components through torch.compile, which builds kernels at the first frame.
-    `flow_kernel` (True, which is "staged", or "persistent") draws tokens with the Triton kernel of
-    `canvasmar_rt.engines.flow_kernel` in place of the flow component; `self.flow_kernel` says what
-    runs. `bind` always runs the components."""
+    `flow_kernel` draws tokens with the Triton kernel of `canvasmar_rt.engines.flow_kernel` in place
+    of the flow component, as launches or, with `flow_persistent`, in one; the attribute
+    `flow_kernel` says what runs. `bind` always runs the components."""
 
     name = "torch"
-    OPTIONS = ("compile", "cuda_graph", "flow_kernel")
+    OPTIONS = MappingProxyType(
+        {"compile": bool, "cuda_graph": bool, "flow_kernel": bool, "flow_persistent": bool}
+    )
 
     def __init__(
         self,
@@ -65,7 +67,8 @@ class TorchEngine:
         threads: int | None = None,
         compile: bool = False,
         cuda_graph: bool = True,
-        flow_kernel: bool | Mode = False,
+        flow_kernel: bool = False,
+        flow_persistent: bool = False,
     ) -> None:
         place = torch.device("cpu")
         if device != "cpu":
@@ -79,7 +82,12 @@ class TorchEngine:
             place = torch.device("cuda", index)
         if threads is not None:
             torch.set_num_threads(threads)
-        self.flow_kernel = _flow_kernel(bundle, place, flow_kernel)
+        self.flow_kernel: Mode | None = None
+        if flow_kernel:
+            _require_flow_kernel(bundle, place)
+            self.flow_kernel = "persistent" if flow_persistent else "staged"
+        elif flow_persistent:
+            raise EngineError("flow_persistent is a way of the flow kernel: set flow_kernel too")
         self.bundle, self.device = bundle, str(place)
         model = load_model(bundle)
         if bundle.manifest.dtype != "float32":
@@ -141,25 +149,17 @@ class TorchEngine:
         return run
 
 
-def _flow_kernel(bundle: Bundle, place: torch.device, wanted: bool | Mode) -> Mode | None:
-    """How the flow kernel is to run, None for not at all.
-
-    Raises:
-        EngineError: if it is wanted and cannot run here.
+def _require_flow_kernel(bundle: Bundle, place: torch.device) -> None:
     """
-    if wanted is False:
-        return None
-    if wanted not in (True, "staged", "persistent"):
-        raise EngineError(
-            f"flow_kernel must be True, False, 'staged' or 'persistent', got {wanted!r}"
-        )
+    Raises:
+        EngineError: if the flow kernel cannot run here, saying why.
+    """
     try:
         from canvasmar_rt.engines.flow_kernel import supported
     except ModuleNotFoundError as error:
         raise EngineError(f"flow_kernel: {error}; pip install triton") from None
     if reason := supported(bundle.manifest.model, place):
         raise EngineError(f"flow_kernel: {reason}")
-    return "staged" if wanted is True else wanted
 
 
 def _tensor(buffer: Buffer) -> Tensor:
