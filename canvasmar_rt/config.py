@@ -363,7 +363,8 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
         action_dim=4,
         fps=10.0,
     )
-    return model, SamplingConfig(ar_steps=4)
+    sampling = SamplingConfig(ar_steps=4, solver="ab2", flow_steps=10, canvas_guidance=1.3)
+    return model, sampling
 
 
 PRESETS = {f.__name__: f for f in (bair, ucf101, kinetics600, toytable)}

@@ -84,7 +84,9 @@ class AutoencoderTraining(RunConfig):
 class ModelTraining(RunConfig):
     """CanvasMAR (eq. 10). Drop probabilities are per latent frame (sec. 4.4), `action_drop` per
     clip half the time and per latent frame otherwise, so that a model also runs whole clips
-    without actions. `flow_repeat` flow times are drawn per token (MAR's multiplier)."""
+    without actions. `history_noise` is the largest deviation of the noise added to each latent
+    frame the Temporal ViT reads (not in the paper). `flow_repeat` flow times are drawn per token
+    (MAR's multiplier)."""
 
     canvas_weight: float = 0.1
     static_weight: float = 0.1

@@ -185,7 +185,7 @@ class ModelLoss(nn.Module):
         history = latents
         if c.history_noise:
             level = c.history_noise * draws.uniform(frames)[..., None, None]
-            history = latents * (1 - level) + level * draws.normal(*latents.shape[1:])
+            history = latents + level * draws.normal(*latents.shape[1:])
         read = torch.cat([torch.zeros_like(history[:, :1]), history[:, :-1]], dim=1)
         given = moved = None
         if self.model_config.action_dim:
