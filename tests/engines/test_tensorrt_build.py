@@ -21,6 +21,7 @@ from canvasmar_rt.engines.cuda_memory import Gpu
 from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines, profiles
 from canvasmar_rt.engines.tensorrt_cache import Profile, plan_path, read_metadata, read_plan
 from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.schedule import flow_plan
 
 LIBRARY = "canvasmar_rt.engines.tensorrt_library"
 BATCH = BatchRange(minimum=1, optimum=2, maximum=8)
@@ -111,7 +112,10 @@ def test_profiles_hold_every_call_of_a_frame(bundle: Bundle) -> None:
     assert first["select_index"] == Profile(minimum=(1, 5), optimum=(2, 5), maximum=(8, 5))
     assert spatial["known_index"] == Profile(minimum=(1, 5), optimum=(2, 40), maximum=(8, 40))
     assert spatial["mask_index"] == Profile(minimum=(1, 24), optimum=(2, 24), maximum=(8, 59))
-    assert flow["flow_time"] == Profile(minimum=(30,), optimum=(30,), maximum=(30,))
+    evaluations = (len(flow_plan(bundle.manifest.sampling).time),)
+    assert flow["flow_time"] == Profile(
+        minimum=evaluations, optimum=evaluations, maximum=evaluations
+    )
     assert flow["branch_weight"] == Profile(minimum=(1,), optimum=(3,), maximum=(3,))
 
 

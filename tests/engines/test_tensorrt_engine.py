@@ -27,6 +27,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
 )
 from canvasmar_rt.engines.tensorrt_engine import TensorRTEngine
 from canvasmar_rt.errors import EngineError
+from canvasmar_rt.schedule import flow_plan
 from tests.engines.fake_cuda import FakeCuda
 
 LIBRARY = "canvasmar_rt.engines.tensorrt_library"
@@ -169,7 +170,8 @@ def directory(tmp_path: Path) -> Path:
 
 def bound(engine: TensorRTEngine, component: str, batch: int = 2) -> tuple[Any, Any, Any]:
     entry = BUNDLE.manifest.components[component]
-    sizes = {"B": batch, "G": 3, "S": 5, "E": 30, "K": 19, "M": 45}
+    evaluations = len(flow_plan(BUNDLE.manifest.sampling).time)
+    sizes = {"B": batch, "G": 3, "S": 5, "E": evaluations, "K": 19, "M": 45}
     memory = engine.memory()
 
     def buffers(tensors: Any) -> dict[str, Buffer]:

@@ -277,7 +277,8 @@ def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
     assert certificate.engine == "torch"
     assert 1e-4 < certificate.components["spatial"].relative < 1e-1
     report = verify(bundle.path, engine="torch")
-    assert report["components"]["spatial"]["relative"] == certificate.components["spatial"].relative
+    worst = certificate.components["spatial"].relative  # of two batch sizes
+    assert 1e-4 < report["components"]["spatial"]["relative"] <= worst
     with pytest.raises(BundleError, match=r"GPU engine only.*fp32"):
         canvasmar_rt.load(bundle.path)
 
