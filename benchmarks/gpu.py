@@ -42,8 +42,9 @@ from canvasmar_rt.config import SamplingConfig, preset
 from canvasmar_rt.engines.base import ENGINES, cuda_index
 from canvasmar_rt.engines.program import Clock
 from canvasmar_rt.engines.tensorrt_build import build_engines
+from canvasmar_rt.engines.torch_engine import torch_device
 from canvasmar_rt.engines.torch_program import TorchProgram
-from canvasmar_rt.errors import CanvasMarError, EngineError
+from canvasmar_rt.errors import CanvasMarError
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models import sampler
@@ -99,7 +100,6 @@ class Frames:
     def __init__(self, case: Case, device: torch.device, *, sampling: SamplingConfig) -> None:
         model = cast(build(preset(case.model)[0], seed=0), getattr(torch, case.dtype)).to(device)
         self._model, self._sampling, self._batch = model, sampling, case.batch
-        self._rng = np.random.default_rng(0)
         self._time = 0
         if case.mode == "eager":
             self._state = sampler.empty_state(model, case.batch)
@@ -135,11 +135,12 @@ class Frames:
         self._time += 1
 
     def _programmed(self) -> None:
-        noise = sampler.draw_noise(
-            self._model.config, self._sampling, seed=0, streams=range(self._batch), frame=self._time
+        self._program.noise.fill(
+            seed=0,
+            streams=range(self._batch),
+            frame=self._time,
+            has_canvas=self._model.config.canvas,
         )
-        for name, values in vars(noise).items():
-            getattr(self._program.noise, name)[...] = values.numpy()
         self._program.predict(self._time, None, order=None, decode_canvas=False, clock=Clock())
         self._time += 1
 
@@ -302,20 +303,13 @@ def run(
     Raises:
         EngineError: if the device is not there.
     """
-    if device != "cpu":
-        index = cuda_index("torch", device)
-        if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-            raise EngineError(
-                f"no {device} here ({torch.cuda.device_count()} CUDA devices); run 'canvasmar-rt "
-                "doctor' to see what is missing"
-            )
+    place = torch_device(device)
     begun = time.perf_counter()
 
     def left() -> float:
         return limit - (time.perf_counter() - begun)
 
     report: Report = {"metadata": describe(device), "device": device}
-    place = torch.device("cpu" if device == "cpu" else f"cuda:{cuda_index('torch', device)}")
 
     def part(name: str, work: Callable[[], Any], at_least: float) -> None:
         started = time.perf_counter()

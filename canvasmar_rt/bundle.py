@@ -139,15 +139,20 @@ class Manifest:
 
     def fixed_dims(self, component: str) -> dict[str, int]:
         """Symbolic dimensions of the component table that its graph fixes."""
-        fixed = {"AR": self.sampling.ar_steps} if component == "frame" else {}
-        if self.unrolled and component in ("flow", "frame"):
-            fixed["E"] = len(flow_plan(self.sampling).time)
-        return fixed
+        return fixed_dims(component, self.sampling, unrolled=self.unrolled)
 
     def __post_init__(self) -> None:
         for text in (self.source, self.model.name, *self.producer.values()):
             if not text.isprintable():  # it is shown on terminals
                 raise ConfigError(f"manifest: {text!r} holds control characters")
+
+
+def fixed_dims(component: str, sampling: SamplingConfig, *, unrolled: bool) -> dict[str, int]:
+    """Symbolic dimensions of the component table that a component's graph fixes."""
+    fixed = {"AR": sampling.ar_steps} if component == "frame" else {}
+    if unrolled and component in ("flow", "frame"):
+        fixed["E"] = len(flow_plan(sampling).time)
+    return fixed
 
 
 def component_entries(config: ModelConfig, dtype: str) -> dict[str, ComponentEntry]:

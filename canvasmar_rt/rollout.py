@@ -20,7 +20,6 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines import Engine, create
 from canvasmar_rt.engines.program import Clock, Float32, Int64, UInt8, state_shapes
 from canvasmar_rt.errors import ConfigError, InputError, StateError
-from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 
 Array = npt.NDArray[Any]
 
@@ -255,7 +254,12 @@ class Rollout:
         clock = Clock()
         frame = self._time
         from_nothing = frame == 0
-        self._draw_noise(frame, self.config.canvas and not from_nothing)
+        self._program.noise.fill(
+            seed=self._seed,
+            streams=self._streams,
+            frame=frame,
+            has_canvas=self.config.canvas and not from_nothing,
+        )
         clock.lap("noise")
         drawn = self._program.predict(
             frame, told, order=order, decode_canvas=decode_canvas, clock=clock
@@ -309,17 +313,6 @@ class Rollout:
         if array.shape not in ((a,), (b, a)):
             raise InputError(f"action: expected shape ({a},) or ({b}, {a}), got {array.shape}")
         return array
-
-    def _draw_noise(self, frame: int, has_canvas: bool) -> None:
-        noise, key = (
-            self._program.noise,
-            {"seed": self._seed, "streams": self._streams, "frame": frame},
-        )
-        fill_normal(noise.flow, purpose=Purpose.FLOW, **key)  # type: ignore[arg-type]
-        fill_gumbel(noise.order, purpose=Purpose.ORDER, **key)  # type: ignore[arg-type]
-        if has_canvas:
-            fill_normal(noise.frame, purpose=Purpose.FRAME_AUGMENTATION, **key)  # type: ignore[arg-type]
-            fill_normal(noise.canvas, purpose=Purpose.CANVAS_AUGMENTATION, **key)  # type: ignore[arg-type]
 
     # -- what really happened
 

@@ -36,6 +36,36 @@ def set_sizes(tokens: int, ar_steps: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
+@dataclasses.dataclass(frozen=True)
+class ArStep:
+    """One AR step: how many tokens are `known` before it, how many it draws, of how many `left`.
+
+    `parts` are the slices of the order that its index inputs hold, by their names without
+    "_index"; the first step has no `known`."""
+
+    known: int
+    drawn: int
+    left: int
+
+    @property
+    def parts(self) -> dict[str, slice]:
+        tokens = self.known + self.left
+        parts = {
+            "select": slice(self.known, self.known + self.drawn),
+            "mask": slice(self.known, tokens),
+        }
+        return parts | ({"known": slice(0, self.known)} if self.known else {})
+
+
+def ar_steps(tokens: int, count: int) -> tuple[ArStep, ...]:
+    """The AR steps of a frame (`set_sizes`)."""
+    steps, known = [], 0
+    for size in set_sizes(tokens, count):
+        steps.append(ArStep(known, size, tokens - known))
+        known += size
+    return tuple(steps)
+
+
 def order_temperatures(sampling: SamplingConfig) -> Float32:
     """tau_k of each AR step, (K,): rising for the motion-aware order (sec. 4.3), falling for
     MaskGiT's; for a plain random order staticness is ignored and the scale does not matter."""
@@ -129,6 +159,29 @@ def flow_plan(sampling: SamplingConfig) -> FlowPlan:
         step_new=new.astype(np.float32),
         step_old=old.astype(np.float32),
     )
+
+
+def solver_inputs(sampling: SamplingConfig) -> dict[str, Float32]:
+    """The graph inputs that only sampling options decide, by their names: noise levels, the flow
+    plan."""
+    plan = flow_plan(sampling)
+    return {
+        "frame_noise_level": np.array(sampling.frame_noise, np.float32),
+        "canvas_noise_level": np.array(sampling.canvas_noise, np.float32),
+        "flow_time": plan.time,
+        "step_new": plan.step_new,
+        "step_old": plan.step_old,
+    }
+
+
+def branch_inputs(sampling: SamplingConfig, *, has_canvas: bool) -> dict[str, Float32]:
+    """The graph inputs of the guidance branches, by their names."""
+    branches = guidance_branches(sampling, has_canvas=has_canvas)
+    return {
+        "temporal_on": branches.temporal_on.copy(),
+        "canvas_on": branches.canvas_on.copy(),
+        "branch_weight": branches.weight.copy(),
+    }
 
 
 def time_rotation(time: int, pairs: int) -> Float32:

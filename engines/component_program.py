@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Protocol
 
 import numpy as np
 
-from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.components import MASKED, components
+from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.base import Engine
 from canvasmar_rt.engines.memory import Array, Buffer, Group, Memory, Run
 from canvasmar_rt.engines.program import (
     Clock,
@@ -22,34 +21,15 @@ from canvasmar_rt.engines.program import (
     Float32,
     Int64,
     Noise,
+    Shapes,
     UInt8,
+    noise_shapes,
     require_finite,
     state_shapes,
+    tell,
+    told_shapes,
 )
-from canvasmar_rt.schedule import (
-    flow_plan,
-    generation_order,
-    guidance_branches,
-    set_sizes,
-    time_rotation,
-)
-
-
-class ComponentEngine(Protocol):
-    """An engine that runs single components on buffers of its memory."""
-
-    name: str
-    bundle: Bundle
-
-    def memory(self) -> Memory: ...
-
-    def bind(
-        self,
-        component: str,
-        inputs: Mapping[str, Buffer],
-        outputs: Mapping[str, Buffer],
-        memory: Memory,
-    ) -> Run: ...
+from canvasmar_rt.schedule import ar_steps, branch_inputs, generation_order, solver_inputs
 
 
 class _Stage:
@@ -79,21 +59,19 @@ class _Branches:
 class ComponentProgram:
     """See `canvasmar_rt.engines.program.Program`."""
 
-    def __init__(self, engine: ComponentEngine, *, batch: int, sampling: SamplingConfig) -> None:
+    def __init__(self, engine: Engine, *, batch: int, sampling: SamplingConfig) -> None:
         self._engine, self._batch, self._sampling = engine, batch, sampling
         self._config = engine.bundle.manifest.model
         self._dtype = engine.bundle.manifest.dtype
         self._table = components(self._config)
-        self._sizes = set_sizes(self._config.tokens, sampling.ar_steps)
+        self._steps = ar_steps(self._config.tokens, sampling.ar_steps)
         self._memory = engine.memory()
         self._allocate()
         self._bind()
 
     # -- buffers and bindings
 
-    def _group(
-        self, layout: Mapping[str, tuple[tuple[int, ...], str]], *, mirrored: bool = True
-    ) -> Group:
+    def _group(self, layout: Shapes, *, mirrored: bool = True) -> Group:
         named = {n: (s, self._dtype if d == "hidden" else d) for n, (s, d) in layout.items()}
         return self._memory.group(named, mirrored=mirrored)
 
@@ -101,35 +79,13 @@ class ComponentProgram:
         c, ae, b = self._config, self._config.autoencoder, self._batch
         n, t = c.tokens, ae.temporal_compression
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
-        plan = flow_plan(self._sampling)
-        self._fixed = self._constants(
-            {
-                "frame_noise_level": np.array(self._sampling.frame_noise, np.float32),
-                "canvas_noise_level": np.array(self._sampling.canvas_noise, np.float32),
-                "flow_time": plan.time,
-                "step_new": plan.step_new,
-                "step_old": plan.step_old,
-            }
-        )
-        action = {"action": ((b, c.action_dim), "float32"), "action_given": ((b,), "float32")}
-        self._told = self._group(
-            {
-                "is_first": ((b,), "float32"),
-                "time": ((2, c.time_rotary_pairs), "float32"),
-                "cache_bias": ((b, c.context_frames), "float32"),
-                **(action if c.action_dim else {}),
-            }
-        )
-        self._noise = self._group(
-            {
-                "flow_noise": (latent, "float32"),
-                "frame_noise": (latent, "float32"),
-                "canvas_noise": ((b, n, c.dim), "float32"),
-            }
-        )
+        self._fixed = self._constants(solver_inputs(self._sampling))
+        self._told = self._group(told_shapes(c, b))
+        self._told_host = {name: _host(self._told, name) for name in self._told.buffers}
+        self._noise = self._group(noise_shapes(c, b))
         self.noise = Noise(
             **{k: _host(self._noise, f"{k}_noise") for k in ("flow", "frame", "canvas")},
-            order=np.zeros((b, len(self._sizes), n), np.float32),
+            order=np.zeros((b, len(self._steps), n), np.float32),
         )
         self._given = self._group({"frames": (pixels, "uint8")})
         self._guess = self._group(
@@ -137,9 +93,9 @@ class ComponentProgram:
         )
         self._indices = self._group(
             {
-                f"{kind}_{k}": ((b, size), "int64")
-                for k, kinds in enumerate(_index_sizes(self._sizes))
-                for kind, size in kinds.items()
+                f"{kind}_{k}": ((b, part.stop - part.start), "int64")
+                for k, step in enumerate(self._steps)
+                for kind, part in step.parts.items()
             }
         )
         self._out = self._group({"latent": (latent, "float32"), "frames": (pixels, "uint8")})
@@ -150,12 +106,12 @@ class ComponentProgram:
         self._lasting = self._group(states, mirrored=False).buffers
         histories = {k: s for k, s in states.items() if k.startswith("decoder_before")}
         self._spare = list(self._group(histories, mirrored=False).buffers.values())
-        work: dict[str, tuple[tuple[int, ...], str]] = {
+        work: Shapes = {
             "z_temporal": ((b, c.temporal_tokens, c.dim), "hidden"),
             "z_canvas": ((b, n, c.dim), "hidden"),
         }
         # the first stays empty; the last step writes the latent frame itself
-        work |= {f"partial_{i}": (latent, "float32") for i in range(min(len(self._sizes), 3))}
+        work |= {f"partial_{i}": (latent, "float32") for i in range(min(len(self._steps), 3))}
         self._work = self._group(work, mirrored=False).buffers
         self._buffers: dict[str, Buffer] = {
             **self._fixed,
@@ -232,17 +188,11 @@ class ComponentProgram:
 
     def _bind_branches(self, has_canvas: bool) -> _Branches:
         c, b = self._config, self._batch
-        branches = guidance_branches(self._sampling, has_canvas=has_canvas)
-        g = len(branches.weight)
-        fixed = self._constants(
-            {
-                "temporal_on": branches.temporal_on,
-                "canvas_on": branches.canvas_on,
-                "branch_weight": branches.weight,
-            }
-        )
-        layout: dict[str, tuple[tuple[int, ...], str]] = {
-            f"z_tokens_{k}": ((g, b, size, c.dim), "hidden") for k, size in enumerate(self._sizes)
+        fixed = self._constants(branch_inputs(self._sampling, has_canvas=has_canvas))
+        g = fixed["branch_weight"].shape[0]
+        layout: Shapes = {
+            f"z_tokens_{k}": ((g, b, step.drawn, c.dim), "hidden")
+            for k, step in enumerate(self._steps)
         }
         isolated = c.condition_attention == "isolated"
         if isolated:
@@ -251,19 +201,19 @@ class ComponentProgram:
         own = {**fixed, **self._group(layout, mirrored=False).buffers}
         condition = self._bound("condition", own) if isolated else None
         steps = []
-        for k, kinds in enumerate(_index_sizes(self._sizes)):
-            last = k + 1 == len(self._sizes)
-            step = {
+        for k, step in enumerate(self._steps):
+            last = k + 1 == len(self._steps)
+            have = {
                 **own,
-                **{f"{kind}_index": self._indices.buffers[f"{kind}_{k}"] for kind in kinds},
+                **{f"{kind}_index": self._indices.buffers[f"{kind}_{k}"] for kind in step.parts},
                 "z_tokens": own[f"z_tokens_{k}"],
                 "partial": self._work["partial_0" if k == 0 else f"partial_{1 + (k - 1) % 2}"],
                 "next_partial": self._buffers["latent"]
                 if last
                 else self._work[f"partial_{1 + k % 2}"],
             }
-            spatial = self._bound("spatial" if k else "spatial_first", step)
-            steps.append((spatial, self._bound("flow", step)))
+            spatial = self._bound("spatial" if k else "spatial_first", have)
+            steps.append((spatial, self._bound("flow", have)))
         return _Branches(own, condition, steps)
 
     # -- stages of a frame
@@ -297,25 +247,15 @@ class ComponentProgram:
             self._backs[key] = _Stage(self._memory, parts)
         return self._backs[key]
 
-    def _tell(self, time: int, action: Float32 | None) -> int:
-        """Fill the inputs of the Temporal ViT; the ring slot it will write."""
-        frames = self._config.context_frames
-        slot = time % frames
-        _host(self._told, "is_first").fill(float(time == 0))
-        bias = _host(self._told, "cache_bias")
-        bias.fill(MASKED)
-        bias[:, : min(time, frames)] = 0.0
-        bias[:, slot] = MASKED
-        _host(self._told, "time")[:] = time_rotation(time, self._config.time_rotary_pairs)
-        if self._config.action_dim:
-            _host(self._told, "action_given").fill(float(action is not None))
-            _host(self._told, "action")[:] = 0.0 if action is None else action
-        return slot
+    def _fill_indices(self, order: Int64) -> None:
+        for k, step in enumerate(self._steps):
+            for kind, part in step.parts.items():
+                _host(self._indices, f"{kind}_{k}")[:] = order[:, part]
 
     # -- the program
 
     def advance(self, time: int, action: Float32 | None) -> None:
-        slot = self._tell(time, action)
+        slot = tell(self._told_host, self._config, time, action)
         self._told.upload()
         self._temporal[slot]()
         self._memory.synchronize()
@@ -344,7 +284,8 @@ class ComponentProgram:
         clock: Clock,
     ) -> Drawn:
         has_canvas = self._config.canvas and time > 0
-        self._front(self._tell(time, action), has_canvas)(clock)
+        slot = tell(self._told_host, self._config, time, action)
+        self._front(slot, has_canvas)(clock)
         staticness = canvas = None
         if has_canvas:
             self._wait(clock)
@@ -354,11 +295,7 @@ class ComponentProgram:
             generation_order(staticness, self.noise.order, self._sampling, self._order)
         else:
             self._order[:] = order
-        for k, kinds in enumerate(_index_sizes(self._sizes)):
-            known = sum(self._sizes[:k])
-            for kind, size in kinds.items():
-                start = 0 if kind == "known" else known
-                _host(self._indices, f"{kind}_{k}")[:] = self._order[:, start : start + size]
+        self._fill_indices(self._order)
         clock.lap("order")
         side = self._sides["decoder"]
         self._back(side, has_canvas)(clock)
@@ -429,9 +366,8 @@ class ComponentProgram:
             self._front(slot, self._config.canvas)(clock)
         for has_canvas in {self._config.canvas, False}:
             self._front(0, has_canvas)(clock)
-            for k, kinds in enumerate(_index_sizes(self._sizes)):
-                for kind, size in kinds.items():
-                    _host(self._indices, f"{kind}_{k}")[:] = np.arange(size)
+            self._order[:] = np.arange(self._config.tokens)
+            self._fill_indices(self._order)
             for side in (0, 1):
                 self._back(side, has_canvas)(clock)
         self._canvas_decoders()
@@ -443,13 +379,3 @@ def _host(group: Group, name: str) -> Array:
     array = group.buffers[name].host
     assert array is not None
     return array
-
-
-def _index_sizes(sizes: tuple[int, ...]) -> list[dict[str, int]]:
-    """How many tokens every AR step knows, draws (`select`) and has left (`mask`, these included);
-    `known` is missing in the first step."""
-    table, known, tokens = [], 0, sum(sizes)
-    for size in sizes:
-        table.append({"select": size, "mask": tokens - known} | ({"known": known} if known else {}))
-        known += size
-    return table

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from canvasmar_rt.components import autoencoder_states
+from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines.memory import Array
 from canvasmar_rt.errors import EngineError
+from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
+from canvasmar_rt.schedule import time_rotation
 
 UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
@@ -50,6 +52,18 @@ class Noise:
     frame: Float32
     canvas: Float32
     order: Float32
+
+    def fill(self, *, seed: int, streams: Sequence[int], frame: int, has_canvas: bool) -> None:
+        """Draw the noise of a latent frame."""
+        normals = [(self.flow, Purpose.FLOW)]
+        if has_canvas:
+            normals += [
+                (self.frame, Purpose.FRAME_AUGMENTATION),
+                (self.canvas, Purpose.CANVAS_AUGMENTATION),
+            ]
+        for out, purpose in normals:
+            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
+        fill_gumbel(self.order, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,11 +128,52 @@ class Program(Protocol):
         """Do now what the first frames would otherwise have to wait for; the state stays."""
 
 
-def state_shapes(config: ModelConfig, batch: int) -> dict[str, tuple[tuple[int, ...], str]]:
+Shapes = dict[str, tuple[tuple[int, ...], str]]
+"""Shape and dtype by name."""
+
+
+def told_shapes(config: ModelConfig, batch: int) -> Shapes:
+    """What the host tells the Temporal ViT of a frame, by the names of its inputs (`tell`)."""
+    shapes: Shapes = {
+        "is_first": ((batch,), "float32"),
+        "time": ((2, config.time_rotary_pairs), "float32"),
+        "cache_bias": ((batch, config.context_frames), "float32"),
+    }
+    if config.action_dim:
+        shapes["action"] = ((batch, config.action_dim), "float32")
+        shapes["action_given"] = ((batch,), "float32")
+    return shapes
+
+
+def tell(host: Mapping[str, Array], config: ModelConfig, time: int, action: Float32 | None) -> int:
+    """Fill arrays of `told_shapes` for frame `time`; the ring slot that it will write."""
+    slot = time % config.context_frames
+    host["is_first"].fill(float(time == 0))
+    host["cache_bias"].fill(MASKED)
+    host["cache_bias"][:, : min(time, config.context_frames)] = 0.0
+    host["cache_bias"][:, slot] = MASKED
+    host["time"][:] = time_rotation(time, config.time_rotary_pairs)
+    if config.action_dim:
+        host["action_given"].fill(float(action is not None))
+        host["action"][:] = 0.0 if action is None else action
+    return slot
+
+
+def noise_shapes(config: ModelConfig, batch: int) -> Shapes:
+    """The noise that enters the graphs, by the names of their inputs."""
+    latent = (batch, config.tokens, config.autoencoder.latent_channels)
+    return {
+        "flow_noise": (latent, "float32"),
+        "frame_noise": (latent, "float32"),
+        "canvas_noise": ((batch, config.tokens, config.dim), "float32"),
+    }
+
+
+def state_shapes(config: ModelConfig, batch: int) -> Shapes:
     """Shape and dtype ("hidden" for the bundle's) of the arrays of a snapshot. `before` are the
     autoencoder's histories before the latest frame."""
     ae = config.autoencoder
-    shapes: dict[str, tuple[tuple[int, ...], str]] = {
+    shapes: Shapes = {
         "latent": ((batch, config.tokens, ae.latent_channels), "float32"),
     }
     ring = (config.context_frames, batch, config.temporal_tokens, config.dim)

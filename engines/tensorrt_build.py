@@ -31,7 +31,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
 )
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.schedule import flow_plan, guidance_branches, set_sizes
+from canvasmar_rt.schedule import ar_steps, flow_plan, guidance_branches
 
 Progress = Callable[[str, int, int], None]
 """Component, steps done, steps in all of the phase TensorRT is in."""
@@ -118,10 +118,10 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
     Guidance branches G may be 1 to 3, as guidance scales change; set sizes S, M and K are those of
     the AR steps, tuned for the step that draws most tokens."""
     manifest = bundle.manifest
-    steps, known = [], 0
-    for size in set_sizes(manifest.model.tokens, manifest.sampling.ar_steps):
-        steps.append({"S": size, "M": manifest.model.tokens - known, "K": known})
-        known += size
+    steps = [
+        {"S": step.drawn, "M": step.left, "K": step.known}
+        for step in ar_steps(manifest.model.tokens, manifest.sampling.ar_steps)
+    ]
     if component == "spatial_first":
         steps = steps[:1]
     elif component == "spatial":

@@ -47,6 +47,24 @@ def load_model(bundle: Bundle) -> CanvasMAR:
     return load_state(bundle.manifest.model, state, str(bundle.path))
 
 
+def torch_device(device: str) -> torch.device:
+    """PyTorch's name of "cpu", "cuda" or "cuda:<index>".
+
+    Raises:
+        EngineError: if this PyTorch has no such device.
+    """
+    if device == "cpu":
+        return torch.device("cpu")
+    index = cuda_index("torch", device)
+    if not torch.cuda.is_available() or index >= torch.cuda.device_count():
+        raise EngineError(
+            f"this PyTorch ({torch.__version__}) has no {device}, only "
+            f"{torch.cuda.device_count()} CUDA devices; docs/install.md says how to get the CUDA "
+            "build, 'canvasmar-rt doctor' what is missing"
+        )
+    return torch.device("cuda", index)
+
+
 class TorchEngine:
     """The bundle's dtype on the CPU or CUDA. `cuda_graph` captures a frame into one graph on CUDA;
     `compile` runs the components through torch.compile, which builds kernels at the first frame.
@@ -70,16 +88,7 @@ class TorchEngine:
         flow_kernel: bool = False,
         flow_persistent: bool = False,
     ) -> None:
-        place = torch.device("cpu")
-        if device != "cpu":
-            index = cuda_index(self.name, device)
-            if not torch.cuda.is_available() or index >= torch.cuda.device_count():
-                raise EngineError(
-                    f"this PyTorch ({torch.__version__}) has no {device}, only "
-                    f"{torch.cuda.device_count()} CUDA devices; docs/install.md says how to get "
-                    "the CUDA build"
-                )
-            place = torch.device("cuda", index)
+        place = torch_device(device)
         if threads is not None:
             torch.set_num_threads(threads)
         self.flow_kernel: Mode | None = None

@@ -6,14 +6,13 @@ included, and everything it gives comes back in one. In between nothing waits fo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from canvasmar_rt.components import MASKED
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.memory import STORAGE, Array
 from canvasmar_rt.engines.program import (
@@ -22,18 +21,22 @@ from canvasmar_rt.engines.program import (
     Float32,
     Int64,
     Noise,
+    Shapes,
     UInt8,
+    noise_shapes,
     require_finite,
     state_shapes,
+    tell,
+    told_shapes,
 )
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.graphs import Graph
 from canvasmar_rt.schedule import (
-    flow_plan,
-    guidance_branches,
+    ArStep,
+    ar_steps,
+    branch_inputs,
     order_temperatures,
-    set_sizes,
-    time_rotation,
+    solver_inputs,
 )
 
 if TYPE_CHECKING:
@@ -45,9 +48,7 @@ ALIGNMENT = 64
 class Parcel:
     """Tensors that travel together: one block on the device and one, pinned, on the host."""
 
-    def __init__(
-        self, layout: Mapping[str, tuple[tuple[int, ...], str]], device: torch.device
-    ) -> None:
+    def __init__(self, layout: Shapes, device: torch.device) -> None:
         places, size = {}, 0
         for name, (shape, dtype) in layout.items():
             nbytes = int(np.prod(shape)) * STORAGE[dtype].itemsize
@@ -79,7 +80,7 @@ class Parcel:
 
 
 def draw_order(
-    staticness: Tensor | None, gumbel: Tensor, sampling: SamplingConfig, sizes: tuple[int, ...]
+    staticness: Tensor | None, gumbel: Tensor, sampling: SamplingConfig, steps: Sequence[ArStep]
 ) -> Tensor:
     """`canvasmar_rt.schedule.generation_order` on the device: (B, N) int64."""
     tau = order_temperatures(sampling)
@@ -87,11 +88,11 @@ def draw_order(
     if staticness is not None and sampling.order != "random":
         confidence = staticness.clamp(min=1e-6).log()
     parts: list[Tensor] = []
-    for k, size in enumerate(sizes):
+    for k, step in enumerate(steps):
         score = confidence + float(tau[k]) * gumbel[:, k]
         for taken in parts:
             score = score.scatter(1, taken, -torch.inf)
-        parts.append(score.sort(dim=1, descending=True, stable=True).indices[:, :size])
+        parts.append(score.sort(dim=1, descending=True, stable=True).indices[:, : step.drawn])
     return torch.cat(parts, dim=1)
 
 
@@ -113,7 +114,7 @@ class TorchProgram:
         is how `canvasmar_rt.engines.flow_kernel` takes the place of the flow component."""
         self._model, self._component, self._name = model, component, name
         self._config, self._sampling, self._batch = model.config, sampling, batch
-        self._sizes = set_sizes(model.config.tokens, sampling.ar_steps)
+        self._steps = ar_steps(model.config.tokens, sampling.ar_steps)
         self._device = model.spatial.mask.device
         self._dtype = str(model.spatial.mask.dtype).removeprefix("torch.")
         self._capture = graphs and self._device.type == "cuda"
@@ -128,7 +129,7 @@ class TorchProgram:
 
             self._flow = FlowKernel(
                 model.flow,
-                tokens=batch * max(self._sizes),
+                tokens=batch * max(step.drawn for step in self._steps),
                 branches=max(len(b["branch_weight"]) for b in self._branches.values()),
                 evaluations=len(self._fixed["flow_time"]),
                 mode=flow_kernel,
@@ -138,20 +139,14 @@ class TorchProgram:
         c, ae, b = self._config, self._config.autoencoder, self._batch
         n, t = c.tokens, ae.temporal_compression
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
-        action = {"action": ((b, c.action_dim), "float32"), "action_given": ((b,), "float32")}
         self._in = Parcel(
             {
                 "slot": ((1,), "int64"),
                 "order": ((b, n), "int64"),
                 "own_order": ((1,), "float32"),
-                "flow_noise": (latent, "float32"),
-                "frame_noise": (latent, "float32"),
-                "canvas_noise": ((b, n, c.dim), "float32"),
-                "order_noise": ((b, len(self._sizes), n), "float32"),
-                "is_first": ((b,), "float32"),
-                "time": ((2, c.time_rotary_pairs), "float32"),
-                "cache_bias": ((b, c.context_frames), "float32"),
-                **(action if c.action_dim else {}),
+                "order_noise": ((b, len(self._steps), n), "float32"),
+                **noise_shapes(c, b),
+                **told_shapes(c, b),
             },
             self._device,
         )
@@ -183,23 +178,14 @@ class TorchProgram:
             if name != "latent"
         }
         self._state["latent"] = self._out.tensors["latent"]
-        plan = flow_plan(self._sampling)
-        levels = {
-            "frame_noise_level": np.float32(self._sampling.frame_noise),
-            "canvas_noise_level": np.float32(self._sampling.canvas_noise),
+        self._fixed = self._constants(solver_inputs(self._sampling))
+        self._branches = {
+            has_canvas: self._constants(branch_inputs(self._sampling, has_canvas=has_canvas))
+            for has_canvas in (False, True)
         }
-        fixed = {"flow_time": plan.time, "step_new": plan.step_new, "step_old": plan.step_old}
-        self._fixed = {
-            k: torch.from_numpy(np.array(v)).to(self._device) for k, v in (levels | fixed).items()
-        }
-        self._branches = {}
-        for has_canvas in (False, True):
-            branches = guidance_branches(self._sampling, has_canvas=has_canvas)
-            self._branches[has_canvas] = {
-                "temporal_on": torch.from_numpy(branches.temporal_on.copy()).to(self._device),
-                "canvas_on": torch.from_numpy(branches.canvas_on.copy()).to(self._device),
-                "branch_weight": torch.from_numpy(branches.weight.copy()).to(self._device),
-            }
+
+    def _constants(self, values: Mapping[str, Float32]) -> dict[str, Tensor]:
+        return {name: torch.from_numpy(x).to(self._device) for name, x in values.items()}
 
     # -- the work on the device; every function here can be captured
 
@@ -250,40 +236,24 @@ class TorchProgram:
         elif self._config.canvas:  # masked in every branch
             mask = self._model.spatial.mask
             have["z_canvas"] = mask.expand(self._batch, self._config.tokens, -1)
-        drawn = draw_order(staticness, x["order_noise"], self._sampling, self._sizes)
+        drawn = draw_order(staticness, x["order_noise"], self._sampling, self._steps)
         order = torch.where(x["own_order"] > 0, drawn, x["order"])
         out["order"].copy_(order)
         if self._config.condition_attention == "isolated":
             have |= self._run("condition", have)
         partial = torch.zeros_like(out["latent"])
-        known = 0
-        for size in self._sizes:
-            have |= {
-                "partial": partial,
-                "mask_index": order[:, known:],
-                "select_index": order[:, known : known + size],
-                "known_index": order[:, :known],
-            }
-            have |= self._run("spatial" if known else "spatial_first", have)
+        for step in self._steps:
+            have |= {f"{kind}_index": order[:, part] for kind, part in step.parts.items()}
+            have["partial"] = partial
+            have |= self._run("spatial" if step.known else "spatial_first", have)
             partial = self._flow(have)
-            known += size
         out["latent"].copy_(partial)
         self._decode()
 
     # -- the program
 
     def _tell(self, time: int, action: Float32 | None) -> None:
-        host, frames = self._in.host, self._config.context_frames
-        slot = time % frames
-        host["slot"][:] = slot
-        host["is_first"].fill(float(time == 0))
-        host["cache_bias"].fill(MASKED)
-        host["cache_bias"][:, : min(time, frames)] = 0.0
-        host["cache_bias"][:, slot] = MASKED
-        host["time"][:] = time_rotation(time, self._config.time_rotary_pairs)
-        if self._config.action_dim:
-            host["action_given"].fill(float(action is not None))
-            host["action"][:] = 0.0 if action is None else action
+        self._in.host["slot"][:] = tell(self._in.host, self._config, time, action)
 
     def _do(self, *work: Callable[[], object]) -> None:
         """Run on the program's stream and wait."""

@@ -33,6 +33,7 @@ from canvasmar_rt.bundle import (
     FileEntry,
     Manifest,
     component_entries,
+    fixed_dims,
     sha256,
     write_manifest,
 )
@@ -44,7 +45,6 @@ from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
 from canvasmar_rt.models.canvasmar import CanvasMAR, cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
-from canvasmar_rt.schedule import flow_plan
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
     "fp32": ("float32", torch.float32),
@@ -285,22 +285,16 @@ def trace(
         ["next_x", "next_velocity"],
         opset,
     )
-    evaluations = len(flow_plan(sampling).time) if options.unroll else None
+    fixed = {n: fixed_dims(n, sampling, unrolled=options.unroll) for n in table}
     graphs["flow"] = compose.flow(
-        prepare, evaluate, config, dtype_name, opset, evaluations=evaluations
+        prepare, evaluate, config, dtype_name, opset, evaluations=fixed["flow"].get("E")
     )
-    fixed = {} if evaluations is None else {"E": evaluations}
     for name, part in graphs.items():
-        _describe(
-            part,
-            table[name].inputs,
-            table[name].outputs,
-            dtype_name,
-            fixed if name == "flow" else {},
-        )
+        _describe(part, table[name].inputs, table[name].outputs, dtype_name, fixed[name])
     progress("composing the whole frame")
-    fixed["AR"] = sampling.ar_steps
-    graphs["frame"] = compose.whole_frame(graphs, config, sampling, dtype_name, opset, fixed)
+    graphs["frame"] = compose.whole_frame(
+        graphs, config, sampling, dtype_name, opset, fixed["frame"]
+    )
     return graphs
 
 

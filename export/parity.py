@@ -17,10 +17,10 @@ from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.schedule import (
-    flow_plan,
+    branch_inputs,
     generation_order,
-    guidance_branches,
     set_sizes,
+    solver_inputs,
     time_rotation,
 )
 from canvasmar_rt.verify import (
@@ -145,18 +145,11 @@ def _random(
     spec: TensorSpec, config: ModelConfig, bundle: Bundle, batch: int, rng: np.random.Generator
 ) -> Array:
     sampling = bundle.manifest.sampling
-    branches = guidance_branches(sampling, has_canvas=config.canvas)
-    plan = flow_plan(sampling)
     sizes = set_sizes(config.tokens, sampling.ar_steps)
+    branches = branch_inputs(sampling, has_canvas=config.canvas)
     fixed = {
-        "temporal_on": branches.temporal_on,
-        "canvas_on": branches.canvas_on,
-        "branch_weight": branches.weight,
-        "flow_time": plan.time,
-        "step_new": plan.step_new,
-        "step_old": plan.step_old,
-        "frame_noise_level": np.float32(sampling.frame_noise),
-        "canvas_noise_level": np.float32(sampling.canvas_noise),
+        **branches,
+        **solver_inputs(sampling),
         "time": time_rotation(int(rng.integers(0, 1000)), config.time_rotary_pairs),
     }
     if spec.name in fixed:
@@ -164,7 +157,7 @@ def _random(
     k = len(sizes) // 2  # an AR step in the middle
     symbols = {
         "B": batch,
-        "G": len(branches.weight),
+        "G": len(branches["branch_weight"]),
         "S": sizes[k],
         "K": max(1, sum(sizes[:k])),
         "M": max(sizes[k], config.tokens - sum(sizes[:k])),

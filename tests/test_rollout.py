@@ -160,7 +160,7 @@ def test_guidance_of_one_is_a_single_branch(
     predictor: Predictor, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With w_t = w_s = 1 one branch is computed, and it equals all three with weights 0, 0, 1."""
-    import canvasmar_rt.engines.component_program as module
+    import canvasmar_rt.schedule as module
     from canvasmar_rt.schedule import Branches
 
     sampling = dataclasses.replace(predictor.sampling, temporal_guidance=1.0, canvas_guidance=1.0)

@@ -75,8 +75,8 @@ def autoencoder(
     chosen = _recipe(config, set_model)
     settings = override(chosen.autoencoder, set_)
     _threads(threads)
-    network = build(chosen.model, settings.seed)
     if init is None:
+        network = build(chosen.model, settings.seed)
         open_skips(network.autoencoder)
     else:
         network = _with_autoencoder(chosen.model, load_weights(init)[0], settings.seed)
