@@ -195,7 +195,7 @@ def engines(bundle: str | Path, device: str) -> list[Report]:
                     options["engine_dir"] = Path(work)
                     build_engines(Bundle.open(bundle), Path(work))
                 predictor = canvasmar_rt.load(bundle, engine=engine, device=device, **options)
-                report = bench(predictor, BenchOptions(warmup=5, iterations=ITERATIONS))
+                report = bench(predictor, BenchOptions(iterations=ITERATIONS), {})
                 found.append({"config": report["config"], "metrics": report["metrics"]})
             except CanvasMarError as error:
                 found.append({"engine": engine, "cuda_graph": graphs, "error": str(error)})

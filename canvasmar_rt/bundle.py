@@ -27,7 +27,7 @@ from safetensors.numpy import load_file
 
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
-from canvasmar_rt.errors import BundleError, ConfigError, InputError
+from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError
 from canvasmar_rt.schedule import flow_plan
 
 MANIFEST = "canvasmar_config.json"
@@ -36,6 +36,7 @@ SCHEMA_VERSION = 1
 PACKAGED = Path(__file__).parent / "data" / "bundles"
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
+Quantization = Literal["none", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +111,9 @@ class BatchRange:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Manifest:
     """Contents of `canvasmar_config.json`. `unrolled`: the graphs hold one copy of the flow head
-    for each of the solver's evaluations instead of a loop."""
+    for each of the solver's evaluations instead of a loop. `quantization` "int8": the large matrix
+    products run in int8; `dtype` and `weights_dtype` are those of everything else. `fast`: sampling
+    that costs less, where one was found that loses no quality."""
 
     schema_version: int
     producer: dict[str, str]
@@ -127,6 +130,30 @@ class Manifest:
     files: dict[str, FileEntry]
     parity: Parity | None = None
     unrolled: bool = False
+    quantization: Quantization = "none"
+    fast: SamplingConfig | None = None
+
+    def profile(self, name: str | None = None) -> SamplingConfig:
+        """The sampling called "default" or "fast"; by default fast, where there is one.
+
+        Raises:
+            ConfigError: if this bundle has no such profile.
+        """
+        have = {"default": self.sampling} | ({} if self.fast is None else {"fast": self.fast})
+        name = name or list(have)[-1]
+        if name not in have:
+            raise ConfigError(
+                f"{self.model.name}: no profile {name!r}; this bundle has {', '.join(have)}"
+            )
+        return have[name]
+
+    def require_device(self, device: str) -> None:
+        """Raise `EngineError` if the graphs do not run on `device`."""
+        if self.quantization == "int8" and device != "cpu":
+            raise EngineError(
+                f"device {device!r}: int8 bundles run on the CPU only; export this model without "
+                "--quantize for a GPU"
+            )
 
     def require_flow(self, sampling: SamplingConfig) -> None:
         """Raise `ConfigError` if the graphs were unrolled for another number of evaluations."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,13 +17,15 @@ from rich.table import Table
 from canvasmar_rt import __version__
 from canvasmar_rt.bundle import Bundle, packaged_names
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
-from canvasmar_rt.config import PRESETS, SamplingConfig, preset
+from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
 
 DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
-DEFAULT_MODEL = "toytable"
+DEFAULT_MODEL = "toytable-int8"
+"""The faster of the packaged bundles; on a GPU it is `GPU_MODEL`."""
+GPU_MODEL = "toytable"
 
 app = typer.Typer(
     add_completion=False,
@@ -47,12 +49,23 @@ Device = Annotated[str, typer.Option(help="Where the engine runs: cpu, cuda or c
 Threads = Annotated[
     int | None, typer.Option(help="CPU threads; the engine's default if not given.")
 ]
-Model = Annotated[str, typer.Option(help="Bundle directory, or the name of a packaged bundle.")]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help=f"Bundle directory, or the name of a packaged one; by default {DEFAULT_MODEL}, on a "
+        f"GPU {GPU_MODEL}.",
+        show_default=False,
+    ),
+]
 Steps = Annotated[int | None, typer.Option(help="AR steps of a latent frame.")]
 FlowSteps = Annotated[int | None, typer.Option(help="Steps of the flow solver.")]
 Solver = Annotated[str | None, typer.Option(help="Flow solver: euler, heun or ab2.")]
 TemporalGuidance = Annotated[float | None, typer.Option(help="w_t of eq. 8; 1 turns it off.")]
 CanvasGuidance = Annotated[float | None, typer.Option(help="w_s of eq. 8; 1 turns it off.")]
+Profile = Annotated[
+    str | None,
+    typer.Option(help="Sampling of the bundle: default, or fast, which is taken if there is one."),
+]
 Order = Annotated[str | None, typer.Option(help="Token order: motion, maskgit or random.")]
 Output = Annotated[
     Path,
@@ -84,6 +97,28 @@ def _sampling(base: SamplingConfig, **given: Any) -> SamplingConfig:
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
 
 
+def _named(base: SamplingConfig, given: list[str] | None) -> SamplingConfig | None:
+    """Sampling options with those given as NAME=VALUE; None where none are.
+
+    Raises:
+        ConfigError: for an option there is not, or a value it cannot have.
+    """
+    if not given:
+        return None
+    changes = to_dict(base)
+    for text in given:
+        name, _, value = text.partition("=")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value
+    return from_dict(SamplingConfig, changes, "sampling")
+
+
+def _model(given: str | None, device: str) -> str:
+    return given or (DEFAULT_MODEL if device == "cpu" else GPU_MODEL)
+
+
 def _version(value: bool) -> None:
     if value:
         stdout.print(f"canvasmar-rt {__version__}", highlight=False)
@@ -103,7 +138,8 @@ def _root(
 def predict(
     source: Annotated[Path, typer.Argument(help="A video, a folder, or an .npz of frames.")],
     output: Output,
-    model: Model = DEFAULT_MODEL,
+    model: Model = None,
+    profile: Profile = None,
     frames: Frames = 16,
     context: Annotated[int, typer.Option(help="Pixel frames of the clip to start from.")] = 5,
     steps: Steps = None,
@@ -131,8 +167,9 @@ def predict(
     from canvasmar_rt.video import find_clips
 
     predictor = load(
-        model, engine=engine, device=device, threads=threads, **_engine_options(engine_option)
-    )
+        _model(model, device), engine=engine, device=device, threads=threads, profile=profile,
+        **_engine_options(engine_option),
+    )  # fmt: skip
     sampling = _sampling(
         predictor.sampling, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
         temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
@@ -197,11 +234,12 @@ def demo(
     seed: Seed = 0,
     batch: Batch = 1,
     engine: Engine = "onnxruntime",
+    profile: Profile = None,
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
     """Run the packaged model on the packaged clip."""
-    predictor = load(DEFAULT_MODEL, engine=engine)
+    predictor = load(DEFAULT_MODEL, engine=engine, profile=profile)
     from canvasmar_rt.predict import PredictOptions
 
     options = PredictOptions(
@@ -251,6 +289,9 @@ def export(
     output: Annotated[Path, typer.Option("--output", "-o", help="Bundle directory to write.")],
     dtype: Annotated[str, typer.Option(help="fp32, fp16 or bf16.")] = "fp32",
     weights: Annotated[str, typer.Option(help="fp16 halves the files of an fp32 bundle.")] = "",
+    quantize: Annotated[
+        str, typer.Option(help="int8: matrix products in 8 bits, for the CPU; or none.")
+    ] = "none",
     opset: Annotated[
         int | None, typer.Option(help="20, 23 or 24; by default 20 for fp32, else 23.")
     ] = None,
@@ -267,6 +308,12 @@ def export(
     drift_frames: Annotated[
         int, typer.Option(help="Latent frames of the rollout compared with PyTorch.")
     ] = 32,
+    fast: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="NAME=VALUE", help="A sampling option of the bundle's fast profile; repeat."
+        ),
+    ] = None,
     unroll: Annotated[
         bool,
         typer.Option("--unroll", help="No loop over flow steps: for ONNX Runtime's CUDA graphs."),
@@ -293,11 +340,6 @@ def export(
     from canvasmar_rt.models.canvasmar import build
     from canvasmar_rt.models.checkpoint import load_checkpoint
 
-    options = ExportOptions(
-        dtype=dtype, weights=weights, opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
-        drift_frames=drift_frames, card=text, unroll=unroll,
-        batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
-    )  # fmt: skip
     if source in PRESETS:
         config, base = preset(source)
         model, origin = build(config, seed), f"preset {source}, random weights, seed {seed}"
@@ -307,6 +349,12 @@ def export(
     sampling = _sampling(
         base, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
         temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
+    )  # fmt: skip
+    options = ExportOptions(
+        dtype=dtype, weights=weights, quantize=quantize,
+        opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
+        drift_frames=drift_frames, card=text, unroll=unroll, fast=_named(sampling, fast),
+        batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
     )  # fmt: skip
     with _steps_shown(quiet or json_) as progress:
         bundle = export_bundle(
@@ -399,6 +447,10 @@ def _preset_info(name: str, as_json: bool) -> None:
         stdout.print(why)
 
 
+def _solver_text(sampling: SamplingConfig) -> str:
+    return f"{sampling.flow_steps} flow steps of {sampling.solver}"
+
+
 def _bundle_info(bundle: Bundle, as_json: bool) -> None:
     manifest = bundle.manifest
     if as_json:
@@ -414,7 +466,9 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
         f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
         f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
         f"{ae.temporal_compression} frames a step, actions "
-        f"{manifest.model.action_dim or 'none'}, {manifest.sampling.ar_steps} AR steps",
+        f"{manifest.model.action_dim or 'none'}, {manifest.sampling.ar_steps} AR steps, "
+        f"{_solver_text(manifest.sampling)}"
+        + (f" (fast: {_solver_text(manifest.fast)})" if manifest.fast else ""),
         highlight=False,
     )  # fmt: skip
 
@@ -492,81 +546,122 @@ def _engine_options(given: list[str] | None) -> dict[str, Any]:
 
 @app.command()
 def bench(
-    model: Annotated[
-        str, typer.Argument(help="Bundle directory or packaged name.")
-    ] = DEFAULT_MODEL,
+    model: Model = None,
+    preset_: Annotated[
+        str | None,
+        typer.Option("--preset", help="A preset with random weights in place of a bundle."),
+    ] = None,
+    scale: Annotated[int, typer.Option(help="Divide every width of the preset by this.")] = 1,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
-    baseline: Annotated[str, typer.Option(help="none, or eager (PyTorch, interleaved).")] = "none",
+    baseline: Annotated[
+        str,
+        typer.Option(help="Systems to set beside ours, comma-separated; 'list' names them."),
+    ] = "",
+    sweep: Annotated[
+        str | None,
+        typer.Option(
+            metavar="OPTION=VALUES", help="Ours at several ar_steps, flow_steps or history=1,2,4."
+        ),
+    ] = None,
     engine: Engine = "onnxruntime",
     engine_option: EngineOption = None,
     device: Device = "cpu",
+    dtype: Annotated[str, typer.Option(help="Of a preset: fp32, fp16 or bf16.")] = "fp32",
+    quantize: Annotated[str, typer.Option(help="Of a preset: none or int8.")] = "none",
     threads: Threads = None,
-    warmup: Annotated[int, typer.Option(help="Untimed frames.")] = 5,
-    iterations: Annotated[int, typer.Option(help="Timed frames.")] = 30,
+    profile: Profile = None,
+    steps: Steps = None,
+    flow_steps: FlowSteps = None,
+    solver: Solver = None,
+    temporal_guidance: TemporalGuidance = None,
+    canvas_guidance: CanvasGuidance = None,
+    order: Order = None,
+    context: Annotated[int, typer.Option(help="Latent frames the clips start from.")] = 2,
+    frames: Annotated[
+        int | None, typer.Option(help="Latent frames of a clip; by default the rest of the window.")
+    ] = None,
+    warmup: Annotated[int, typer.Option(help="Untimed clips.")] = 2,
+    iterations: Annotated[int, typer.Option(help="Timed clips.")] = 10,
     soak: Annotated[int, typer.Option(help="Frames to run for the memory check; 0: none.")] = 0,
     seed: Seed = 0,
-    output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON to write.")] = None,
-    json_: Json = False,
+    json_: Annotated[Path | None, typer.Option("--json", help="JSON file to write.")] = None,
+    csv: Annotated[Path | None, typer.Option(help="CSV file to write.")] = None,
+    plot: Annotated[Path | None, typer.Option(help="Folder for pictures.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the latency of a latent frame on this machine."""
+    """Measure latency on this machine, beside other systems, interleaved."""
+    from canvasmar_rt.benchmarks import baselines, report
     from canvasmar_rt.benchmarks.latency import BenchOptions
     from canvasmar_rt.benchmarks.latency import bench as run
 
+    if baseline == "list":
+        for name, what in baselines.BASELINES.items():
+            stdout.print(f"{name}: {what}", highlight=False, soft_wrap=True)
+        return
     try:
         batches = tuple(int(b) for b in batch.split(","))
     except ValueError:
         raise ConfigError(f"--batch takes numbers such as 1,8,32; got {batch!r}") from None
     options = BenchOptions(
-        batches=batches, baseline=baseline, warmup=warmup, iterations=iterations, soak=soak,
-        seed=seed,
+        batches=batches, baselines=tuple(b for b in baseline.split(",") if b), context=context,
+        frames=frames, warmup=warmup, iterations=iterations, soak=soak, seed=seed,
     )  # fmt: skip
-    if output is not None:
-        check_writable(output)
-    predictor = load(
-        model, engine=engine, device=device, threads=threads, **_engine_options(engine_option)
-    )
-    with stderr_bar(quiet or json_) as bar:
-        task = bar.add_task("", total=None)
-        report = run(
-            predictor, options,
-            lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+    for path in (json_, csv, plot and plot / "first_frame.png"):
+        if path is not None:
+            check_writable(path)
+    loading: dict[str, Any] = {
+        "engine": engine,
+        "device": device,
+        "threads": threads,
+        "profile": profile,
+    }
+    loading |= _engine_options(engine_option)
+    with ExitStack() as stack:
+        source: str | Path = _model(model, device)
+        if preset_ is not None:
+            config, base = preset(preset_)
+            with _steps_shown(quiet) as shown:
+                source = stack.enter_context(
+                    baselines.random_bundle(
+                        baselines.scaled(config, scale), base, shown, dtype=dtype,
+                        opset=20 if dtype == "fp32" else 23, quantize=quantize,
+                    )
+                )  # fmt: skip
+        elif (scale, dtype, quantize) != (1, "fp32", "none"):
+            raise ConfigError("--scale, --dtype and --quantize are for a --preset")
+        predictor = load(source, **loading)
+        sampling = _sampling(
+            predictor.sampling, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
+            temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
         )  # fmt: skip
-    text = json.dumps(report, indent=1)
-    if output is not None:
-        write_file(output, text + "\n")
-    if json_:
-        print(text)
-    elif not quiet:
-        _print_bench(report)
-
-
-def _print_bench(report: dict[str, Any]) -> None:
-    config = report["config"]
-    table = Table(
-        "batch", "p50 ms", "p95 ms", "p99 ms", "frames/s", "outside engine", "eager p50 ms",
-        "eager / ours",
-        title=f"{config['model']} on {config['engine']}/{config['device']}, {config['dtype']}",
-    )  # fmt: skip
-    for m in report["metrics"]:
-        f, eager = m["frame_ms"], m.get("eager_over_ours")
-        table.add_row(
-            str(m["batch"]), f"{f['p50']:.1f}", f"{f['p95']:.1f}", f"{f['p99']:.1f}",
-            f"{m['pixel_frames_per_second']:.1f}", f"{m['outside_engine_share']:.2%}",
-            f"{m['eager_frame_ms']['p50']:.1f}" if eager else "",
-            f"{eager['median']:.2f} ({eager['p5']:.2f} to {eager['p95']:.2f})" if eager else "",
-        )  # fmt: skip
-    stdout.print(table)
-    stdout.print(f"timed: {report['timed_boundary']}")
-    if "soak" in report:
-        soak = report["soak"]
-        stdout.print(
-            f"soak of {soak['frames']} frames: resident memory {soak['resident_mb_at_end']:.1f} MB,"
-            f" {soak['growth']:+.2%} since frame 100",
-            highlight=False,
-        )  # fmt: skip
+        predictor = Predictor(predictor.engine, sampling)
+        others = baselines.baselines(predictor, options.baselines, seed=seed, threads=threads)
+        if sweep is not None:
+            others |= baselines.sweep(predictor, sweep, seed=seed, threads=threads)
+        with stderr_bar(quiet) as bar:
+            task = bar.add_task("", total=None)
+            measured = run(
+                predictor, options, others,
+                lambda what, done, total: bar.update(
+                    task, description=what, completed=done, total=total
+                ),
+            )  # fmt: skip
+    if json_ is not None:
+        write_file(json_, json.dumps(measured, indent=1) + "\n")
+    if csv is not None:
+        write_file(csv, report.as_csv(measured))
+    if plot is not None:
+        for name, png in report.pictures(measured).items():
+            write_file(plot / name, png)
+    if not quiet:
+        stdout.print(report.table(measured))
+        if "soak" in measured:
+            soaked = measured["soak"]
+            stdout.print(
+                f"soak of {soaked['frames']} frames: resident memory "
+                f"{soaked['resident_mb_at_end']:.1f} MB, {soaked['growth']:+.2%} since frame 100",
+                highlight=False,
+            )  # fmt: skip
 
 
 @app.command()

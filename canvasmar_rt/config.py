@@ -363,7 +363,7 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
         action_dim=4,
         fps=10.0,
     )
-    sampling = SamplingConfig(ar_steps=4, solver="ab2", flow_steps=10, canvas_guidance=1.3)
+    sampling = SamplingConfig(ar_steps=4, canvas_guidance=1.3)
     return model, sampling
 
 

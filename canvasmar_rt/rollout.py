@@ -69,6 +69,7 @@ def load(
     engine: str = "onnxruntime",
     device: str = "cpu",
     threads: int | None = None,
+    profile: str | None = None,
     **options: Any,
 ) -> Predictor:
     """Open a bundle on an engine.
@@ -78,25 +79,30 @@ def load(
         engine: `onnxruntime`, `torch` or `tensorrt`.
         device: `cpu`, `cuda` or `cuda:<index>`.
         threads: CPU threads; the engine's default if None.
+        profile: `default`, or `fast`: sampling that costs less and was measured to lose nothing,
+            which is taken if the bundle has it.
         options: the engine's own: `cuda_graph` (onnxruntime, torch), `compile` (torch),
             `engine_dir` (tensorrt).
 
     Raises:
         BundleError: missing, cut, tampered with, or of another schema version.
+        ConfigError: if the bundle has no such profile.
         EngineError: no such engine or device here; nothing falls back to another.
     """
     bundle = Bundle.open(path_or_name)
-    return Predictor(create(engine, bundle, device=device, threads=threads, **options))
+    sampling = bundle.manifest.profile(profile)
+    return Predictor(create(engine, bundle, device=device, threads=threads, **options), sampling)
 
 
 class Predictor:
     """A model on an engine. Immutable; any number of threads may start rollouts from it."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, sampling: SamplingConfig | None = None) -> None:
+        """`sampling` replaces the bundle's defaults."""
         self.engine = engine
         self.bundle = engine.bundle
         self.config = engine.bundle.manifest.model
-        self.sampling = engine.bundle.manifest.sampling
+        self.sampling = sampling or engine.bundle.manifest.sampling
 
     def start(
         self,
@@ -116,7 +122,7 @@ class Predictor:
             batch: videos predicted at once; a single context is shared by all of them. By default
                 as many as the context holds.
             actions: float32 (B, n, A) or (n, A), the actions between the context's latent frames.
-            sampling: overrides the bundle's defaults.
+            sampling: replaces the predictor's.
 
         Raises:
             InputError: wrong shape, dtype or frame count.

@@ -54,6 +54,7 @@ def create(
     """
     if threads is not None and threads < 1:
         raise EngineError(f"threads must be >= 1, got {threads}")
+    bundle.manifest.require_device(device)
     kind: Any
     if name == "onnxruntime":
         from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine

@@ -159,6 +159,7 @@ class _Build:
     def __init__(
         self, bundle: Bundle, directory: Path, options: BuildOptions, progress: Progress
     ) -> None:
+        bundle.manifest.require_device("cuda")
         self._bundle, self._directory, self._options = bundle, directory, options
         self._progress = progress
         self._notes: list[str] = []

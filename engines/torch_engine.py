@@ -27,9 +27,12 @@ if TYPE_CHECKING:
 TRANSPOSED = "^T"
 """Suffix of a weight stored transposed, as its graph reads it."""
 
+SCALE = "^scale"
+"""Suffix of the scales of a weight stored in int8, one for each of its output channels."""
+
 
 def load_model(bundle: Bundle) -> CanvasMAR:
-    """The PyTorch model of a bundle, in float32.
+    """The PyTorch model of a bundle, in float32; int8 weights are multiplied by their scales.
 
     Raises:
         BundleError: if a weight is missing or misshapen.
@@ -39,11 +42,13 @@ def load_model(bundle: Bundle) -> CanvasMAR:
     state: dict[str, torch.Tensor] = {}
     for name in bundle.manifest.files:
         if name.endswith("/model.safetensors"):
-            for key, tensor in load_file(bundle.path / name).items():
-                if key.endswith(TRANSPOSED):
-                    state[key.removesuffix(TRANSPOSED)] = tensor.T.contiguous()
-                else:
-                    state[key] = tensor
+            tensors = load_file(bundle.path / name)
+            scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(SCALE)}
+            for key, tensor in tensors.items():
+                plain = key.removesuffix(TRANSPOSED)
+                value = tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
+                scale = scales.get(plain + SCALE)
+                state[plain] = value if scale is None else value * scale[:, None]
     return load_state(bundle.manifest.model, state, str(bundle.path))
 
 

@@ -191,7 +191,8 @@ class TorchProgram:
 
     def _run(self, component: str, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self._component(component)
-        out = module(*(have[s.name] for s in module.component.inputs))
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # exact float32
+            out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
 
     def _temporal(self) -> Tensor:

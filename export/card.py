@@ -3,7 +3,20 @@
 from __future__ import annotations
 
 from canvasmar_rt.bundle import Manifest
+from canvasmar_rt.export.quantize import SMALLEST
 from canvasmar_rt.models.canvasmar import count_parameters
+
+INT8 = f"""
+Matrix products over tokens, from {SMALLEST} x {SMALLEST} on, are int8: weights with a scale for
+every output channel, activations with one for the whole tensor, found at run time. For the CPU
+only: TensorRT takes no such products, so its operator table was not applied to these graphs.
+"""
+
+INT8_PARITY = """
+What is compared is int8 graphs with the float32 model: the differences are those of 8 bits. In a
+rollout they add up from frame to frame and reorder tokens of similar staticness; the comparison
+shares one order.
+"""
 
 
 def model_card(manifest: Manifest, more: str = "") -> str:
@@ -16,6 +29,7 @@ def model_card(manifest: Manifest, more: str = "") -> str:
         f"| {k} | {d.max_abs:.2e} | {d.relative:.2e} | {d.cosine:.6f} |"
         for k, d in parity.components.items()
     )
+    quantized = manifest.quantization == "int8"
     return f"""# {config.name}
 
 A canvasmar-rt bundle. Weights: {manifest.source}.
@@ -25,7 +39,7 @@ Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent fram
 {ae.latent_channels} channels; window of {config.context_frames} latent frames; actions:
 {config.action_dim or "none"}. Graphs {manifest.dtype}, weights {manifest.weights_dtype}, opset
 {manifest.opset}, batch {manifest.batch.minimum} to {manifest.batch.maximum}.
-
+{INT8 if quantized else ""}
 | module | parameters |
 |---|---|
 {rows}
@@ -36,7 +50,7 @@ Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent fram
 {parity.engine} against PyTorch float32; tolerance {parity.tolerance:.0e} relative per component,
 {parity.drift_tolerance:.0e} per frame of a {len(parity.drift)}-frame rollout (largest
 {max(parity.drift):.2e}; {parity.flipped_orders} frames with a near tie in the token order).
-
+{INT8_PARITY if quantized else ""}
 | component | max abs | relative | cosine |
 |---|---|---|---|
 {checks}

@@ -24,6 +24,7 @@ ELEMENT_TYPES = {
     "bfloat16": TensorProto.BFLOAT16,
     "int64": TensorProto.INT64,
     "uint8": TensorProto.UINT8,
+    "int8": TensorProto.INT8,
 }
 
 

@@ -12,6 +12,7 @@ import logging
 import os
 import shutil
 import tempfile
+import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -32,6 +33,7 @@ from canvasmar_rt.bundle import (
     DTypeName,
     FileEntry,
     Manifest,
+    Quantization,
     component_entries,
     fixed_dims,
     sha256,
@@ -39,10 +41,11 @@ from canvasmar_rt.bundle import (
 )
 from canvasmar_rt.components import TensorSpec, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig
-from canvasmar_rt.engines.torch_engine import TRANSPOSED
+from canvasmar_rt.engines.torch_engine import SCALE, TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
+from canvasmar_rt.export.quantize import quantize_products, quantize_weight
 from canvasmar_rt.models.canvasmar import CanvasMAR, cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
 
@@ -59,19 +62,24 @@ Progress = Callable[[str], None]
 class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
     rounded to float16, half the size; parity is then against the model with those weights.
+    `quantize` "int8" runs the matrix products of float32 graphs in int8 (`export.quantize`), for
+    the CPU; parity is against the float32 model.
     `drift_frames` is the length of the rollout compared with PyTorch. `card` is Markdown that
     joins the bundle's model card: how the weights were trained, what they reach. `unroll` copies
     the flow head for every evaluation instead of looping over one, which CUDA graphs of ONNX
-    Runtime need and which fixes the solver and its steps."""
+    Runtime need and which fixes the solver and its steps. `fast` is kept as the bundle's profile of
+    that name."""
 
     dtype: str = "fp32"
     weights: str = ""
+    quantize: str = "none"
     opset: int = 20
     batch: BatchRange = dataclasses.field(default_factory=BatchRange)
     seed: int = 0
     drift_frames: int = 32
     card: str = ""
     unroll: bool = False
+    fast: SamplingConfig | None = None
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -80,6 +88,16 @@ class ExportOptions:
             raise ConfigError(
                 f"weights can be stored in the graph's dtype, or in fp16 under an fp32 graph; got "
                 f"weights {self.weights!r} under {self.dtype!r}"
+            )
+        if self.quantize not in typing.get_args(Quantization):
+            raise ConfigError(
+                f"quantize must be one of {', '.join(typing.get_args(Quantization))}, got "
+                f"{self.quantize!r}"
+            )
+        if self.quantize != "none" and self.dtype != "fp32":
+            raise ConfigError(
+                f"{self.quantize} quantises float32 graphs: leave --dtype {self.dtype} out (with "
+                "--weights fp16 the weights that stay in floating point are stored in fp16)"
             )
         if self.drift_frames < 1:
             raise ConfigError(f"drift_frames must be >= 1, got {self.drift_frames}")
@@ -161,9 +179,11 @@ def _write(
     cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
     graphs = trace(cast_model, sampling, options, progress)
     progress("writing graphs and weights")
-    files = write_graphs(graphs, cast_model, config, work, halve=halved)
-    for name, problems in ((n, tensorrt_ops.problems(g)) for n, g in graphs.items()):
-        if problems:
+    files = write_graphs(
+        graphs, cast_model, config, work, halve=halved, quantized=options.quantize != "none"
+    )
+    for name, graph_ in graphs.items():
+        if options.quantize == "none" and (problems := tensorrt_ops.problems(graph_)):
             raise BundleError(f"{name}: TensorRT would refuse this graph: {'; '.join(problems)}")
     del graphs  # they still hold folded constants; big models need the room
     ae = model.autoencoder
@@ -185,6 +205,8 @@ def _write(
         latent_std=tuple(ae.latent_std.tolist()),
         components=component_entries(config, dtype_name),
         unrolled=options.unroll,
+        fast=options.fast,
+        quantization=typing.cast(Quantization, options.quantize),
         files=_hashes(work, files),
     )
     write_manifest(work, manifest)
@@ -241,12 +263,15 @@ def trace(
     def dynamic(spec: TensorSpec) -> dict[int, str]:
         return {i: d for i, d in enumerate(spec.dims) if isinstance(d, str)}
 
+    def finished(part: ModelProto) -> ModelProto:
+        return part if options.quantize == "none" else quantize_products(part)
+
     for name, component in table.items():
         if name in ("flow", "frame"):
             continue
         progress(f"tracing {name}")
         dims = [dynamic(s) for s in component.inputs]
-        graphs[name] = _to_onnx(
+        traced = _to_onnx(
             graph(model, name),
             tuple(example(s) for s in component.inputs),
             (tuple(dims),),
@@ -254,6 +279,7 @@ def trace(
             [s.name for s in component.outputs],
             opset,
         )
+        graphs[name] = traced if name in ("encoder", "decoder") else finished(traced)
     progress("tracing flow")
     specs = {s.name: s for s in table["flow"].inputs}
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
@@ -287,7 +313,12 @@ def trace(
     )
     fixed = {n: fixed_dims(n, sampling, unrolled=options.unroll) for n in table}
     graphs["flow"] = compose.flow(
-        prepare, evaluate, config, dtype_name, opset, evaluations=fixed["flow"].get("E")
+        finished(prepare),
+        finished(evaluate),
+        config,
+        dtype_name,
+        opset,
+        evaluations=fixed["flow"].get("E"),
     )
     for name, part in graphs.items():
         _describe(part, table[name].inputs, table[name].outputs, dtype_name, fixed[name])
@@ -374,12 +405,14 @@ def write_graphs(
     work: Path,
     *,
     halve: bool,
+    quantized: bool,
 ) -> list[str]:
     """Write the graphs and one safetensors file of weights per directory, which the graphs refer
     to as external data, so that the whole-frame graph shares the components' files.
 
     Every tensor of the state dictionary is in exactly one file, under its own name, or transposed
-    (name + "^T") if its graph reads it that way: a bundle is also a checkpoint.
+    (name + "^T") if its graph reads it that way: a bundle is also a checkpoint. One that the graphs
+    read in int8 is there as such, transposed, with the scales of its channels (name + "^scale").
 
     Returns:
         Paths of the files written, relative to `work`.
@@ -396,14 +429,21 @@ def write_graphs(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents
+    int8: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight transposed, scales
     for name, tensor in state.items():
         known = keys[home_of[name]]
         known.setdefault(_digest(tensor), name)
         if tensor.ndim == 2:
             known.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
+        if tensor.ndim == 2 and quantized:
+            weight, scale = quantize_weight(tensor.T.contiguous().numpy())
+            int8[name] = torch.from_numpy(weight), torch.from_numpy(scale)
+            known.setdefault(_digest(int8[name][0]), name + TRANSPOSED)
+            known.setdefault(_digest(int8[name][1]), name + SCALE)
 
     uses: dict[str, dict[str, list[str]]] = {}  # graph -> key -> initializers
     stored: set[str] = set()
+    narrow: set[str] = set()  # of those, what is read in int8
     for label, proto in graphs.items():
         directory = Path(table[label].file).parent.name
         within = [keys[directory]] if directory else list(keys.values())
@@ -415,12 +455,17 @@ def write_graphs(
             if key is not None:
                 uses.setdefault(label, {}).setdefault(key, []).append(tensor.name)
                 stored.add(key)
+                if tensor.data_type == TensorProto.INT8 or key.endswith(SCALE):
+                    narrow.add(key)
     written = []
-    places: dict[str, tuple[str, int, int]] = {}
+    places: dict[str, Place] = {}
     for home in homes:
         tensors = {}
         for name, value in state.items():
             if home_of[name] != home:
+                continue
+            if narrow & {name + TRANSPOSED, name + SCALE}:
+                tensors[name + TRANSPOSED], tensors[name + SCALE] = int8[name]
                 continue
             if name + TRANSPOSED in stored:
                 tensors[name + TRANSPOSED] = value.T.contiguous()
@@ -430,7 +475,7 @@ def write_graphs(
             continue
         if halve:
             tensors = {
-                k: v.half() if k in stored and v.dtype == torch.float32 else v
+                k: v.half() if k in stored - narrow and v.dtype == torch.float32 else v
                 for k, v in tensors.items()
             }
         (work / home).mkdir(exist_ok=True)
@@ -438,17 +483,13 @@ def write_graphs(
         save_file(tensors, work / path)
         os.chmod(work / path, 0o644)  # safetensors writes files only their owner can read
         written.append(path)
-        for key, (begin, end) in _offsets(work / path).items():
-            places[key] = (path, begin, end - begin)
+        places |= _places(work, path)
     for label, proto in graphs.items():
         component = table[label]
         folder = Path(component.file).parent
         for key, names in uses.get(label, {}).items():
-            path, offset, length = places[key]
-            location = os.path.relpath(path, folder)
-            assert not location.startswith(".."), (label, location)
             for name in names:
-                _externalise(proto, name, location, offset, length, halve)
+                _externalise(proto, name, places[key], folder)
         file = work / component.file
         file.parent.mkdir(exist_ok=True)
         file.write_bytes(proto.SerializeToString())
@@ -457,16 +498,28 @@ def write_graphs(
     return written
 
 
-def _externalise(
-    proto: ModelProto, name: str, location: str, offset: int, length: int, halve: bool
-) -> None:
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in a safetensors file of the bundle, in bytes from its start."""
+
+    path: str
+    offset: int
+    length: int
+    dtype: str
+
+
+def _externalise(proto: ModelProto, name: str, place: Place, folder: Path) -> None:
+    """Make an initializer of a graph in `folder` read its values from a weight file."""
+    location = os.path.relpath(place.path, folder)
+    assert not location.startswith(".."), location
     tensor = next(t for t in proto.graph.initializer if t.name == name)
     tensor.ClearField("raw_data")
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", location), ("offset", offset), ("length", length)):
+    values = (("location", location), ("offset", place.offset), ("length", place.length))
+    for key, value in values:
         entry = tensor.external_data.add()
         entry.key, entry.value = key, str(value)
-    if halve:
+    if tensor.data_type == TensorProto.FLOAT and place.dtype == "F16":
         tensor.data_type = TensorProto.FLOAT16
         tensor.name = f"{name}.fp16"
         widen = onnx.helper.make_node(
@@ -475,16 +528,17 @@ def _externalise(
         proto.graph.node.insert(0, widen)
 
 
-def _offsets(path: Path) -> dict[str, tuple[int, int]]:
-    """Where each tensor of a safetensors file lies, in bytes from the start of the file."""
-    with path.open("rb") as file:
+def _places(work: Path, path: str) -> dict[str, Place]:
+    """Where each tensor of a safetensors file lies."""
+    with (work / path).open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
     header.pop("__metadata__", None)
-    return {
-        k: (8 + size + v["data_offsets"][0], 8 + size + v["data_offsets"][1])
-        for k, v in header.items()
-    }
+    places = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        places[name] = Place(path, 8 + size + begin, end - begin, entry["dtype"])
+    return places
 
 
 def _digest(tensor: Tensor) -> bytes:

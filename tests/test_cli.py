@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from canvasmar_rt.bundle import PACKAGED, Bundle
-from canvasmar_rt.cli import DEFAULT_MODEL, DEMO_CLIP
+from canvasmar_rt.cli import DEFAULT_MODEL, DEMO_CLIP, GPU_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "canvasmar_rt.cli"]
@@ -110,7 +110,7 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "100001"], "too many"),
         (["predict", DEMO_CLIP, "-o", f"{DEMO_CLIP}/x.mp4"], "not a folder"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--actions", "--fps", "5"], "leave out start, fps"),
-        (["bench", "-o", f"{DEMO_CLIP}/x.json"], "cannot be written"),
+        (["bench", "--json", f"{DEMO_CLIP}/x.json"], "cannot be written"),
         (["export", "bare", "-o", "x"], "bair, ucf101, kinetics600, toytable"),
         (["export", "toytable", "-o", "x", "--batch-min", "4"], "minimum <= optimum"),
         (["export", "toytable", "-o", "x", "--dtype", "fp4"], "fp32, fp16, bf16"),
@@ -118,7 +118,10 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["verify", "nowhere"], "nowhere"),
         (["info", "nowhere"], "nowhere"),
         (["bench", "--batch", "many"], "1,8,32"),
-        (["bench", "--baseline", "dream"], "none, eager"),
+        (["bench", "--baseline", "dream"], "eager, "),
+        (["bench", "--profile", "slow"], "default, fast"),
+        (["bench", "--scale", "2"], "--preset"),
+        (["export", "toytable", "-o", "x", "--fast", "speed=2"], "speed"),
     ],
     ids=lambda a: "-".join(map(str, a))[-60:] if isinstance(a, list) else "",
 )
@@ -132,7 +135,7 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Pat
 
 
 def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
-    report = json.loads(run("verify", DEFAULT_MODEL, "--json", cwd=tmp_path).stdout)
+    report = json.loads(run("verify", GPU_MODEL, "--json", cwd=tmp_path).stdout)
     assert max(report["drift"]) < 1e-3
     assert "within tolerance" in run("verify", DEFAULT_MODEL, cwd=tmp_path).stdout
     assert "733M" in run("info", "kinetics600", cwd=tmp_path).stdout
@@ -141,30 +144,37 @@ def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
     assert "onnxruntime" in run("doctor", cwd=tmp_path).stdout
     findings = json.loads(run("doctor", "--json", cwd=tmp_path).stdout)
     assert {f["status"] for f in findings} <= {"ok", "missing"}
-    run("bench", "--batch", "1,2", "--baseline", "eager", "--iterations", 3, "--soak", 101,
-        "-o", "b.json", cwd=tmp_path)  # fmt: skip
+
+
+def test_bench_measures_and_draws(tmp_path: Path) -> None:
+    run("bench", "--batch", "1,2", "--baseline", "eager", "--iterations", 2, "--warmup", 1,
+        "--frames", 1, "--json", "b.json", "--csv", "b.csv", "--plot", "figures",
+        cwd=tmp_path)  # fmt: skip
     bench = json.loads((tmp_path / "b.json").read_text())
     assert [m["batch"] for m in bench["metrics"]] == [1, 2]
     for m in bench["metrics"]:
-        assert m["frame_ms"]["p50"] > 0
-        assert 0 < m["outside_engine_share"] < 1
-        assert m["eager_over_ours"]["median"] > 0
-    assert bench["soak"]["resident_mb_at_end"] > 0
+        assert m["contestants"]["ours"]["frame_ms"]["p50"] > 0
+        assert m["over_ours"]["eager"]["clip"]["median"] > 0
+    made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")}
+    assert {"b.csv", "figures/first_frame.png", "figures/components.png"} <= made
+    assert "naive-onnx" in run("bench", "--baseline", "list", cwd=tmp_path).stdout
 
 
 def test_a_dry_build_says_what_it_would_do(tmp_path: Path) -> None:
     """Needs no TensorRT."""
-    arguments = ["build", DEFAULT_MODEL, "--engine-dir", "engines", "--dry-run"]
+    arguments = ["build", GPU_MODEL, "--engine-dir", "engines", "--dry-run"]
     report = json.loads(run(*arguments, "--json", cwd=tmp_path).stdout)
     named = {part["component"]: part["action"] for part in report["components"]}
-    assert set(named) == set(Bundle.open(DEFAULT_MODEL).manifest.components)
+    assert set(named) == set(Bundle.open(GPU_MODEL).manifest.components)
     assert set(named.values()) == {"would build"}
     assert "would build" in run(*arguments, cwd=tmp_path).stdout
+    refused = run("build", DEFAULT_MODEL, *arguments[2:], cwd=tmp_path, code=2)
+    assert "int8 bundles run on the CPU only" in refused.stderr
     assert not list(tmp_path.iterdir())
 
 
 def test_engine_options_reach_the_engine(tmp_path: Path) -> None:
-    torch = ["verify", DEFAULT_MODEL, "--engine", "torch", "--quiet"]
+    torch = ["verify", GPU_MODEL, "--engine", "torch", "--quiet"]
     run(*torch, "--engine-option", "cuda_graph=false", cwd=tmp_path)
     for option, message in (
         ("cuda_grap=false", "no option cuda_grap; its options are .*cuda_graph"),

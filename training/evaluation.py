@@ -1,9 +1,10 @@
 """Every figure the model card quotes, each by one command: `python -m training.evaluation ...`.
 
-All predict by the reference sampler, write JSON and print the same; a number that is not finite
-becomes null. `protocol` takes the papers' real data, `plot` draws what `ablations` wrote, and the
-others run on held-out ToyTable clips (seed 1; training draws from seed 0). Held-out clip i draws
-its noise from stream i, so its prediction does not depend on the batch it falls into.
+All predict by the reference sampler, or, with `--engine`, by rollouts of a bundle on that engine;
+they write JSON and print the same, and a number that is not finite becomes null. `protocol` takes
+the papers' real data, `plot` draws what `ablations` wrote, and the others run on held-out ToyTable
+clips (seed 1; training draws from seed 0). Held-out clip i draws its noise from stream i, so its
+prediction does not depend on the batch it falls into (but for the rounding of int8 bundles).
 
 Shapes: B clips, T pixel frames, t pixel frames per latent frame; a context of n latent frames is
 1 + (n-1)*t pixel frames.
@@ -31,13 +32,14 @@ import typer
 from PIL import Image
 from torch import Tensor
 
-from canvasmar_rt import __version__
+from canvasmar_rt import __version__, load
 from canvasmar_rt.command import run_command
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
@@ -77,6 +79,13 @@ Frames = Annotated[int, typer.Option(min=1, help="Pixel frames to predict, a mul
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling noise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda.")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Engine = Annotated[
+    str,
+    typer.Option(
+        help="Predict by rollouts of the bundle on this engine (onnxruntime, torch) "
+        "instead of the reference sampler."
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 Sampling = Annotated[
     list[str] | None,
@@ -192,6 +201,7 @@ def measure_one_step(
     batch: int,
     seed: int,
     tick: Callable[[int], None],
+    predictor: Predictor | None = None,
 ) -> dict[str, Any]:
     """The next latent frame alone: predictions, the canvas alone, a copy of the last frame, and
     the truth through the autoencoder (no prediction can be nearer), each against the truth."""
@@ -205,7 +215,14 @@ def measure_one_step(
         real, actions = drawn.frames[:, given:], drawn.actions[:, given - 1 :]
         before = drawn.frames[:, :given]
         shown = continue_clips(
-            model, sampling, drawn, context=context, seed=seed, first_stream=first, canvas=True
+            model,
+            sampling,
+            drawn,
+            context=context,
+            seed=seed,
+            first_stream=first,
+            canvas=True,
+            predictor=predictor,
         )
         frames = {
             "prediction": shown.frames[:, given:],
@@ -238,6 +255,7 @@ def measure_rollouts(
     tick: Callable[[int], None],
     use_actions: bool = True,
     windows: tuple[tuple[int, int], ...] = (),
+    predictor: Predictor | None = None,
 ) -> dict[str, Any]:
     """Predictions of `frames` pixel frames against the truth. `windows` (first, last), counted
     from 1 at the first predicted frame, add the Frechet distance of those parts alone, of the pairs
@@ -263,6 +281,7 @@ def measure_rollouts(
             seed=seed,
             first_stream=first,
             use_actions=use_actions,
+            predictor=predictor,
         ).frames
         before, actions = drawn.frames[:, :given], drawn.actions[:, given - 1 :]
         evaluator.update(before, shown[:, given:], drawn.frames[:, given:], actions)
@@ -424,17 +443,20 @@ def one_step(
     batch: Batch = 32,
     seed: Seed = 0,
     set_: Sampling = None,
+    engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """One latent frame ahead: prediction, canvas alone, a copy of the last frame."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    predictor = _predictor(checkpoint, engine, device, threads)
     with _ticking("one step", clips, quiet) as tick:
         result = measure_one_step(
-            model, sampling, clips=clips, context=context, batch=batch, seed=seed, tick=tick
-        )
-    _write(output, "one-step", model, sampling, result, quiet)
+            model, sampling, clips=clips, context=context, batch=batch, seed=seed, tick=tick,
+            predictor=predictor,
+        )  # fmt: skip
+    _write(output, "one-step", model, sampling, result, quiet, engine)
 
 
 @app.command()
@@ -447,6 +469,7 @@ def rollouts(
     batch: Batch = 32,
     seed: Seed = 0,
     set_: Sampling = None,
+    engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -454,6 +477,7 @@ def rollouts(
     """Rollouts with and without their actions: gripper error, toys kept, Frechet distance. A model
     that takes no actions is measured without."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    predictor = _predictor(checkpoint, engine, device, threads)
     modes = {"with_actions": True} if model.config.action_dim else {}
     modes["without_actions"] = False
     result = {}
@@ -461,9 +485,9 @@ def rollouts(
         for name, given in modes.items():
             result[name] = measure_rollouts(
                 model, sampling, clips=clips, frames=frames, context=context, batch=batch,
-                seed=seed, tick=tick, use_actions=given,
+                seed=seed, tick=tick, use_actions=given, predictor=predictor,
             )  # fmt: skip
-    _write(output, "rollouts", model, sampling, result, quiet)
+    _write(output, "rollouts", model, sampling, result, quiet, engine)
 
 
 @app.command()
@@ -476,20 +500,22 @@ def long(
     batch: Batch = 32,
     seed: Seed = 0,
     set_: Sampling = None,
+    engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Long rollouts: the last sixteen frames against frames 5 to 20, toys kept, colour, detail."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    predictor = _predictor(checkpoint, engine, device, threads)
     if frames < 36:
         raise InputError(f"long rollouts need at least 36 frames, got {frames}")
     with _ticking("long rollouts", clips, quiet) as tick:
         result = measure_rollouts(
             model, sampling, clips=clips, frames=frames, context=context, batch=batch,
-            seed=seed, tick=tick, windows=((5, 20), (frames - 15, frames)),
+            seed=seed, tick=tick, windows=((5, 20), (frames - 15, frames)), predictor=predictor,
         )  # fmt: skip
-    _write(output, "long", model, sampling, result, quiet)
+    _write(output, "long", model, sampling, result, quiet, engine)
 
 
 @app.command()
@@ -668,6 +694,10 @@ def _load_toytable(
     return model, sampling
 
 
+def _predictor(checkpoint: Path, engine: str, device: str, threads: int | None) -> Predictor | None:
+    return load(checkpoint, engine=engine, device=device, threads=threads) if engine else None
+
+
 @contextmanager
 def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
     with progress_bar(name, total, quiet) as advance:
@@ -675,7 +705,11 @@ def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], Non
 
 
 def _report(
-    what: str, model: CanvasMAR, sampling: SamplingConfig | None, result: dict[str, Any]
+    what: str,
+    model: CanvasMAR,
+    sampling: SamplingConfig | None,
+    result: dict[str, Any],
+    engine: str = "",
 ) -> dict[str, Any]:
     device = model.spatial.mask.device
     return {
@@ -683,6 +717,7 @@ def _report(
         "model": to_dict(model.config),
         "sampling": None if sampling is None else to_dict(sampling),
         "weights": weights_id(model),
+        "engine": engine or None,
         "device": "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device),
         "machine": platform.machine(),
         "torch": torch.__version__,
@@ -702,8 +737,9 @@ def _write(
     sampling: SamplingConfig | None,
     result: dict[str, Any],
     quiet: bool,
+    engine: str = "",
 ) -> None:
-    report = _report(what, model, sampling, result)
+    report = _report(what, model, sampling, result, engine)
     _write_report(path, report)
     if not quiet:
         print(json.dumps(report["result"], indent=2))

@@ -21,6 +21,7 @@ from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.rollout import Predictor
 from training.clips import Clips, ClipSource, LatentClips, latent_actions
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import AutoencoderLoss, ModelLoss
@@ -172,10 +173,11 @@ def continue_clips(
     first_stream: int = 0,
     use_actions: bool = True,
     canvas: bool = False,
+    predictor: Predictor | None = None,
 ) -> Continuation:
     """The first `context` latent frames of each clip, then predictions to its end under its own
-    actions, by the reference sampler under bf16 autocast; clip i draws from stream
-    `first_stream` + i.
+    actions, by the reference sampler under bf16 autocast, or by rollouts of `predictor` if there is
+    one; clip i draws from stream `first_stream` + i.
 
     Raises:
         InputError: if the context leaves nothing to predict.
@@ -187,7 +189,13 @@ def continue_clips(
         raise InputError(f"a context of {context} of {total} latent frames leaves no prediction")
     actions = None
     if use_actions and config.action_dim and clips.actions is not None:
-        actions = latent_actions(clips.actions, t).to(device)
+        actions = latent_actions(clips.actions, t)
+    if predictor is not None:
+        return _rolled_out(
+            predictor, sampling, clips.frames, actions, context=context, seed=seed,
+            first_stream=first_stream, canvas=canvas and config.canvas,
+        )  # fmt: skip
+    actions = None if actions is None else actions.to(device)
     given = 1 + (context - 1) * t
     streams = range(first_stream, first_stream + len(clips.frames))
     guess = None
@@ -206,6 +214,43 @@ def continue_clips(
             if canvas and i == context and sample.canvas is not None:
                 guess = model.autoencoder.decode(sample.canvas[:, None], decoder)[0].cpu()
     return Continuation(frames=torch.cat(out, dim=1), canvas=guess)
+
+
+def _rolled_out(
+    predictor: Predictor,
+    sampling: SamplingConfig,
+    frames: Tensor,
+    actions: Tensor | None,
+    *,
+    context: int,
+    seed: int,
+    first_stream: int,
+    canvas: bool,
+) -> Continuation:
+    """`continue_clips` by rollouts, each of as many clips as the bundle takes at once."""
+    t = predictor.config.autoencoder.temporal_compression
+    given, most = 1 + (context - 1) * t, predictor.bundle.manifest.batch.maximum
+    shown, guesses = [], []
+    for first in range(0, len(frames), most):
+        part = frames[first : first + most]
+        told = None if actions is None else actions[first : first + most].numpy()
+        rollout = predictor.start(
+            part[:, :given].numpy(),
+            seed=seed,
+            stream=first_stream + first,
+            actions=None if told is None else told[:, : context - 1],
+            sampling=sampling,
+        )
+        out = [part[:, :given]]
+        for i in range(context, 1 + (frames.shape[1] - 1) // t):
+            made = rollout.step(
+                None if told is None else told[:, i - 1], decode_canvas=canvas and i == context
+            )
+            out.append(torch.from_numpy(made.frames))
+            if made.canvas_frames is not None:
+                guesses.append(torch.from_numpy(made.canvas_frames))
+        shown.append(torch.cat(out, dim=1))
+    return Continuation(frames=torch.cat(shown), canvas=torch.cat(guesses) if guesses else None)
 
 
 def log_videos(

@@ -519,7 +519,7 @@ def load_weights(path: Path) -> tuple[CanvasMAR, SamplingConfig]:
             f"({', '.join(packaged)})"
         )
     bundle = Bundle.open(path)
-    return load_model(bundle), bundle.manifest.sampling
+    return load_model(bundle), bundle.manifest.profile()
 
 
 def _logged_step(line: str) -> float:

@@ -61,15 +61,24 @@ class Rotary:
         angle_y = y[:, None] * ROTARY_BASE ** (-torch.arange(space) / space)
         angle_x = x[:, None] * ROTARY_BASE ** (-torch.arange(rest) / rest)
         angle = torch.cat([angle_y, angle_x], dim=-1)  # (P, pairs - time_pairs)
-        self.space_cos, self.space_sin = angle.cos(), angle.sin()
+        self._space = {angle.device: (angle.cos(), angle.sin())}
+
+    def _space_on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (P, .) of the positions, moved to a device once: a CUDA graph cannot
+        capture the copy."""
+        if device not in self._space:
+            with torch.inference_mode(False):
+                cos, sin = next(iter(self._space.values()))
+                self._space[device] = cos.to(device), sin.to(device)
+        return self._space[device]
 
     def tables(self, time: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines (T*P, Dh/2) of frames with time rotations `time` (T, 2, pairs)."""
-        frames, tokens = time.shape[0], self.space_cos.shape[0]
         out = []
-        for part, space in enumerate((self.space_cos, self.space_sin)):
+        for part, space in enumerate(self._space_on(time.device)):
+            frames, tokens = time.shape[0], space.shape[0]
             t = time[:, None, part].expand(frames, tokens, self.time_pairs)
-            s = space.to(time.device)[None].expand(frames, tokens, space.shape[1])
+            s = space[None].expand(frames, tokens, space.shape[1])
             out.append(torch.cat([t, s], dim=-1).flatten(0, 1))
         return out[0], out[1]
 

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +20,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from canvasmar_rt.bundle import BatchRange, Bundle
 from canvasmar_rt.command import run_command
 from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig, preset
+from canvasmar_rt.engines import create
+from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
 from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from canvasmar_rt.rollout import Predictor
+from tests.training.small_runs import Waves
 from tests.training.test_metrics import Distance, StandIn, save_scripted
 from training import evaluation, protocols, stages
 from training.clips import Clips
@@ -223,6 +229,63 @@ def test_a_packaged_bundle_by_its_name(command: Run, tmp_path: Path) -> None:
     report = measured(command, tmp_path / "out.json", *arguments)
     assert report["model"]["name"] == "toytable"
     assert report["sampling"]["flow_steps"] == 1
+
+
+def test_an_engine_continues_clips_as_the_sampler_does(
+    bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where there are more clips than the bundle takes at once, and not a multiple of it."""
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())  # bundles are float32
+    bundle = bundles("expert")
+    least = dataclasses.replace(bundle.manifest, batch=BatchRange(maximum=2))
+    predictor = Predictor(create("onnxruntime", dataclasses.replace(bundle, manifest=least),
+                                 device="cpu"))  # fmt: skip
+    clips = Waves(frames=7).clips(0, 5)
+    for use_actions in (True, False):
+        theirs, ours = (
+            stages.continue_clips(
+                load_model(bundle), SAMPLING, clips, context=2, seed=4, first_stream=3,
+                canvas=True, use_actions=use_actions, predictor=p,
+            )
+            for p in (None, predictor)
+        )  # fmt: skip
+        assert ours.canvas is not None
+        for a, b in ((ours.frames, theirs.frames), (ours.canvas, theirs.canvas)):
+            assert (a.shape, a.dtype) == (b.shape, b.dtype)
+            assert (a.int() - b.int()).abs().max() <= 1
+        assert (ours.frames[:, :3] == clips.frames[:, :3]).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("one-step", ("--clips", 3, "--batch", 2, "--context", 1)),
+        ("rollouts", ("--clips", 3, "--batch", 2, "--frames", 4)),
+        ("long", ("--clips", 2, "--frames", 36)),
+    ],
+)
+def test_an_engine_gives_the_figures_of_the_sampler(
+    command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: Any
+) -> None:
+    monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
+    for option in ("ar_steps=2", "flow_steps=1", "temporal_guidance=1", "canvas_guidance=1"):
+        options = (*options, "--set", option)
+    theirs, ours = (
+        measured(command, tmp_path / f"{len(e)}" / "out.json", name, "toytable", *options, *e)
+        for e in ((), ("--engine", "onnxruntime"))
+    )
+    assert (theirs.pop("engine"), ours.pop("engine")) == (None, "onnxruntime")
+    figures = [[float(n) for n in re.findall(r"[0-9.]+", str(r["result"]))] for r in (theirs, ours)]
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    assert ours | {"result": None} == theirs | {"result": None}
+
+
+def test_an_engine_runs_bundles_only(command: Run, runs: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out.json"
+    line = refused(command, output, "one-step", runs / "model", "--engine", "onnxruntime")
+    assert "this is not a bundle directory; make one with 'canvasmar-rt export" in line
+    line = refused(command, output, "one-step", "toytable", "--engine", "abacus")
+    assert "no engine 'abacus'" in line
 
 
 def test_rollouts_with_and_without_actions(command: Run, runs: Path, tmp_path: Path) -> None:

@@ -1,0 +1,178 @@
+"""The systems `bench` sets beside ours, by name, and models to run them on."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import canvasmar_rt
+from canvasmar_rt.benchmarks.contestants import Contestant, RolloutContestant
+from canvasmar_rt.benchmarks.dfot import DfotContestant, Guidance
+from canvasmar_rt.benchmarks.latency import Make
+from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
+from canvasmar_rt.config import ModelConfig, SamplingConfig
+from canvasmar_rt.engines.program import UInt8
+from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.rollout import Predictor
+
+BASELINES = {
+    "eager": "the PyTorch sampler on the same weights",
+    "eager-paper": "the same with the default sampling and the paper's solver, 30 steps of Euler",
+    "compile": "the PyTorch sampler through torch.compile",
+    "naive-onnx": "a plain ONNX export run from a Python loop",
+    "no-canvas": "the MAR without a canvas, of the same size, random weights; no-canvas:K does K "
+    "AR steps",
+    "dfot": "DFoT, scaled as the model is to kinetics600, 50 DDIM steps, conditional guidance",
+    "dfot-vanilla": "the same with vanilla history guidance",
+}
+SWEEPS = ("ar_steps", "flow_steps", "history")
+"""Options whose cost `bench` can draw; `history` is the window in latent frames."""
+
+
+def baselines(
+    predictor: Predictor, names: Sequence[str], *, seed: int, threads: int | None = None
+) -> dict[str, Make]:
+    """Makers of the contestants called `names`; `threads` are CPU threads, as `canvasmar_rt.load`
+    takes them.
+
+    Raises:
+        ConfigError: if there is no such baseline.
+        EngineError: if it needs packages that are not installed.
+    """
+    for name in names:
+        if name not in BASELINES and not _no_canvas_steps(name):
+            raise ConfigError(f"no baseline {name!r}; baselines are {', '.join(BASELINES)}")
+    if not names:
+        return {}
+    _need_torch("baselines need")
+    paper = dataclasses.replace(predictor.bundle.manifest.sampling, solver="euler", flow_steps=30)
+
+    def maker(name: str) -> Make:
+        def make(context: UInt8, batch: int) -> Contestant:
+            at: dict[str, Any] = {"batch": batch, "seed": seed}
+            if name.startswith("dfot"):
+                guidance: Guidance = "vanilla" if name == "dfot-vanilla" else "conditional"
+                made: Contestant = DfotContestant(predictor, context, guidance=guidance, **at)
+            elif name.startswith("no-canvas"):
+                steps = _no_canvas_steps(name) or predictor.sampling.ar_steps
+                plain = without_canvas(predictor, ar_steps=steps, threads=threads)
+                made = RolloutContestant(name, plain, context, **at)
+            elif name == "naive-onnx":
+                made = NaiveOnnxContestant(predictor, context, threads=threads, **at)
+            else:
+                made = EagerContestant(
+                    predictor, context, sampling=paper if name == "eager-paper" else None,
+                    threads=threads, compile=name == "compile", **at,
+                )  # fmt: skip
+            made.name = name
+            return made
+
+        return make
+
+    return {name: maker(name) for name in names}
+
+
+def sweep(
+    predictor: Predictor, text: str, *, seed: int, threads: int | None = None
+) -> dict[str, Make]:
+    """Our engine at several values of one option, given as "ar_steps=1,2,4,8".
+
+    Raises:
+        ConfigError: for another option, or values it cannot have.
+    """
+    option, _, listed = text.partition("=")
+    try:
+        values = [int(v) for v in listed.split(",")]
+    except ValueError:
+        values = []
+    if option not in SWEEPS or not values:
+        raise ConfigError(
+            f"--sweep takes {', '.join(SWEEPS)} and values, such as ar_steps=1,2,4,8; got {text!r}"
+        )
+
+    def maker(value: int) -> Make:
+        def make(context: UInt8, batch: int) -> Contestant:
+            there = _variant(predictor, option, value, threads)
+            name = f"{option}={value}"
+            return RolloutContestant(name, there, context, batch=batch, seed=seed)
+
+        return make
+
+    return {f"{option}={v}": maker(v) for v in values}
+
+
+def _variant(predictor: Predictor, option: str, value: int, threads: int | None) -> Predictor:
+    if option == "history":  # the ring's size is in the graphs
+        engine = predictor.engine
+        config = dataclasses.replace(predictor.config, context_frames=value)
+        with random_bundle(config, predictor.sampling) as bundle:
+            return canvasmar_rt.load(
+                bundle, engine=engine.name, device=engine.device, threads=threads
+            )
+    changed: dict[str, Any] = {option: value}
+    return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
+
+
+def _no_canvas_steps(name: str) -> int:
+    """K of "no-canvas:K", or 0."""
+    base, _, steps = name.partition(":")
+    return int(steps) if base == "no-canvas" and steps.isdecimal() else 0
+
+
+def scaled(config: ModelConfig, factor: int) -> ModelConfig:
+    """The model with every width divided by `factor`; depths, tokens and channels stay.
+
+    Raises:
+        ConfigError: if a width is not a multiple.
+    """
+    ae, widths = config.autoencoder, [config.dim, config.heads, config.flow.width]
+    if factor < 1 or any(w % factor for w in (*widths, *ae.widths)):
+        raise ConfigError(
+            f"scale: {config.name} has widths {widths} and {list(ae.widths)}, which {factor} does "
+            "not divide"
+        )
+    return dataclasses.replace(
+        config,
+        name=config.name if factor == 1 else f"{config.name}/{factor}",
+        dim=config.dim // factor,
+        heads=config.heads // factor,
+        flow=dataclasses.replace(config.flow, width=config.flow.width // factor),
+        autoencoder=dataclasses.replace(ae, widths=tuple(w // factor for w in ae.widths)),
+    )
+
+
+@contextmanager
+def random_bundle(
+    config: ModelConfig,
+    sampling: SamplingConfig,
+    progress: Callable[[str], None] = lambda _: None,
+    **options: Any,
+) -> Iterator[Path]:
+    """A bundle of the model with random weights, while the context lasts. `options` are those of
+    `ExportOptions`.
+
+    Raises:
+        EngineError: without PyTorch.
+    """
+    _need_torch("a preset needs")
+    from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+    from canvasmar_rt.models.canvasmar import build
+
+    with tempfile.TemporaryDirectory() as work:
+        made = export_bundle(
+            build(config), sampling, Path(work) / "bundle",
+            ExportOptions(drift_frames=1, **options), source="random weights", progress=progress,
+        )  # fmt: skip
+        yield made.path
+
+
+def _need_torch(what: str) -> None:
+    try:
+        import onnx  # noqa: F401
+        import torch  # noqa: F401
+    except ImportError:
+        raise EngineError(f"{what} PyTorch and ONNX: pip install 'canvasmar-rt[export]'") from None

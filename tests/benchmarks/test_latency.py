@@ -1,0 +1,189 @@
+"""The arithmetic of a comparison, on contestants whose times are known."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import canvasmar_rt
+from canvasmar_rt.benchmarks import baselines, report
+from canvasmar_rt.benchmarks.contestants import Played, RolloutContestant
+from canvasmar_rt.benchmarks.latency import (
+    OURS,
+    BenchOptions,
+    bench,
+    moving_clip,
+    play_in_turn,
+    ratios,
+    summary,
+)
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import preset
+from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.rollout import Predictor
+
+
+class Fixed:
+    """Plays clips of known times and notes the order of calls."""
+
+    described: Mapping[str, object] = {"engine": "none", "device": "cpu", "arithmetic": "float32"}
+
+    def __init__(self, name: str, clip: Played, calls: list[str], *, chunked: bool = False) -> None:
+        self.name, self.chunked = name, chunked
+        self._clip, self._calls = clip, calls
+
+    def play(self, frames: int) -> Played:
+        assert frames == len(self._clip.ready)
+        self._calls.append(self.name)
+        return self._clip
+
+
+STREAM = Played((0.010, 0.030, 0.060), (0.001, 0.002, 0.003), {"flow": 0.03, "noise": 0.003})
+CHUNK = Played((0.100, 0.110, 0.120), (0.010, 0.020, 0.030), {})
+
+
+def test_contestants_take_turns_and_warm_up_is_not_kept() -> None:
+    calls: list[str] = []
+    a, b = Fixed("a", STREAM, calls), Fixed("b", CHUNK, calls, chunked=True)
+    played = play_in_turn([a, b], 3, warmup=1, iterations=2)
+    assert calls == ["a", "b"] * 3
+    assert {name: len(clips) for name, clips in played.items()} == {"a": 2, "b": 2}
+
+
+def test_a_frame_is_the_time_between_pixels() -> None:
+    found = summary([STREAM], pixel_frames=12, chunked=False)
+    assert found["frame_ms"]["p50"] == pytest.approx(20.0)  # of 10, 20 and 30
+    assert found["first_frame_ms"]["p50"] == pytest.approx(10.0)
+    assert found["clip_ms"]["p50"] == pytest.approx(60.0)
+    assert found["clip_without_autoencoder_ms"]["p50"] == pytest.approx(57.0)
+    assert found["pixel_frames_per_second"] == pytest.approx(200.0)
+    assert found["component_ms"] == {"flow": 10.0, "noise": 1.0}
+    assert found["outside_engine_share"] == pytest.approx(0.05)
+
+
+def test_a_chunk_has_one_rate() -> None:
+    found = summary([CHUNK], pixel_frames=3, chunked=True)
+    assert found["frame_ms"]["p50"] == found["frame_ms"]["p99"] == pytest.approx(40.0)
+    assert found["first_frame_ms"]["p50"] == pytest.approx(100.0)
+    assert "component_ms" not in found
+
+
+def test_ratios_are_taken_per_turn() -> None:
+    """A machine that gets three times slower from one turn to the next moves no ratio."""
+
+    def slower(clip: Played) -> Played:
+        assert clip.decoding is not None
+        return Played(
+            tuple(3 * s for s in clip.ready), tuple(3 * s for s in clip.decoding), clip.parts
+        )
+
+    found = ratios([CHUNK, slower(CHUNK)], [STREAM, slower(STREAM)])
+    assert found["first_frame"] == {"p5": 10.0, "median": 10.0, "p95": 10.0}
+    assert found["clip"]["median"] == pytest.approx(2.0)
+    assert found["clip_without_autoencoder"]["median"] == pytest.approx(0.09 / 0.057, abs=1e-3)
+    unknown = Played(CHUNK.ready, None, {})
+    assert set(ratios([unknown], [STREAM])) == {"first_frame", "clip"}
+
+
+@pytest.fixture(scope="module")
+def predictor(bundles: Callable[[str], Bundle]) -> Predictor:
+    return canvasmar_rt.load(bundles("expert").path, threads=1)
+
+
+@pytest.fixture(scope="module")
+def measured(predictor: Predictor) -> dict[str, Any]:
+    options = BenchOptions(batches=(1, 2), context=1, iterations=2, warmup=0, soak=101)
+    others = baselines.sweep(predictor, "ar_steps=1,3", seed=0)
+    return bench(predictor, options, others)
+
+
+def test_a_report_is_complete(measured: dict[str, Any], predictor: Predictor) -> None:
+    config = measured["config"]
+    assert config["frames"] == predictor.config.context_frames - 1
+    assert set(config["contestants"]) == {OURS, "ar_steps=1", "ar_steps=3"}
+    assert config["contestants"]["ar_steps=3"]["sampling"]["ar_steps"] == 3
+    assert [row["batch"] for row in measured["metrics"]] == [1, 2]
+    for row in measured["metrics"]:
+        assert row["over_ours"]["ar_steps=1"]["clip"]["median"] > 0
+        ours = row["contestants"][OURS]
+        assert ours["component_ms"]["decoder"] > 0
+        assert 0 < ours["outside_engine_share"] < 1
+        assert ours["clip_ms"]["p50"] > ours["first_frame_ms"]["p50"] > 0
+        assert ours["peak_host_mb"] >= 0
+    assert measured["soak"]["resident_mb_at_end"] > 0
+
+
+def test_csv_holds_every_number(measured: dict[str, Any]) -> None:
+    rows = list(csv.DictReader(io.StringIO(report.as_csv(measured))))
+    found = {(r["batch"], r["system"], r["quantity"], r["statistic"]): r["value"] for r in rows}
+    row = measured["metrics"][1]
+    assert float(found["2", OURS, "frame_ms", "p99"]) == row["contestants"][OURS]["frame_ms"]["p99"]
+    ratio = row["over_ours"]["ar_steps=3"]["clip"]["median"]
+    assert float(found["2", "ar_steps=3", "clip_over_ours", "median"]) == ratio
+    assert len(found) == len(rows)
+
+
+def test_pictures_are_drawn(measured: dict[str, Any]) -> None:
+    pictures = report.pictures(measured)
+    assert set(pictures) == {"first_frame.png", "clip.png", "components.png", "ar_steps.png"}
+    for png in pictures.values():
+        assert np.asarray(Image.open(io.BytesIO(png)).convert("L")).std() > 5
+
+
+def test_contestants_repeat_the_same_clip(predictor: Predictor) -> None:
+    """Every turn starts from the context: the state left behind is the same."""
+    context = moving_clip(predictor.config, 2)
+    contestant = RolloutContestant(OURS, predictor, context, batch=1, seed=0)
+    latents = []
+    for _ in range(2):
+        contestant.play(2)
+        latents.append(contestant._rollout.state().arrays["latent"].copy())
+    assert np.array_equal(*latents)
+    contestant.play(1)
+    assert not np.array_equal(contestant._rollout.state().arrays["latent"], latents[0])
+
+
+def test_scaled_models_keep_their_depths() -> None:
+    model, _ = preset("kinetics600")
+    small = baselines.scaled(model, 4)
+    assert (small.dim, small.heads, small.flow.width) == (256, 4, 320)
+    assert small.autoencoder.widths == (32, 64, 128)
+    assert small.spatial_layers == model.spatial_layers
+    assert small.tokens == model.tokens
+    with pytest.raises(ConfigError, match="does not divide"):
+        baselines.scaled(model, 3)
+
+
+def test_the_window_of_a_preset_can_be_swept(predictor: Predictor) -> None:
+    there = baselines.sweep(predictor, "history=3", seed=0)["history=3"](
+        moving_clip(predictor.config, 2), 1
+    )
+    assert isinstance(there, RolloutContestant)
+    assert there._rollout.config.context_frames == 3
+    assert there.play(1).ready[0] > 0
+
+
+@pytest.mark.parametrize("text", ["ar_steps", "ar_steps=", "ar_steps=a", "colour=1"])
+def test_a_sweep_that_makes_no_sense(predictor: Predictor, text: str) -> None:
+    with pytest.raises(ConfigError, match="ar_steps=1,2,4,8"):
+        baselines.sweep(predictor, text, seed=0)
+
+
+@pytest.mark.parametrize("name", ["dream", "no-canvas:", "no-canvas:x", "no-canvas:0"])
+def test_an_unknown_baseline(predictor: Predictor, name: str) -> None:
+    with pytest.raises(ConfigError, match="naive-onnx"):
+        baselines.baselines(predictor, (name,), seed=0)
+
+
+def test_a_context_must_leave_a_frame(predictor: Predictor) -> None:
+    full = BenchOptions(context=predictor.config.context_frames)
+    with pytest.raises(ConfigError, match="--frames"):
+        full.predicted(predictor.config)
+    with pytest.raises(ConfigError, match="at least 1"):
+        BenchOptions(context=0)

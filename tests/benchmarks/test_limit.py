@@ -1,0 +1,316 @@
+"""The cost model against counted runs, counted parameters and published arithmetic."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from typer.testing import CliRunner
+
+from canvasmar_rt.benchmarks.dfot import DfotConfig
+from canvasmar_rt.benchmarks.dfot_model import evaluation_flops, parameters
+from canvasmar_rt.benchmarks.limit import (
+    GPUS,
+    Baseline,
+    Cost,
+    Machine,
+    app,
+    dfot_cost,
+    encoder_cost,
+    frame_costs,
+    here,
+    measured_ms,
+    predict,
+)
+from canvasmar_rt.components import TensorSpec, components
+from canvasmar_rt.config import ModelConfig, SamplingConfig, preset, to_dict
+from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.canvasmar import CanvasMAR, build, count_parameters
+from canvasmar_rt.models.graphs import graph
+from canvasmar_rt.schedule import ar_steps, flow_plan, guidance_branches
+from tests.conftest import SAMPLING, VARIANTS, small_config
+
+XL = DfotConfig(width=1152, layers=28, heads=16, frames=5, grid=(16, 16), channels=16)
+UNGUIDED = dataclasses.replace(SAMPLING, temporal_guidance=1.0, canvas_guidance=1.0)
+
+
+@contextmanager
+def counting() -> Iterator[FlopCounterMode]:
+    """Attention as plain matrix products: the counter does not know the CPU's own operator."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        yield counter
+
+
+def empty(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
+    dims = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
+    dtype = torch.float32 if spec.dtype == "hidden" else getattr(torch, spec.dtype)
+    return torch.empty(dims, dtype=dtype)
+
+
+def counted(config: ModelConfig, sampling: SamplingConfig, batch: int) -> dict[str, int]:
+    """FLOPs that PyTorch counts in the graphs of a frame, run without data."""
+    with torch.device("meta"):
+        model = CanvasMAR(config).requires_grad_(False)
+    sizes = {
+        "B": batch,
+        "G": len(guidance_branches(sampling, has_canvas=config.canvas).weight),
+        "E": len(flow_plan(sampling).time),
+    }
+
+    def flops(name: str, **more: int) -> int:
+        component = components(config)[name]
+        with torch.device("meta"), torch.no_grad(), counting() as counter:
+            graph(model, name)(*(empty(spec, sizes | more) for spec in component.inputs))
+        return int(counter.get_total_flops())
+
+    found = {
+        name: flops(name)
+        for name in ("temporal", "canvas", "condition", "decoder", "encoder")
+        if name in components(config)
+    }
+    steps = ar_steps(config.tokens, sampling.ar_steps)
+    found["spatial"] = sum(
+        flops("spatial" if s.known else "spatial_first", K=s.known, S=s.drawn, M=s.left)
+        for s in steps
+    )
+    found["flow"] = sum(flops("flow", S=s.drawn) for s in steps)
+    return found
+
+
+def full_size(name: str, batch: int) -> tuple[ModelConfig, SamplingConfig, int]:
+    """A preset with fewer flow steps: they are all alike, and counting takes its time."""
+    config, sampling = preset(name)
+    return config, dataclasses.replace(sampling, flow_steps=3), batch
+
+
+CASES = {
+    **{name: (config, SAMPLING, 2) for name, config in VARIANTS.items()},
+    "unguided": (VARIANTS["expert"], UNGUIDED, 1),
+    "two branches": (
+        VARIANTS["mmdit"], dataclasses.replace(SAMPLING, temporal_guidance=1.0), 1,
+    ),
+    "heun": (
+        small_config("joint-isolated", condition_attention="isolated"),
+        dataclasses.replace(SAMPLING, solver="heun", ar_steps=8), 3,
+    ),
+    "kinetics600": full_size("kinetics600", 1),
+    "bair": full_size("bair", 2),
+    "toytable": full_size("toytable", 8),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_flops_are_those_of_a_counted_run(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # no answer for meta
+    config, sampling, batch = CASES[case]
+    costs = frame_costs(config, sampling, batch=batch)
+    predicted = {name: cost.flops for name, cost in costs.items()}
+    predicted["encoder"] = encoder_cost(config, batch=batch).flops
+    assert predicted == pytest.approx(counted(config, sampling, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_reference_sampler_does_as_much(variant: str) -> None:
+    config = VARIANTS[variant]
+    model = build(config)
+    state = sampler.start(model, torch.zeros(2, 1, config.tokens, 4))
+    noise = sampler.draw_noise(config, SAMPLING, seed=0, streams=range(2), frame=1)
+    with counting() as counter:
+        sampler.step(model, SAMPLING, state, noise)
+    total = sum(cost.flops for cost in frame_costs(config, SAMPLING, batch=2).values())
+    # the graphs embed the flow times in every AR step, the sampler once
+    with counting() as once:
+        model.flow.embed_time(torch.zeros(SAMPLING.flow_steps))
+    total -= (SAMPLING.ar_steps - 1) * once.get_total_flops()
+    assert total == pytest.approx(counter.get_total_flops(), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["kinetics600", "bair", "ucf101", "toytable"])
+def test_a_pass_reads_every_weight_once(name: str) -> None:
+    """Biases, norms and position embeddings are what is missing."""
+    config, sampling = preset(name)
+    # the second AR step is the first that needs all of MM-DiT, one evaluation all of the flow head
+    plan = dataclasses.replace(sampling, ar_steps=2, flow_steps=1, solver="euler")
+    costs = frame_costs(config, plan, dtype_bytes=1, on_chip=1 << 40)
+    costs["autoencoder"] = costs.pop("decoder") + encoder_cost(config, dtype_bytes=1)
+    parameters = count_parameters(config)
+    for module, count in parameters.items():
+        assert 0.97 * count < costs[module].weight_bytes <= count, module
+
+
+def test_weights_are_read_in_every_pass_unless_they_fit() -> None:
+    config, sampling = preset("kinetics600")
+    flow = frame_costs(config, sampling, dtype_bytes=2)["flow"]
+    assert 300 * 52e6 < flow.weight_bytes < 300 * 57e6  # E evaluations in each of K steps
+    additive = dataclasses.replace(
+        config, flow=dataclasses.replace(config.flow, modulation="additive")
+    )
+    kept = frame_costs(additive, sampling, dtype_bytes=2, on_chip=20_000_000)["flow"]
+    again = frame_costs(additive, sampling, dtype_bytes=2, on_chip=19_000_000)["flow"]
+    assert again.weight_bytes - kept.weight_bytes == pytest.approx(299 * 19.7e6, rel=0.01)
+    spatial = frame_costs(config, sampling, dtype_bytes=2)["spatial"]
+    assert spatial.weight_bytes > 9 * 2 * 390e6
+    assert spatial.weight_bytes < 10 * 2 * 404e6  # the first step has no known tokens to serve
+
+
+def test_bytes_in_and_out_are_those_of_the_graphs() -> None:
+    config = VARIANTS["mmdit"]
+    costs = frame_costs(config, SAMPLING, batch=2, dtype_bytes=2)
+    p, d, f = config.temporal_tokens, config.dim, config.context_frames
+    n, c = config.tokens, config.autoencoder.latent_channels
+    cache = 2 * config.temporal_layers * (f + 1) * 2 * p * d * 2  # keys and values, read and new
+    rest = 2 * p * d * 2 + 4 * (2 * n * c + 2 + 2 * config.time_rotary_pairs + 2 * f)
+    assert costs["temporal"].activation_bytes == cache + rest
+    assert costs["decoder"].activation_bytes > 2 * 2 * 16 * 16 * 3  # uint8 pixels
+
+
+def test_published_arithmetic() -> None:
+    config, sampling = preset("kinetics600")
+    unguided = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
+    frame = {
+        s: sum(cost.flops for cost in frame_costs(config, s).values()) for s in (sampling, unguided)
+    }
+    assert 4.6e12 < frame[sampling] < 5.0e12
+    assert 1.6e12 < frame[unguided] < 1.7e12
+    assert dfot_cost(XL).flops == pytest.approx(67.8e12, rel=0.005)
+    assert dfot_cost(XL).flops / 50 == pytest.approx(1.36e12, rel=0.005)
+    token = dataclasses.replace(XL, modulation="token")
+    assert dfot_cost(token, steps=1).flops == pytest.approx(1.93e12, rel=0.005)
+    assert dfot_cost(XL, passes=2).flops == 2 * dfot_cost(XL).flops
+    assert dfot_cost(XL, passes=2).weight_bytes == dfot_cost(XL).weight_bytes
+
+    baseline = Baseline(config=XL, predicted=3)
+    guided, plain = (
+        predict(config, s, GPUS["h200"], dtype="bf16", batch=32, baseline=baseline)["dfot"][
+            "conditional"
+        ]["work_over_ours"]
+        for s in (sampling, unguided)
+    )
+    # 13.9 and 4.6 by the count of 4.88 TFLOP a frame that ignores what the last layer saves
+    assert guided == {"first_frame": pytest.approx(13.9, rel=0.04),
+                      "clip": pytest.approx(4.6, rel=0.04)}  # fmt: skip
+    assert plain == {"first_frame": pytest.approx(40, rel=0.03),
+                     "clip": pytest.approx(13, rel=0.06)}  # fmt: skip
+
+
+@pytest.mark.parametrize("modulation", ["frame", "token"])
+def test_dfot_is_that_of_a_counted_run(modulation: Literal["frame", "token"]) -> None:
+    config = dataclasses.replace(XL, modulation=modulation)
+    with counting():  # attention as matrix products
+        counted = evaluation_flops(config)
+    cost = dfot_cost(config, steps=1, dtype_bytes=1)
+    assert cost.flops == pytest.approx(counted, rel=0.01)
+    assert 0.99 * parameters(config) < cost.weight_bytes <= parameters(config)
+
+
+def test_the_roofline_is_the_larger_of_two_times() -> None:
+    machine = Machine(name="m", peak={"fp32": 100.0}, bandwidth=10.0, on_chip=0)
+    assert machine.seconds(Cost(1000, 20, 30), "fp32") == (10.0, "compute")
+    assert machine.seconds(Cost(1000, 150, 50), "fp32") == (20.0, "memory")
+    with pytest.raises(ConfigError, match="there is fp32"):
+        machine.seconds(Cost(1, 1, 1), "int8")
+
+
+def test_prediction_sums_its_components() -> None:
+    config, sampling = preset("bair")
+    one, many = (predict(config, sampling, GPUS["orin"], dtype="fp16", batch=b) for b in (1, 32))
+    for found in (one, many):
+        parts = found["components"].values()
+        assert found["frame"]["flops"] == sum(p["flops"] for p in parts)
+        assert found["frame"]["predicted_ms"] == pytest.approx(
+            sum(p["predicted_ms"] for p in parts), rel=1e-3
+        )
+    # the same weights for 32 times the work
+    assert (
+        many["components"]["temporal"]["weight_bytes"]
+        == (one["components"]["temporal"]["weight_bytes"])
+    )
+    assert one["components"]["flow"]["bound_by"] == "memory"
+    assert many["components"]["flow"]["bound_by"] == "compute"
+
+
+def test_this_machine_is_measured() -> None:
+    machine = here()
+    assert 1e9 < machine.rate("fp32") < 1e14
+    assert 1e8 < machine.bandwidth < 1e13
+    assert machine.on_chip >= 0
+
+
+def bench_report(sampling: SamplingConfig, model: str = "bair") -> dict[str, object]:
+    return {
+        "config": {"model": model, "contestants": {"ours": {"sampling": to_dict(sampling)}}},
+        "metrics": [{"batch": 4, "contestants": {"ours": {"frame_ms": {"p50": 160.0}}}}],
+    }
+
+
+def test_a_measurement_must_fit() -> None:
+    config, sampling = preset("bair")
+    assert measured_ms(bench_report(sampling), config, sampling) == {4: 160.0}
+    with pytest.raises(InputError, match="a report of ucf101"):
+        measured_ms(bench_report(sampling, "ucf101"), config, sampling)
+    other = dataclasses.replace(sampling, ar_steps=2)
+    with pytest.raises(InputError, match="ar_steps differ"):
+        measured_ms(bench_report(other), config, sampling)
+    with pytest.raises(InputError, match="not a report"):
+        measured_ms({"metrics": []}, config, sampling)
+
+
+def test_command(tmp_path: Path) -> None:
+    sampling = preset("bair")[1]
+    (tmp_path / "bench.json").write_text(json.dumps(bench_report(sampling)))
+    output = tmp_path / "limit.json"
+    arguments = ["bair", "--machine", "h100", "--dtype", "fp32", "--batch", "4", "-o", str(output)]
+    command = [sys.executable, "-m", "canvasmar_rt.benchmarks.limit", *arguments]
+    done = subprocess.run(
+        [*command, "--measured", str(tmp_path / "bench.json")],
+        capture_output=True, text=True, timeout=120, check=True, env={"COLUMNS": "120"},
+    )  # fmt: skip
+    assert "predicted (roofline)" in " ".join(done.stdout.split())
+    prediction = json.loads(output.read_text())["predictions"][0]
+    expected = predict(*preset("bair"), GPUS["h100"], dtype="fp32", batch=4)
+    assert {k: prediction[k] for k in expected} == expected
+    assert prediction["fraction_of_roofline"] == pytest.approx(
+        expected["frame"]["predicted_ms"] / 160.0, rel=1e-3
+    )
+    assert f"{prediction['fraction_of_roofline']:.1%}" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere"], "nowhere"),
+        (["bair", "--machine", "h200,abacus"], "abacus"),
+        (["bair", "--machine", "h200,a100", "--measured", "bench.json"], "one machine"),
+        (["bair", "--dtype", "fp64"], "fp64"),
+        (["bair", "--batch", "1,none"], "1,none"),
+        (["bair", "--measured", "nowhere.json"], "nowhere.json"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str) -> None:
+    found = CliRunner().invoke(app, arguments).exception
+    assert isinstance(found, CanvasMarError)
+    assert message in str(found)
+
+
+def test_a_measurement_of_another_batch(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(bench_report(preset("bair")[1])))
+    found = CliRunner().invoke(app, ["bair", "--measured", str(path)]).exception
+    assert isinstance(found, InputError)
+    assert "only for 4" in str(found)
+
+
+def test_imports_without_torch() -> None:
+    code = "import sys; sys.modules['torch'] = None; import canvasmar_rt.benchmarks.limit"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)

@@ -1,0 +1,268 @@
+"""Int8: which products, how near, what a bundle stores of them, and where it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+import pytest
+import torch
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from safetensors.numpy import load_file
+
+import canvasmar_rt
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.components import components
+from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.engines import create
+from canvasmar_rt.engines.torch_engine import load_model
+from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.export import exporter
+from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+from canvasmar_rt.export.quantize import quantize_products, quantize_weight
+from canvasmar_rt.models.canvasmar import CanvasMAR, build, cast
+from canvasmar_rt.verify import verify
+
+CONFIG = ModelConfig(
+    name="wide",
+    autoencoder=AutoencoderConfig(
+        height=8, width=8, temporal_compression=1, latent_channels=2, widths=(8,), blocks=1
+    ),
+    flow=FlowConfig(width=128, blocks=1),
+    dim=128,
+    heads=2,
+    temporal_layers=1,
+    canvas_layers=1,
+    spatial_layers=2,
+    encoder_layers=1,
+    context_frames=2,
+    action_dim=2,
+)
+SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
+
+Export = Callable[..., Bundle]
+
+
+@pytest.fixture(scope="module")
+def model() -> CanvasMAR:
+    """Weights that float16 holds exactly."""
+    return cast(cast(build(CONFIG, seed=1), torch.float16), torch.float32)
+
+
+@pytest.fixture(scope="module")
+def export(model: CanvasMAR, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
+    """Exports of `model` with options; every module is traced once."""
+    traced: dict[tuple[str, str], ModelProto] = {}
+    trace_module = exporter._to_onnx
+
+    def once(module: Any, *rest: Any) -> ModelProto:
+        key = type(module).__name__, getattr(getattr(module, "component", None), "name", "")
+        if key not in traced:
+            traced[key] = trace_module(module, *rest)
+        copy = ModelProto()
+        copy.CopyFrom(traced[key])
+        return copy
+
+    def exported(**options: Any) -> Bundle:
+        return export_bundle(
+            model,
+            SAMPLING,
+            tmp_path_factory.mktemp("int8") / "b",
+            ExportOptions(quantize="int8", drift_frames=4, **options),
+            source="test",
+        )
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "_to_onnx", once)
+        yield exported
+
+
+@pytest.fixture(scope="module")
+def bundle(export: Export) -> Bundle:
+    return export()
+
+
+def every_node(graph: GraphProto) -> Iterator[NodeProto]:
+    for node in graph.node:
+        yield node
+        for attribute in node.attribute:
+            if attribute.type == onnx.AttributeProto.GRAPH:
+                yield from every_node(attribute.g)
+
+
+def stored(bundle: Bundle) -> dict[str, np.ndarray]:
+    return {
+        name: tensor
+        for file in bundle.manifest.files
+        if file.endswith("/model.safetensors")
+        for name, tensor in load_file(bundle.path / file).items()
+    }
+
+
+# One graph
+
+
+def test_a_weight_is_within_half_a_scale() -> None:
+    weight = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
+    weight[:, 3] *= 1000
+    weight[:, 5] = 0
+    int8, scale = quantize_weight(weight)
+    assert (int8.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (7,))
+    assert (np.abs(int8).max(axis=0) == [127, 127, 127, 127, 127, 0, 127]).all()
+    assert (np.abs(int8 * scale - weight) <= 0.5001 * scale).all()
+
+
+def small_graph(weight: np.ndarray, narrow: np.ndarray) -> ModelProto:
+    """y = x W + b twice, z = y V with a narrow V, and s = y y^T: the last two stay in float."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w"], ["p"], "first"),
+        helper.make_node("Add", ["p", "b"], ["q"]),
+        helper.make_node("MatMul", ["q", "w"], ["r"], "second"),
+        helper.make_node("Add", ["r", "b"], ["y"]),
+        helper.make_node("MatMul", ["y", "v"], ["z"], "narrow"),
+        helper.make_node("Transpose", ["y"], ["t"], perm=[0, 2, 1]),
+        helper.make_node("MatMul", ["y", "t"], ["s"], "scores"),
+    ]
+    values = {"w": weight, "v": narrow, "b": np.ones(128, np.float32)}
+    graph = helper.make_graph(
+        nodes,
+        "small",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", 128])],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", last])
+            for name, last in (("y", 128), ("z", 64), ("s", "L"))
+        ],
+        [numpy_helper.from_array(v, k) for k, v in values.items()],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    weight = (rng.normal(size=(128, 128)) / 128**0.5).astype(np.float32)
+    model = small_graph(weight, rng.normal(size=(128, 64)).astype(np.float32))
+    before = model.SerializeToString()
+    made = quantize_products(model)
+    assert model.SerializeToString() == before
+    onnx.checker.check_model(made)
+    left = [n.name for n in made.graph.node if n.op_type == "MatMul"]
+    assert left == ["narrow", "scores"]
+    assert sorted(t.name for t in made.graph.initializer) == ["b", "v", "w_int8", "w_scale"]
+
+    options = ort.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "fused.onnx")
+    options.log_severity_level = 3
+    session = ort.InferenceSession(
+        made.SerializeToString(), options, providers=["CPUExecutionProvider"]
+    )
+    x = rng.normal(size=(2, 5, 128)).astype(np.float32)
+    y, z, _ = session.run(None, {"x": x})
+    want = (x @ weight + 1) @ weight + 1
+    assert 1e-3 < np.linalg.norm(y - want) / np.linalg.norm(want) < 2e-2
+    np.testing.assert_allclose(z, y @ numpy_helper.to_array(model.graph.initializer[1]), rtol=1e-4)
+    fused = onnx.load(options.optimized_model_filepath)
+    assert [n.op_type for n in fused.graph.node].count("DynamicQuantizeMatMul") == 2
+
+
+# A bundle
+
+LARGE = {
+    name
+    for name, tensor in build(CONFIG).state_dict().items()
+    if tensor.ndim == 2 and min(tensor.shape) >= 128 and not name.startswith("flow.time")
+}
+"""Weights of products over tokens; the flow's time is embedded once for all of them."""
+
+
+def test_products_over_tokens_are_stored_in_int8(bundle: Bundle) -> None:
+    assert len(LARGE) == 4 * 4 + 4  # four in each of four layers; flow: condition, modulation, MLP
+    tensors = stored(bundle)
+    int8 = {name for name, tensor in tensors.items() if tensor.dtype == np.int8}
+    assert int8 == {f"{name}^T" for name in LARGE}
+    assert {name for name in tensors if name.endswith("^scale")} == {f"{n}^scale" for n in LARGE}
+    assert all(t.dtype == np.float32 for name, t in tensors.items() if name not in int8)
+
+
+def test_every_graph_computes_them_in_int8(bundle: Bundle) -> None:
+    """The loop of the flow and the whole frame too, and ONNX Runtime has a kernel for all of it."""
+    for name in components(CONFIG):
+        model = onnx.load(bundle.file(name))
+        sizes = {t.name: t.dims for t in model.graph.initializer}
+        products = [
+            (node.op_type, sizes[node.input[1]])
+            for node in every_node(model.graph)
+            if node.op_type in ("MatMul", "MatMulInteger") and node.input[1] in sizes
+        ]
+        large = [op_type for op_type, dims in products if min(dims) >= 128]
+        assert set(large) == (set() if name in ("encoder", "decoder") else {"MatMulInteger"}), name
+        gemms = sum(node.op_type == "Gemm" for node in every_node(model.graph))
+        assert gemms == {"temporal": 1, "flow": 2, "frame": 1 + 2 * 2}.get(name, 0)
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        options.optimized_model_filepath = str(bundle.path.parent / "fused.onnx")
+        ort.InferenceSession(bundle.file(name), options, providers=["CPUExecutionProvider"])
+        fused = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
+        kinds = [node.op_type for node in every_node(fused)]
+        assert kinds.count("DynamicQuantizeMatMul") == len(large), name
+
+
+def test_it_is_near_the_float_model_and_says_how_near(bundle: Bundle) -> None:
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert bundle.manifest.quantization == "int8"
+    for name, found in certificate.components.items():
+        exact = name in ("encoder", "decoder")
+        assert (0 if exact else 1e-3) <= found.relative < (1e-5 if exact else 5e-2), name
+    assert 1e-3 < max(certificate.drift) < 0.3
+    card = (bundle.path / "README.md").read_text()
+    assert "from 128 x 128 on, are int8" in card
+    assert "int8 graphs with the float32 model" in card
+    assert "operator table was not applied" in card
+    assert verify(bundle.path)["flipped_orders"] == certificate.flipped_orders
+
+
+def test_it_is_a_checkpoint_of_the_weights_it_computes_with(
+    bundle: Bundle, model: CanvasMAR
+) -> None:
+    tensors, state = stored(bundle), load_model(bundle).state_dict()
+    for name, want in model.state_dict().items():
+        half = 0.5001 * torch.from_numpy(tensors[f"{name}^scale"])[:, None] if name in LARGE else 0
+        assert (state[name] - want).abs().le(half).all(), name
+        assert (name in LARGE) == (not torch.equal(state[name], want)), name
+    report = verify(bundle.path, engine="torch")
+    for name, found in report["components"].items():
+        assert found["relative"] < bundle.manifest.parity.components[name].relative + 1e-6, name
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch", "tensorrt"])
+def test_a_gpu_is_refused(bundle: Bundle, engine: str) -> None:
+    with pytest.raises(EngineError, match=r"'cuda': int8 bundles run on the CPU.*without --quan"):
+        create(engine, bundle, device="cuda")
+
+
+def test_unrolled_and_with_the_rest_in_half_precision(export: Export, bundle: Bundle) -> None:
+    other = export(unroll=True, weights="fp16")
+    assert other.manifest.weights_dtype == "float16"
+    kinds = {n.op_type for n in onnx.load(other.file("frame"), load_external_data=False).graph.node}
+    assert "MatMulInteger" in kinds
+    assert "Scan" not in kinds
+    tensors = stored(other)
+    assert tensors["flow.modulation.weight^T"].dtype == np.int8
+    assert tensors["flow.modulation.weight^scale"].dtype == np.float32
+    assert tensors["flow.time.0.weight"].dtype == np.float16
+    theirs = load_model(bundle).state_dict()
+    for name, value in load_model(other).state_dict().items():
+        assert torch.equal(value, theirs[name]), name
+    latents = [canvasmar_rt.load(b.path).start(seed=1).step().latent for b in (bundle, other)]
+    np.testing.assert_allclose(latents[0], latents[1], atol=1e-5)
+
+
+def test_options_that_contradict_are_refused() -> None:
+    with pytest.raises(ConfigError, match="none, int8, got 'int4'"):
+        ExportOptions(quantize="int4")
+    with pytest.raises(ConfigError, match="leave --dtype fp16 out"):
+        ExportOptions(quantize="int8", dtype="fp16", opset=23)
