@@ -52,8 +52,12 @@ def test_contestants_take_turns_and_warm_up_is_not_kept() -> None:
     calls: list[str] = []
     a, b = Fixed("a", STREAM, calls), Fixed("b", CHUNK, calls, chunked=True)
     played = play_in_turn([a, b], 3, warmup=1, iterations=2)
-    assert calls == ["a", "b"] * 3
+    assert calls == ["a", "a", "b", "b"] * 3  # short clips settle first
     assert {name: len(clips) for name, clips in played.items()} == {"a": 2, "b": 2}
+    calls.clear()
+    slow = Fixed("slow", Played((2.0, 3.0, 4.0), None, {}), calls)
+    play_in_turn([slow], 3, warmup=0, iterations=2)
+    assert calls == ["slow", "slow"]
 
 
 def test_a_frame_is_the_time_between_pixels() -> None:

@@ -30,10 +30,11 @@ def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
         found = report[f"toytable, {mode}, batch 1"]
         assert 0 < found["frame_ms"]["p50"] <= found["frame_ms"]["p99"]
         assert found["frames"] >= 3
-    by_engine = {found.get("engine") or found["config"]["engine"]: found
+    by_engine = {found.get("engine") or found["config"]["contestants"]["ours"]["engine"]: found
                  for found in report["engines, toytable"]}  # fmt: skip
     for engine in ("onnxruntime", "torch"):
-        assert by_engine[engine]["metrics"][0]["frame_ms"]["p50"] > 0
+        ours = by_engine[engine]["metrics"][0]["contestants"]["ours"]
+        assert ours["frame_ms"]["p50"] > 0
     assert "TensorRT" in by_engine["tensorrt"]["error"]
     assert report["soak"]["frames"] == 10
     assert report["soak"]["memory_at_end"]["host_bytes"] > 0
