@@ -141,7 +141,9 @@ class Frames:
             frame=self._time,
             has_canvas=self._model.config.canvas,
         )
-        self._program.predict(self._time, None, order=None, decode_canvas=False, clock=Clock())
+        self._program.predict(
+            self._time, None, order=None, level=lambda: 0, on_canvas=None, clock=Clock()
+        )
         self._time += 1
 
 

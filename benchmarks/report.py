@@ -132,7 +132,7 @@ def _curves(
     title: str, under: str, label: str, x: Sequence[int], lines: Mapping[str, Sequence[float]]
 ) -> bytes:
     """PNG of lines against batch, on logarithmic axes."""
-    figure, axes = _figure(title, under)
+    figure, axes = figure_of(title, under)
     for i, (name, values) in enumerate(lines.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(x, values, label=name, color=colour, marker=marker, linewidth=1.8)
@@ -145,12 +145,12 @@ def _curves(
     axes.set_ylabel(label)
     axes.grid(which="both", alpha=0.25)
     axes.legend(frameon=False)
-    return _png(figure)
+    return png(figure)
 
 
 def _bars(title: str, under: str, label: str, bars: Mapping[str, Mapping[str, float]]) -> bytes:
     """PNG of stacked bars; the smallest parts are summed up."""
-    figure, axes = _figure(title, under)
+    figure, axes = figure_of(title, under)
     total = {n: sum(b.get(n, 0.0) for b in bars.values()) for b in bars.values() for n in b}
     shown = sorted(total, key=lambda n: -total[n])[: len(COLOURS) - 1]
     stacks = {name: [bar.get(name, 0.0) for bar in bars.values()] for name in shown}
@@ -162,10 +162,15 @@ def _bars(title: str, under: str, label: str, bars: Mapping[str, Mapping[str, fl
     axes.set_xlabel(label)
     axes.invert_yaxis()
     axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return _png(figure)
+    return png(figure)
 
 
-def _figure(title: str, under: str) -> tuple[Any, Any]:
+def figure_of(title: str, under: str) -> tuple[Any, Any]:
+    """A figure and its axes, with a title and a smaller line under it.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
     try:
         from matplotlib.figure import Figure
         from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -178,7 +183,8 @@ def _figure(title: str, under: str) -> tuple[Any, Any]:
     return figure, axes
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
+    """The figure as a file, the same bytes for the same picture."""
     data = io.BytesIO()
     figure.savefig(data, format="png", metadata={"Software": None})
     return data.getvalue()

@@ -8,7 +8,8 @@ Letters as in `canvasmar_rt.config`; t is pixel frames per latent frame.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,15 @@ import numpy.typing as npt
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.deadline import Deadlines, Rung, Timed, ladder
 from canvasmar_rt.engines import Engine, create
-from canvasmar_rt.engines.program import Clock, Float32, Int64, UInt8, state_shapes
+from canvasmar_rt.engines.program import Clock, Float32, Int64, Level, UInt8, state_shapes
 from canvasmar_rt.errors import ConfigError, InputError, StateError
 
 Array = npt.NDArray[Any]
+
+MEASURED_FRAMES = 40
+"""Of each rung of the ladder, at warm-up."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -34,8 +39,11 @@ class Prediction:
     canvas: float32 (B, N, C), the blurred guess of the latent frame (eq. 5); None without a canvas.
     canvas_frames: uint8 like `frames`, the canvas decoded; None unless asked for.
     staticness: float32 (B, h, w) in 0..1, larger is stiller (eq. 7); None without a canvas.
-    order: int64 (B, N), token positions in the order they were drawn.
+    order: int64 (B, N), token positions in the order they were drawn; (B, 0) where the canvas
+        stands alone.
     frame: index of this latent frame in the video, context included.
+    ar_steps, flow_steps: how it was drawn; 0 where it is the canvas alone, for want of time.
+    deadline_met: whether it was ready within the budget; None without one.
     timings: seconds spent in each component, in `noise` and in `total`.
     """
 
@@ -46,18 +54,23 @@ class Prediction:
     staticness: Float32 | None
     order: Int64
     frame: int
+    ar_steps: int
+    flow_steps: int
+    deadline_met: bool | None
     timings: Mapping[str, float]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RolloutState:
     """A copy of everything a rollout carries from frame to frame; arrays by name, and scalars.
-    `bundle` is the fingerprint of the bundle it belongs to."""
+    `bundle` is the fingerprint of the bundle it belongs to, `since` the frame with which each video
+    began."""
 
     arrays: Mapping[str, Array]
     bundle: str
     seed: int
     streams: tuple[int, ...]
+    since: tuple[int, ...]
     time: int
     unobserved: int
     encoder_current: bool
@@ -113,6 +126,7 @@ class Predictor:
         stream: int = 0,
         actions: Float32 | None = None,
         sampling: SamplingConfig | None = None,
+        clock: int = 0,
     ) -> Rollout:
         """Begin a rollout.
 
@@ -123,6 +137,8 @@ class Predictor:
                 as many as the context holds.
             actions: float32 (B, n, A) or (n, A), the actions between the context's latent frames.
             sampling: replaces the predictor's.
+            clock: number of the first latent frame. Only differences of times enter the model, so
+                it may be chosen for `Rollout.seat`.
 
         Raises:
             InputError: wrong shape, dtype or frame count.
@@ -134,7 +150,7 @@ class Predictor:
         chosen = sampling or self.sampling
         self.bundle.manifest.require_flow(chosen)
         streams = tuple(range(stream, stream + batch))
-        rollout = Rollout(self, streams, seed, chosen)
+        rollout = Rollout(self, streams, seed, chosen, clock=clock)
         rollout._begin(context, actions)
         return rollout
 
@@ -143,18 +159,28 @@ class Rollout:
     """A batch of videos being predicted. Made by `Predictor.start`; not for use by two threads."""
 
     def __init__(
-        self, predictor: Predictor, streams: tuple[int, ...], seed: int, sampling: SamplingConfig
+        self,
+        predictor: Predictor,
+        streams: tuple[int, ...],
+        seed: int,
+        sampling: SamplingConfig,
+        *,
+        clock: int = 0,
     ) -> None:
         self.predictor, self.sampling = predictor, sampling
         self.config = predictor.config
         self._streams, self._seed = streams, seed
-        self._time = 0
+        self._time = clock
         self._unobserved = 0
         self._encoder_current = False
         self._interrupted = False
         self._start_state: RolloutState | None = None
-        _check_key(seed, streams)
+        self._levels: tuple[SamplingConfig | None, ...] = (sampling,)
+        self._deadlines: Deadlines | None = None
+        _check_key("seed and stream", seed, *streams)
+        _check_key("clock", clock)
         self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
+        self._program.since[:] = clock
 
     # -- starting
 
@@ -233,7 +259,12 @@ class Rollout:
         self._time += 1
 
     def step(
-        self, action: Float32 | Sequence[float] | None = None, *, decode_canvas: bool = False
+        self,
+        action: Float32 | Sequence[float] | None = None,
+        *,
+        decode_canvas: bool = False,
+        on_canvas: Callable[[UInt8], None] | None = None,
+        budget_ms: float | None = None,
     ) -> Prediction:
         """Predict the next latent frame.
 
@@ -241,25 +272,58 @@ class Rollout:
             action: (A,) or (B, A), the action taken between the latest frame and this one; None if
                 it is not known (the model was trained for both).
             decode_canvas: also decode the canvas to pixels (one more decoder run).
+            on_canvas: called with them, uint8 (B, t, H, W, 3) of its own, as soon as they are
+                there: before the AR steps. What it takes counts. Not called where there is none.
+            budget_ms: milliseconds from the call until the frame is there. The frame is drawn with
+                as many AR and flow steps as fit nearly always, down to the canvas alone; more time
+                than the cheapest takes cannot be saved. Needs `warmup(deadlines=True)`.
 
         Raises:
             InputError: an action of the wrong shape, or any action for a model without.
+            StateError: a budget without its latency table.
             EngineError: the engine returned values that are not finite.
         """
-        return self._step(action, decode_canvas=decode_canvas)
+        return self._step(
+            action, decode_canvas=decode_canvas, on_canvas=on_canvas, budget_ms=budget_ms
+        )
 
     def _step(
         self,
         action: Float32 | Sequence[float] | None,
         *,
         decode_canvas: bool = False,
+        on_canvas: Callable[[UInt8], None] | None = None,
+        budget_ms: float | None = None,
+        level: int = 0,
         order: Int64 | None = None,
     ) -> Prediction:
+        start = time.perf_counter()
         told = self._checked_action(action)
+        if budget_ms is not None:
+            self._require_deadlines(budget_ms)
         self._enter()
         clock = Clock()
         frame = self._time
-        from_nothing = frame == 0
+        from_nothing = not self._begun
+        canvas_frames: UInt8 | None = None
+        chosen, chosen_at = level, 0.0
+
+        def keep(frames: UInt8) -> None:
+            nonlocal canvas_frames
+            canvas_frames = frames.copy()
+            if on_canvas is not None:
+                on_canvas(canvas_frames)
+
+        def choose() -> Level:
+            nonlocal chosen, chosen_at
+            chosen_at = time.perf_counter() - start
+            if budget_ms is not None:
+                assert self._deadlines is not None
+                chosen = self._deadlines.choose(budget_ms / 1e3 - chosen_at)
+            if self._levels[chosen] is None and from_nothing:
+                chosen -= 1  # there is no canvas yet
+            return None if self._levels[chosen] is None else chosen
+
         self._program.noise.fill(
             seed=self._seed,
             streams=self._streams,
@@ -268,7 +332,12 @@ class Rollout:
         )
         clock.lap("noise")
         drawn = self._program.predict(
-            frame, told, order=order, decode_canvas=decode_canvas, clock=clock
+            frame,
+            told,
+            order=order,
+            level=choose,
+            on_canvas=keep if decode_canvas or on_canvas is not None else None,
+            clock=clock,
         )
         self._time += 1
         self._unobserved += 1
@@ -282,19 +351,43 @@ class Rollout:
         staticness = own(drawn.staticness)
         if staticness is not None:
             staticness = staticness.reshape(-1, ae.latent_height, ae.latent_width)
+        sampling = self._levels[chosen]
         prediction = Prediction(
             frames=drawn.frames[:, first].copy(),
             latent=drawn.latent.copy(),
             canvas=own(drawn.canvas),
-            canvas_frames=own(drawn.canvas_frames),
+            canvas_frames=canvas_frames,
             staticness=staticness,
             order=drawn.order.copy(),
             frame=frame,
+            ar_steps=sampling.ar_steps if sampling else 0,
+            flow_steps=sampling.flow_steps if sampling else 0,
+            deadline_met=None,
             timings=clock.timings,
         )
         clock.lap("output")
         clock.finish()
-        return prediction
+        taken = time.perf_counter() - start
+        self._timed = Timed(chosen_at, taken - chosen_at)
+        if budget_ms is None:
+            return prediction
+        assert self._deadlines is not None
+        self._deadlines.record(chosen, self._timed)
+        return dataclasses.replace(prediction, deadline_met=1e3 * taken <= budget_ms)
+
+    def _require_deadlines(self, budget_ms: float) -> None:
+        if self._deadlines is None:
+            raise StateError(
+                "step: a budget needs to know what frames take on this machine; call "
+                "warmup(deadlines=True) once before the loop"
+            )
+        if not budget_ms > 0:
+            raise InputError(f"budget_ms: expected milliseconds > 0, got {budget_ms}")
+
+    @property
+    def _begun(self) -> bool:
+        """Whether there is a latent frame to go on from."""
+        return bool(self._time > self._program.since.max())
 
     def _enter(self) -> None:
         """Mark the rollout as changing; the mark goes when the change is complete."""
@@ -394,15 +487,22 @@ class Rollout:
         Raises:
             StateError: if an earlier step or observation did not complete.
         """
-        return self._state(self._program.snapshot(), self._streams)
+        return self._state(self._program.snapshot(), self._streams, self._since)
 
-    def _state(self, arrays: Mapping[str, Array], streams: tuple[int, ...]) -> RolloutState:
+    @property
+    def _since(self) -> tuple[int, ...]:
+        return tuple(int(s) for s in self._program.since)
+
+    def _state(
+        self, arrays: Mapping[str, Array], streams: tuple[int, ...], since: tuple[int, ...]
+    ) -> RolloutState:
         self._require_whole()
         return RolloutState(
             arrays=arrays,
             bundle=self.predictor.bundle.fingerprint,
             seed=self._seed,
             streams=streams,
+            since=since,
             time=self._time,
             unobserved=self._unobserved,
             encoder_current=self._encoder_current,
@@ -414,23 +514,62 @@ class Rollout:
         Raises:
             StateError: if the state is of another bundle or batch size.
         """
-        if state.bundle != self.predictor.bundle.fingerprint:
-            raise StateError("restore: this state is of another bundle")
-        shapes = {k: s for k, (s, _) in state_shapes(self.config, len(self._streams)).items()}
-        if shapes != {k: v.shape for k, v in state.arrays.items()}:
-            raise StateError("restore: this state is of another batch size")
+        self._require_state("restore", state, len(self._streams))
         self._program.load(state.arrays)
+        self._program.since[:] = state.since
         self._seed, self._streams = state.seed, state.streams
         self._time, self._unobserved = state.time, state.unobserved
         self._encoder_current = state.encoder_current
         self._interrupted = False
+
+    def _require_state(self, what: str, state: RolloutState, batch: int) -> None:
+        """Raise `StateError` unless `state` is of this bundle and of `batch` videos."""
+        if state.bundle != self.predictor.bundle.fingerprint:
+            raise StateError(f"{what}: this state is of another bundle")
+        shapes = {k: s for k, (s, _) in state_shapes(self.config, batch).items()}
+        if shapes != {k: v.shape for k, v in state.arrays.items()}:
+            raise StateError(f"{what}: this state is of another batch size, not of {batch}")
+
+    def seat(self, row: int, state: RolloutState) -> None:
+        """Put another video in the place of video `row`; the others go on undisturbed. So a batch
+        of fixed size serves videos that come and go.
+
+        Args:
+            state: of a rollout of one video at the same `frame` (`Predictor.start(clock=...)`) and
+                with the same seed. From now on `row` draws its noise from that video's stream.
+
+        Raises:
+            InputError: if there is no such row.
+            StateError: if the state is of another bundle, batch size, seed or frame, or either has
+                no latent frame yet.
+        """
+        if not 0 <= row < len(self._streams):
+            raise InputError(f"seat: row {row} of a batch of {len(self._streams)}")
+        self._require_whole()
+        self._require_state("seat", state, 1)
+        if (state.time, state.seed) != (self._time, self._seed):
+            raise StateError(
+                f"seat: this state is at frame {state.time} with seed {state.seed}, the rollout at "
+                f"frame {self._time} with seed {self._seed}; both must agree"
+            )
+        if not self._begun or state.time <= state.since[0]:
+            raise StateError("seat: both videos need at least one latent frame; start from context")
+        arrays = self._program.snapshot()
+        for name, values in arrays.items():
+            rows = (slice(None), row) if name.startswith("cache_") else row
+            values[rows] = state.arrays[name][(slice(None), 0) if name.startswith("cache_") else 0]
+        self._program.load(arrays)
+        self._program.since[row] = state.since[0]
+        self._streams = (*self._streams[:row], state.streams[0], *self._streams[row + 1 :])
+        self._unobserved = max(self._unobserved, state.unobserved)
+        self._encoder_current = self._encoder_current and state.encoder_current
 
     def reset(self, seed: int | None = None) -> None:
         """Go back to where this rollout began (after `start`'s context, or at the `fork`), with
         another seed if one is given."""
         assert self._start_state is not None
         if seed is not None:
-            _check_key(seed, self._streams)
+            _check_key("seed", seed)
         self.restore(self._start_state)
         if seed is not None:
             self._seed = seed
@@ -464,7 +603,8 @@ class Rollout:
             k: np.repeat(v, n, axis=1 if k.startswith("cache_") else 0)
             for k, v in self._program.snapshot().items()
         }
-        state = self._state(copied, chosen)
+        since = tuple(s for s in self._since for _ in range(n))
+        state = self._state(copied, chosen, since)
         other = into or Rollout(self.predictor, chosen, self._seed, self.sampling)
         if into is not None and into.sampling != self.sampling:
             raise StateError("fork: `into` was started with other sampling options")
@@ -472,15 +612,49 @@ class Rollout:
         other._start_state = state
         return other
 
-    def warmup(self) -> None:
+    def warmup(self, *, deadlines: bool = False) -> None:
         """Do now what the first frames would otherwise wait for: kernels are compiled and CUDA
         graphs captured. The rollout's state stays as it is.
 
+        Args:
+            deadlines: also measure what frames take with ever fewer steps (`latency`), for steps
+                with a budget. Takes as long as some hundred frames.
+
         Raises:
-            StateError: if an earlier step or observation did not complete.
+            StateError: if an earlier step or observation did not complete, or there is no latent
+                frame to measure from.
         """
         self._require_whole()
+        if not deadlines:
+            self._program.warmup()
+            return
+        if not self._begun:
+            raise StateError(
+                "warmup: with deadlines there must be a latent frame to go on from; start from "
+                "context or call step() first"
+            )
+        if len(self._levels) == 1:
+            unrolled = self.predictor.bundle.manifest.unrolled
+            rungs = ladder(self.sampling, unrolled=unrolled)
+            for rung in rungs[1:]:
+                self._program.add_level(rung)
+            self._levels = (*rungs, None) if self.config.canvas else rungs
         self._program.warmup()
+        kept = self.state()
+        times = []
+        for level in range(len(self._levels)):
+            measured = []
+            for _ in range(MEASURED_FRAMES):
+                self._step(None, level=level)
+                measured.append(self._timed)
+            times.append(measured[MEASURED_FRAMES // 4 :])  # the first ones warm the caches
+            self.restore(kept)
+        self._deadlines = Deadlines(self._levels, times)
+
+    @property
+    def latency(self) -> tuple[Rung, ...]:
+        """What a frame takes with ever fewer steps, best first; measured by `warmup`."""
+        return self._deadlines.table if self._deadlines else ()
 
     @property
     def seed(self) -> int:
@@ -497,11 +671,11 @@ class Rollout:
         return self._time
 
 
-def _check_key(seed: int, streams: Sequence[int]) -> None:
-    """Seeds and streams are whole numbers that fit a 64-bit key."""
-    for value in (seed, *streams):
+def _check_key(what: str, *values: int) -> None:
+    """Raise `ConfigError` unless the values are whole numbers that fit a 64-bit key."""
+    for value in values:
         if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
-            raise ConfigError(f"seed and stream must be integers in [0, 2**64), got {value!r}")
+            raise ConfigError(f"{what} must be integers in [0, 2**64), got {value!r}")
 
 
 def _numbers(what: str, values: Any) -> Float32:

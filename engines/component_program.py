@@ -7,7 +7,7 @@ from the order to the pixels. Everything else stays in the engine's memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -20,6 +20,7 @@ from canvasmar_rt.engines.program import (
     Drawn,
     Float32,
     Int64,
+    Level,
     Noise,
     Shapes,
     UInt8,
@@ -29,7 +30,13 @@ from canvasmar_rt.engines.program import (
     tell,
     told_shapes,
 )
-from canvasmar_rt.schedule import ar_steps, branch_inputs, generation_order, solver_inputs
+from canvasmar_rt.schedule import (
+    ArStep,
+    ar_steps,
+    branch_inputs,
+    generation_order,
+    solver_inputs,
+)
 
 
 class _Stage:
@@ -56,17 +63,29 @@ class _Branches:
     steps: list[tuple[Run, Run]]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """One way to draw a frame: its sets, its flow plan, the indices that choose its tokens and, as
+    they are needed, its AR steps with and without a canvas."""
+
+    sampling: SamplingConfig
+    steps: tuple[ArStep, ...]
+    fixed: Mapping[str, Buffer]
+    indices: Group
+    branches: dict[bool, _Branches] = dataclasses.field(default_factory=dict)
+
+
 class ComponentProgram:
     """See `canvasmar_rt.engines.program.Program`."""
 
     def __init__(self, engine: Engine, *, batch: int, sampling: SamplingConfig) -> None:
-        self._engine, self._batch, self._sampling = engine, batch, sampling
+        self._engine, self._batch = engine, batch
         self._config = engine.bundle.manifest.model
         self._dtype = engine.bundle.manifest.dtype
         self._table = components(self._config)
-        self._steps = ar_steps(self._config.tokens, sampling.ar_steps)
         self._memory = engine.memory()
-        self._allocate()
+        self.since = np.zeros(batch, np.int64)
+        self._allocate(sampling)
         self._bind()
 
     # -- buffers and bindings
@@ -75,28 +94,21 @@ class ComponentProgram:
         named = {n: (s, self._dtype if d == "hidden" else d) for n, (s, d) in layout.items()}
         return self._memory.group(named, mirrored=mirrored)
 
-    def _allocate(self) -> None:
+    def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
         n, t = c.tokens, ae.temporal_compression
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
-        self._fixed = self._constants(solver_inputs(self._sampling))
+        self._levels = [self._level(sampling)]
         self._told = self._group(told_shapes(c, b))
         self._told_host = {name: _host(self._told, name) for name in self._told.buffers}
         self._noise = self._group(noise_shapes(c, b))
         self.noise = Noise(
             **{k: _host(self._noise, f"{k}_noise") for k in ("flow", "frame", "canvas")},
-            order=np.zeros((b, len(self._steps), n), np.float32),
+            order=np.zeros((b, sampling.ar_steps, n), np.float32),
         )
         self._given = self._group({"frames": (pixels, "uint8")})
         self._guess = self._group(
             {"staticness": ((b, n), "float32"), "canvas": (latent, "float32")}
-        )
-        self._indices = self._group(
-            {
-                f"{kind}_{k}": ((b, part.stop - part.start), "int64")
-                for k, step in enumerate(self._steps)
-                for kind, part in step.parts.items()
-            }
         )
         self._out = self._group({"latent": (latent, "float32"), "frames": (pixels, "uint8")})
         self._canvas_out = self._group({"frames": (pixels, "uint8")})
@@ -111,10 +123,10 @@ class ComponentProgram:
             "z_canvas": ((b, n, c.dim), "hidden"),
         }
         # the first stays empty; the last step writes the latent frame itself
-        work |= {f"partial_{i}": (latent, "float32") for i in range(min(len(self._steps), 3))}
+        work |= {f"partial_{i}": (latent, "float32") for i in range(min(sampling.ar_steps, 3))}
         self._work = self._group(work, mirrored=False).buffers
         self._buffers: dict[str, Buffer] = {
-            **self._fixed,
+            **self._levels[0].fixed,
             **self._told.buffers,
             **self._noise.buffers,
             **self._guess.buffers,
@@ -122,6 +134,20 @@ class ComponentProgram:
             "z_temporal": self._work["z_temporal"],
             "z_canvas": self._work["z_canvas"],
         }
+
+    def _level(self, sampling: SamplingConfig) -> _Level:
+        steps = ar_steps(self._config.tokens, sampling.ar_steps)
+        layout: Shapes = {
+            f"{kind}_{k}": ((self._batch, part.stop - part.start), "int64")
+            for k, step in enumerate(steps)
+            for kind, part in step.parts.items()
+        }
+        fixed = self._constants(solver_inputs(sampling))
+        return _Level(sampling, steps, fixed, self._group(layout))
+
+    def add_level(self, sampling: SamplingConfig) -> None:
+        self._levels.append(self._level(sampling))
+        self._branches_of(self._levels[-1], self._config.canvas)
 
     def _constants(self, values: Mapping[str, Array]) -> Mapping[str, Buffer]:
         group = self._group({k: (v.shape, "float32") for k, v in values.items()})
@@ -157,10 +183,9 @@ class ComponentProgram:
         ]
         self._decode_canvas: list[Run] | None = None
         self._canvas = self._bound("canvas", {}) if self._config.canvas else None
-        self._branches: dict[bool, _Branches] = {}
         self._fronts: dict[tuple[int, bool], _Stage] = {}
-        self._backs: dict[tuple[int, bool], _Stage] = {}
-        self._branches_of(self._config.canvas)
+        self._backs: dict[tuple[Level, int, bool], _Stage] = {}
+        self._branches_of(self._levels[0], self._config.canvas)
 
     def _histories(self, part: str, side: int) -> list[Buffer]:
         """Two sets of causal-convolution histories: one is read while the other is written."""
@@ -181,31 +206,31 @@ class ComponentProgram:
         states |= {f"next_state_{i}": x for i, x in enumerate(after)}
         return self._bound(part, {**states, "frames": frames, **more})
 
-    def _branches_of(self, has_canvas: bool) -> _Branches:
-        if has_canvas not in self._branches:
-            self._branches[has_canvas] = self._bind_branches(has_canvas)
-        return self._branches[has_canvas]
+    def _branches_of(self, level: _Level, has_canvas: bool) -> _Branches:
+        if has_canvas not in level.branches:
+            level.branches[has_canvas] = self._bind_branches(level, has_canvas)
+        return level.branches[has_canvas]
 
-    def _bind_branches(self, has_canvas: bool) -> _Branches:
+    def _bind_branches(self, level: _Level, has_canvas: bool) -> _Branches:
         c, b = self._config, self._batch
-        fixed = self._constants(branch_inputs(self._sampling, has_canvas=has_canvas))
+        fixed = self._constants(branch_inputs(level.sampling, has_canvas=has_canvas))
         g = fixed["branch_weight"].shape[0]
         layout: Shapes = {
             f"z_tokens_{k}": ((g, b, step.drawn, c.dim), "hidden")
-            for k, step in enumerate(self._steps)
+            for k, step in enumerate(level.steps)
         }
         isolated = c.condition_attention == "isolated"
         if isolated:
             shape = (g, b, c.temporal_tokens, c.dim)
             layout |= {s.name: (shape, "hidden") for s in self._table["condition"].outputs}
-        own = {**fixed, **self._group(layout, mirrored=False).buffers}
+        own = {**level.fixed, **fixed, **self._group(layout, mirrored=False).buffers}
         condition = self._bound("condition", own) if isolated else None
         steps = []
-        for k, step in enumerate(self._steps):
-            last = k + 1 == len(self._steps)
+        for k, step in enumerate(level.steps):
+            last = k + 1 == len(level.steps)
             have = {
                 **own,
-                **{f"{kind}_index": self._indices.buffers[f"{kind}_{k}"] for kind in step.parts},
+                **{f"{kind}_index": level.indices.buffers[f"{kind}_{k}"] for kind in step.parts},
                 "z_tokens": own[f"z_tokens_{k}"],
                 "partial": self._work["partial_0" if k == 0 else f"partial_{1 + (k - 1) % 2}"],
                 "next_partial": self._buffers["latent"]
@@ -233,29 +258,44 @@ class ComponentProgram:
             self._fronts[key] = _Stage(self._memory, parts)
         return self._fronts[key]
 
-    def _back(self, side: int, has_canvas: bool) -> _Stage:
-        """From the order to the pixels."""
-        key = side, has_canvas
+    def _back(self, which: Level, side: int, has_canvas: bool) -> _Stage:
+        """From the order, or from the latent frame where the canvas stands alone, to the pixels."""
+        key = which, side, has_canvas
         if key not in self._backs:
-            branches = self._branches_of(has_canvas)
-            parts = [("transfer", self._indices.upload)]
-            if branches.condition is not None:
-                parts.append(("condition", branches.condition))
-            for spatial, flow in branches.steps:
-                parts += [("spatial", spatial), ("flow", flow)]
+            parts: list[tuple[str, Run]] = []
+            if which is not None:
+                level = self._levels[which]
+                branches = self._branches_of(level, has_canvas)
+                parts.append(("transfer", level.indices.upload))
+                if branches.condition is not None:
+                    parts.append(("condition", branches.condition))
+                for spatial, flow in branches.steps:
+                    parts += [("spatial", spatial), ("flow", flow)]
             parts += [("decoder", self._decode[side]), ("transfer", self._out.download)]
             self._backs[key] = _Stage(self._memory, parts)
         return self._backs[key]
 
-    def _fill_indices(self, order: Int64) -> None:
-        for k, step in enumerate(self._steps):
+    def _fill_indices(self, level: _Level, order: Int64) -> None:
+        for k, step in enumerate(level.steps):
             for kind, part in step.parts.items():
-                _host(self._indices, f"{kind}_{k}")[:] = order[:, part]
+                _host(level.indices, f"{kind}_{k}")[:] = order[:, part]
+
+    def _choose_tokens(
+        self, level: _Level, order: Int64 | None, staticness: Float32 | None
+    ) -> Int64:
+        """The order in which this frame's tokens are drawn."""
+        if order is None:
+            gumbel = self.noise.order[:, : len(level.steps)]
+            generation_order(staticness, gumbel, level.sampling, self._order)
+        else:
+            self._order[:] = order
+        self._fill_indices(level, self._order)
+        return self._order
 
     # -- the program
 
     def advance(self, time: int, action: Float32 | None) -> None:
-        slot = tell(self._told_host, self._config, time, action)
+        slot = tell(self._told_host, self._config, time, self.since, action)
         self._told.upload()
         self._temporal[slot]()
         self._memory.synchronize()
@@ -280,42 +320,44 @@ class ComponentProgram:
         action: Float32 | None,
         *,
         order: Int64 | None,
-        decode_canvas: bool,
+        level: Callable[[], Level],
+        on_canvas: Callable[[UInt8], None] | None,
         clock: Clock,
     ) -> Drawn:
-        has_canvas = self._config.canvas and time > 0
-        slot = tell(self._told_host, self._config, time, action)
+        has_canvas = self._config.canvas and time > self.since.max()
+        slot = tell(self._told_host, self._config, time, self.since, action)
         self._front(slot, has_canvas)(clock)
         staticness = canvas = None
         if has_canvas:
             self._wait(clock)
             staticness, canvas = _host(self._guess, "staticness"), _host(self._guess, "canvas")
             require_finite(self._engine.name, "canvas", staticness)
-        if order is None:
-            generation_order(staticness, self.noise.order, self._sampling, self._order)
-        else:
-            self._order[:] = order
-        self._fill_indices(self._order)
-        clock.lap("order")
         side = self._sides["decoder"]
-        self._back(side, has_canvas)(clock)
-        self._sides["decoder"] ^= 1
-        self._wait(clock)
-        require_finite(self._engine.name, "flow", _host(self._out, "latent"))
-        canvas_frames = None
-        if decode_canvas and has_canvas:
+        if has_canvas and on_canvas is not None:
             self._canvas_decoders()[side]()
             self._canvas_out.download()
             self._memory.synchronize()
             clock.lap("canvas_decoder")
-            canvas_frames = _host(self._canvas_out, "frames")
+            on_canvas(_host(self._canvas_out, "frames"))
+            clock.lap("on_canvas")
+        which = level()
+        if which is None:
+            assert canvas is not None
+            self._memory.write(self._buffers["latent"], canvas)
+            drawn_order = self._order[:, :0]
+        else:
+            drawn_order = self._choose_tokens(self._levels[which], order, staticness)
+        clock.lap("order")
+        self._back(which, side, has_canvas)(clock)
+        self._sides["decoder"] ^= 1
+        self._wait(clock)
+        require_finite(self._engine.name, "flow", _host(self._out, "latent"))
         return Drawn(
             frames=_host(self._out, "frames"),
             latent=_host(self._out, "latent"),
             canvas=canvas,
-            canvas_frames=canvas_frames,
             staticness=staticness,
-            order=self._order,
+            order=drawn_order,
         )
 
     def _wait(self, clock: Clock) -> None:
@@ -367,9 +409,13 @@ class ComponentProgram:
         for has_canvas in {self._config.canvas, False}:
             self._front(0, has_canvas)(clock)
             self._order[:] = np.arange(self._config.tokens)
-            self._fill_indices(self._order)
+            for which, level in enumerate(self._levels):
+                self._fill_indices(level, self._order)
+                for side in (0, 1):
+                    self._back(which, side, has_canvas)(clock)
+        if self._config.canvas:
             for side in (0, 1):
-                self._back(side, has_canvas)(clock)
+                self._back(None, side, True)(clock)
         self._canvas_decoders()
         self._memory.synchronize()
         self.load(kept)

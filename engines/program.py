@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from canvasmar_rt.components import MASKED, autoencoder_states
-from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.engines.memory import Array
 from canvasmar_rt.errors import EngineError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
@@ -70,21 +70,32 @@ class Noise:
 class Drawn:
     """One latent frame as the program holds it: views that the next call overwrites.
 
-    frames, canvas_frames: uint8 (B, t, H, W, 3); latent, canvas: float32 (B, N, C); staticness:
-    float32 (B, N); order: int64 (B, N). Canvas and staticness are None without a canvas."""
+    frames: uint8 (B, t, H, W, 3); latent, canvas: float32 (B, N, C); staticness: float32 (B, N);
+    order: int64 (B, N), or (B, 0) where the canvas stands alone. Canvas and staticness are None
+    without a canvas."""
 
     frames: UInt8
     latent: Float32
     canvas: Float32 | None
-    canvas_frames: UInt8 | None
     staticness: Float32 | None
     order: Int64
 
 
+Level = int | None
+"""Which of a program's sampling options draws a frame; None leaves the canvas as it is."""
+
+
 class Program(Protocol):
-    """One rollout's arrays on a device and the work of a frame over them. Not for two threads."""
+    """One rollout's arrays on a device and the work of a frame over them. Not for two threads.
+
+    since: int64 (B,), the frame with which each row's video began; the rollout writes it."""
 
     noise: Noise
+    since: Int64
+
+    def add_level(self, sampling: SamplingConfig) -> None:
+        """Bind another way to draw a frame, level 1 and so on; level 0 is what the program was made
+        with, and no other may have more AR steps."""
 
     def advance(self, time: int, action: Float32 | None) -> None:
         """Feed the latest latent frame (the BOS embedding at time 0) to the Temporal ViT, as frame
@@ -102,11 +113,17 @@ class Program(Protocol):
         action: Float32 | None,
         *,
         order: Int64 | None,
-        decode_canvas: bool,
+        level: Callable[[], Level],
+        on_canvas: Callable[[UInt8], None] | None,
         clock: Clock,
     ) -> Drawn:
-        """Advance, then draw the next latent frame from `noise` and decode it; `order` (N,) or
-        (B, N) replaces the model's own.
+        """Advance, then draw the next latent frame from `noise` and decode it.
+
+        Args:
+            order: (N,) or (B, N), replaces the model's own.
+            level: asked as late as this program can still choose.
+            on_canvas: is given a view of the decoded canvas (B, t, H, W, 3), where there is one,
+                before the AR steps.
 
         Raises:
             EngineError: values that are not finite.
@@ -145,12 +162,15 @@ def told_shapes(config: ModelConfig, batch: int) -> Shapes:
     return shapes
 
 
-def tell(host: Mapping[str, Array], config: ModelConfig, time: int, action: Float32 | None) -> int:
-    """Fill arrays of `told_shapes` for frame `time`; the ring slot that it will write."""
+def tell(
+    host: Mapping[str, Array], config: ModelConfig, time: int, since: Int64, action: Float32 | None
+) -> int:
+    """Fill arrays of `told_shapes` for frame `time` of videos that began at `since` (B,); the ring
+    slot that it will write."""
     slot = time % config.context_frames
-    host["is_first"].fill(float(time == 0))
-    host["cache_bias"].fill(MASKED)
-    host["cache_bias"][:, : min(time, config.context_frames)] = 0.0
+    held = time - 1 - (time - 1 - np.arange(config.context_frames)) % config.context_frames
+    host["is_first"][:] = since == time
+    host["cache_bias"][:] = np.where(held >= since[:, None], 0.0, MASKED)
     host["cache_bias"][:, slot] = MASKED
     host["time"][:] = time_rotation(time, config.time_rotary_pairs)
     if config.action_dim:

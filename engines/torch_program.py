@@ -6,6 +6,7 @@ included, and everything it gives comes back in one. In between nothing waits fo
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from canvasmar_rt.engines.program import (
     Drawn,
     Float32,
     Int64,
+    Level,
     Noise,
     Shapes,
     UInt8,
@@ -96,6 +98,17 @@ def draw_order(
     return torch.cat(parts, dim=1)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """One way to draw a frame: its sets, its flow plan, its guidance branches with and without a
+    canvas."""
+
+    sampling: SamplingConfig
+    steps: tuple[ArStep, ...]
+    fixed: Mapping[str, Tensor]
+    branches: Mapping[bool, Mapping[str, Tensor]]
+
+
 class TorchProgram:
     """See `canvasmar_rt.engines.program.Program`."""
 
@@ -113,29 +126,30 @@ class TorchProgram:
         """`component` gives a component's module; `graphs` captures frames on CUDA; `flow_kernel`
         is how `canvasmar_rt.engines.flow_kernel` takes the place of the flow component."""
         self._model, self._component, self._name = model, component, name
-        self._config, self._sampling, self._batch = model.config, sampling, batch
-        self._steps = ar_steps(model.config.tokens, sampling.ar_steps)
+        self._config, self._batch = model.config, batch
+        self.since = np.zeros(batch, np.int64)
         self._device = model.spatial.mask.device
         self._dtype = str(model.spatial.mask.dtype).removeprefix("torch.")
         self._capture = graphs and self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
-        self._graphs: dict[bool, Any] = {}
+        self._graphs: dict[tuple[Any, ...], Any] = {}
         self._flow: Callable[[Mapping[str, Tensor]], Tensor] = lambda have: self._run("flow", have)[
             "next_partial"
         ]
-        self._allocate()
+        self._allocate(sampling)
         if flow_kernel is not None:
             from canvasmar_rt.engines.flow_kernel import FlowKernel
 
             self._flow = FlowKernel(
                 model.flow,
-                tokens=batch * max(step.drawn for step in self._steps),
-                branches=max(len(b["branch_weight"]) for b in self._branches.values()),
-                evaluations=len(self._fixed["flow_time"]),
+                # a level of fewer AR steps may draw them all at once
+                tokens=batch * self._config.tokens,
+                branches=max(len(b["branch_weight"]) for b in self._levels[0].branches.values()),
+                evaluations=len(self._levels[0].fixed["flow_time"]),
                 mode=flow_kernel,
             ).component
 
-    def _allocate(self) -> None:
+    def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
         n, t = c.tokens, ae.temporal_compression
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
@@ -144,7 +158,7 @@ class TorchProgram:
                 "slot": ((1,), "int64"),
                 "order": ((b, n), "int64"),
                 "own_order": ((1,), "float32"),
-                "order_noise": ((b, len(self._steps), n), "float32"),
+                "order_noise": ((b, sampling.ar_steps, n), "float32"),
                 **noise_shapes(c, b),
                 **told_shapes(c, b),
             },
@@ -178,11 +192,25 @@ class TorchProgram:
             if name != "latent"
         }
         self._state["latent"] = self._out.tensors["latent"]
-        self._fixed = self._constants(solver_inputs(self._sampling))
-        self._branches = {
-            has_canvas: self._constants(branch_inputs(self._sampling, has_canvas=has_canvas))
+        hidden_frames = {
+            "z_temporal": (b, c.temporal_tokens, c.dim),
+            "z_canvas": (b, n, c.dim),
+        }
+        self._work = {
+            name: torch.zeros(shape, dtype=hidden, device=self._device)
+            for name, shape in hidden_frames.items()
+        }
+        self._levels: list[_Level] = []
+        self.add_level(sampling)
+
+    def add_level(self, sampling: SamplingConfig) -> None:
+        branches = {
+            has_canvas: self._constants(branch_inputs(sampling, has_canvas=has_canvas))
             for has_canvas in (False, True)
         }
+        steps = ar_steps(self._config.tokens, sampling.ar_steps)
+        fixed = self._constants(solver_inputs(sampling))
+        self._levels.append(_Level(sampling, steps, fixed, branches))
 
     def _constants(self, values: Mapping[str, Float32]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(x).to(self._device) for name, x in values.items()}
@@ -222,28 +250,43 @@ class TorchProgram:
         frames = self._autoencode("decoder", "latent", self._state["latent"])
         self._out.tensors["frames"].copy_(frames)
 
-    def _frame(self, has_canvas: bool) -> None:
+    def _frame(self, has_canvas: bool, which: Level) -> None:
         """One latent frame from the uploaded inputs into `_out`."""
-        x, out = self._in.tensors, self._out.tensors
-        have = {**x, **self._fixed, **self._branches[has_canvas], "latent": self._state["latent"]}
-        have["z_temporal"] = self._temporal()
-        staticness = None
+        self._front(has_canvas)
+        self._back(has_canvas, which)
+
+    def _front(self, has_canvas: bool) -> None:
+        """From the uploaded inputs to the canvas."""
+        work, out = self._work, self._out.tensors
+        work["z_temporal"].copy_(self._temporal())
         if has_canvas:
-            guess = self._run("canvas", have)
-            have |= guess
-            staticness = guess["staticness"]
-            out["staticness"].copy_(staticness)
+            have = {**self._in.tensors, **self._levels[0].fixed, **work}
+            guess = self._run("canvas", have | {"latent": self._state["latent"]})
+            work["z_canvas"].copy_(guess["z_canvas"])
+            out["staticness"].copy_(guess["staticness"])
             out["canvas"].copy_(guess["canvas"])
         elif self._config.canvas:  # masked in every branch
-            mask = self._model.spatial.mask
-            have["z_canvas"] = mask.expand(self._batch, self._config.tokens, -1)
-        drawn = draw_order(staticness, x["order_noise"], self._sampling, self._steps)
+            work["z_canvas"].copy_(self._model.spatial.mask.expand_as(work["z_canvas"]))
+
+    def _back(self, has_canvas: bool, which: Level) -> None:
+        """From the canvas to the pixels."""
+        x, out = self._in.tensors, self._out.tensors
+        if which is None:
+            out["latent"].copy_(out["canvas"])
+            self._decode()
+            return
+        level = self._levels[which]
+        have = {**x, **level.fixed, **level.branches[has_canvas], **self._work}
+        have["latent"] = self._state["latent"]
+        staticness = out["staticness"] if has_canvas else None
+        gumbel = x["order_noise"][:, : len(level.steps)]
+        drawn = draw_order(staticness, gumbel, level.sampling, level.steps)
         order = torch.where(x["own_order"] > 0, drawn, x["order"])
         out["order"].copy_(order)
         if self._config.condition_attention == "isolated":
             have |= self._run("condition", have)
         partial = torch.zeros_like(out["latent"])
-        for step in self._steps:
+        for step in level.steps:
             have |= {f"{kind}_index": order[:, part] for kind, part in step.parts.items()}
             have["partial"] = partial
             have |= self._run("spatial" if step.known else "spatial_first", have)
@@ -254,7 +297,7 @@ class TorchProgram:
     # -- the program
 
     def _tell(self, time: int, action: Float32 | None) -> None:
-        self._in.host["slot"][:] = tell(self._in.host, self._config, time, action)
+        self._in.host["slot"][:] = tell(self._in.host, self._config, time, self.since, action)
 
     def _do(self, *work: Callable[[], object]) -> None:
         """Run on the program's stream and wait."""
@@ -293,59 +336,69 @@ class TorchProgram:
         action: Float32 | None,
         *,
         order: Int64 | None,
-        decode_canvas: bool,
+        level: Callable[[], Level],
+        on_canvas: Callable[[UInt8], None] | None,
         clock: Clock,
     ) -> Drawn:
-        has_canvas = self._config.canvas and time > 0
+        """One captured graph, or two where the canvas is wanted in between."""
+        has_canvas = self._config.canvas and time > self.since.max()
         self._tell(time, action)
         self._in.host["own_order"].fill(float(order is None))
         if order is not None:
             self._in.host["order"][:] = order
         clock.lap("input")
-        self._do(self._in.upload, self._frame_run(has_canvas), self._out.download)
+        work = [self._in.upload]
+        if has_canvas and on_canvas is not None:
+            early = self._captured("_front", has_canvas)
+            self._do(*work, early, self._canvas_to_pixels, self._canvas_frames.download)
+            clock.lap("canvas")
+            on_canvas(self._canvas_frames.host["frames"])
+            clock.lap("on_canvas")
+            which = level()
+            work = [self._captured("_back", has_canvas, which)]
+        else:
+            which = level()
+            work.append(self._captured("_frame", has_canvas, which))
+        self._do(*work, self._out.download)
         clock.lap("frame")
         host = self._out.host
         if has_canvas:
             require_finite(self._name, "canvas", host["staticness"])
         require_finite(self._name, "flow", host["latent"])
-        canvas_frames = None
-        if decode_canvas and has_canvas:
-            self._do(self._decoded_canvas, self._canvas_frames.download)
-            canvas_frames = self._canvas_frames.host["frames"]
-            clock.lap("canvas_decoder")
         return Drawn(
             frames=host["frames"],
             latent=host["latent"],
             canvas=host["canvas"] if has_canvas else None,
-            canvas_frames=canvas_frames,
             staticness=host["staticness"] if has_canvas else None,
-            order=host["order"],
+            order=host["order"][:, :0] if which is None else host["order"],
         )
 
-    def _decoded_canvas(self) -> None:
-        _, before = self._histories("decoder")  # where this frame's decoding began
+    def _canvas_to_pixels(self) -> None:
+        now, _ = self._histories("decoder")
         have = {"latent": self._out.tensors["canvas"]}
-        out = self._run("decoder", have | {f"state_{i}": x for i, x in enumerate(before)})
+        out = self._run("decoder", have | {f"state_{i}": x for i, x in enumerate(now)})
         self._canvas_frames.tensors["frames"].copy_(out["frames"])
 
-    def _frame_run(self, has_canvas: bool) -> Callable[[], None]:
+    def _captured(self, part: str, *how: bool | Level) -> Callable[[], None]:
+        """`_frame`, `_front` or `_back`, on CUDA as a graph."""
+        work: Callable[..., None] = getattr(self, part)
         if not self._capture:
-            return lambda: self._frame(has_canvas)
-        if has_canvas not in self._graphs:
-            self._graphs[has_canvas] = self._captured(has_canvas)
-        replay: Callable[[], None] = self._graphs[has_canvas].replay
+            return lambda: work(*how)
+        if (part, *how) not in self._graphs:
+            self._graphs[part, *how] = self._capture_graph(lambda: work(*how))
+        replay: Callable[[], None] = self._graphs[part, *how].replay
         return replay
 
-    def _captured(self, has_canvas: bool) -> Any:
+    def _capture_graph(self, work: Callable[[], None]) -> Any:
         kept = {name: tensor.clone() for name, tensor in self._state.items()}
         graph = torch.cuda.CUDAGraph()
         with torch.inference_mode():
             with torch.cuda.stream(self._stream):
                 for _ in range(2):  # libraries choose and load their kernels
-                    self._frame(has_canvas)
+                    work()
             self._stream.synchronize()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
-                self._frame(has_canvas)
+                work()
             with torch.cuda.stream(self._stream):
                 for name, tensor in kept.items():
                     self._state[name].copy_(tensor)
@@ -379,9 +432,14 @@ class TorchProgram:
         kept = self.snapshot()
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             for has_canvas in {False, self._config.canvas}:
-                self._tell(0 if not has_canvas else 1, None)
+                self._tell(int(has_canvas), None)
                 self._in.upload()
-                self._frame_run(has_canvas)()
+                levels: list[Level] = list(range(len(self._levels)))
+                for which in levels + ([None] if has_canvas else []):
+                    self._captured("_frame", has_canvas, which)()
+                    if has_canvas:
+                        self._captured("_front", has_canvas)()
+                        self._captured("_back", has_canvas, which)()
         self.load(kept)
 
 

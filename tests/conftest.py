@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
@@ -63,19 +64,18 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
     from canvasmar_rt.models.canvasmar import build
 
-    root = tmp_path_factory.mktemp("bundles")
-    made: dict[str, Bundle] = {}
+    root = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        root = root.parent  # all workers share the bundles
+    root = root / "bundles"
+    root.mkdir(exist_ok=True)
 
     def get(name: str) -> Bundle:
-        if name not in made:
-            made[name] = export_bundle(
-                build(VARIANTS[name], seed=3),
-                SAMPLING,
-                root / name,
-                ExportOptions(seed=5),
-                source="test",
-            )
-        return made[name]
+        with FileLock(root / f"{name}.lock"):
+            if (root / name).exists():
+                return Bundle.open(root / name)
+            model = build(VARIANTS[name], seed=3)
+            return export_bundle(model, SAMPLING, root / name, ExportOptions(seed=5), source="test")
 
     return get
 

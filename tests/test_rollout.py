@@ -171,7 +171,7 @@ def test_guidance_of_one_is_a_single_branch(
         canvas_on=np.array([0, 0, 1], np.float32),
         weight=np.array([0, 0, 1], np.float32),
     )
-    assert program(single)._branches_of(True).buffers["branch_weight"].shape == (1,)
+    assert program(single)._levels[0].branches[True].buffers["branch_weight"].shape == (1,)
     monkeypatch.setattr(module, "guidance_branches", lambda *a, **k: whole)
     np.testing.assert_allclose(
         latents(predictor.start(clip, sampling=sampling), 3), want, atol=1e-5
@@ -337,7 +337,7 @@ def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: 
 def test_an_engine_that_returns_nan_is_an_error(predictor: Predictor, clip: np.ndarray) -> None:
     """A miscompiled engine must not quietly poison the video."""
     rollout = predictor.start(clip)
-    program(rollout)._fixed["canvas_noise_level"].host.fill(np.nan)
+    program(rollout)._levels[0].fixed["canvas_noise_level"].host.fill(np.nan)
     with pytest.raises(EngineError, match=r"flow: .*not finite.*verify"):
         rollout.step()
 

@@ -216,7 +216,7 @@ def test_it_is_near_the_float_model_and_says_how_near(bundle: Bundle) -> None:
     assert bundle.manifest.quantization == "int8"
     for name, found in certificate.components.items():
         exact = name in ("encoder", "decoder")
-        assert (0 if exact else 1e-3) <= found.relative < (1e-5 if exact else 5e-2), name
+        assert (0 if exact else 1e-3) <= found.relative < (1e-5 if exact else 1e-1), name
     assert 1e-3 < max(certificate.drift) < 0.3
     card = (bundle.path / "README.md").read_text()
     assert "from 128 x 128 on, are int8" in card

@@ -332,13 +332,13 @@ def test_weights_are_given_by_run_checkpoint_or_bundle(
     by_name, options = load_weights(Path("toytable"))
     by_path, _ = load_weights(resolve("toytable"))
     assert by_name.config.name == "toytable"
-    assert options == Bundle.open("toytable").manifest.sampling
+    assert options == Bundle.open("toytable").manifest.profile()
     assert_same(by_name.state_dict(), by_path.state_dict())
     monkeypatch.chdir(tmp_path)
     Path("toytable").mkdir()  # what lies here comes first
     for path, message in (
         (Path("toytable"), "neither a checkpoint nor a run with checkpoints"),
-        (Path("nowhere"), r"neither a checkpoint nor a run, nor a bundle .* \(toytable\)"),
+        (Path("nowhere"), r"neither a checkpoint nor a run, nor a bundle .* \(toytable, "),
     ):
         with pytest.raises(BundleError, match=f"^{path}: {message}"):
             load_weights(path)

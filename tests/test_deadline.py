@@ -1,0 +1,199 @@
+"""Frames that are there in time, canvases that are there early, videos that share a batch."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+
+import canvasmar_rt
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.deadline import RECENT, Deadlines, Timed, ladder
+from canvasmar_rt.errors import ConfigError, InputError, StateError
+from canvasmar_rt.rollout import Predictor, Rollout
+
+PAPER = SamplingConfig(ar_steps=4, flow_steps=30)
+LEVELS = (PAPER, dataclasses.replace(PAPER, flow_steps=10), None)
+
+
+def steps(levels: tuple[SamplingConfig, ...]) -> list[tuple[int, int]]:
+    return [(level.ar_steps, level.flow_steps) for level in levels]
+
+
+def test_the_ladder_leads_to_one_cheap_step() -> None:
+    assert steps(ladder(PAPER)) == [(4, 30), (4, 15), (4, 7), (4, 3), (2, 3), (1, 3)]
+    assert steps(ladder(PAPER, unrolled=True)) == [(4, 30), (2, 30), (1, 30)]
+    assert steps(ladder(SamplingConfig(ar_steps=1, flow_steps=2))) == [(1, 2)]
+
+
+def deadlines() -> Deadlines:
+    """Levels of 40, 20 and 10 ms behind a lead of 5, which vary by a tenth."""
+    return Deadlines(
+        LEVELS,
+        [[Timed(0.005, rest * f) for f in (1.0, 1.0, 1.0, 1.1)] for rest in (0.04, 0.02, 0.01)],
+    )
+
+
+def test_the_best_level_that_fits_is_chosen() -> None:
+    table = deadlines()
+    assert [table.choose(s) for s in (0.1, 0.0445, 0.043, 0.0225, 0.021, 0.0)] == [0, 0, 1, 1, 2, 2]
+    assert [(r.ar_steps, r.flow_steps) for r in table.table] == [(4, 30), (4, 10), (0, 0)]
+    assert table.table[1].p50_ms == pytest.approx(25.0)
+    assert 25.0 < table.table[1].p99_ms <= 27.0
+
+
+def test_a_slow_machine_is_noticed_and_forgotten() -> None:
+    table = deadlines()
+    usual = table.slowness
+    table.record(0, Timed(0.005, 0.4))
+    for _ in range(RECENT - 1):
+        table.record(0, Timed(0.005, 0.04))
+    assert table.slowness == usual  # one bad frame is none
+    for _ in range(5):
+        table.record(1, Timed(0.01, 0.04))  # twice the usual 25 ms
+    assert table.slowness == pytest.approx(2.0)
+    assert table.choose(0.05) == 1
+    for _ in range(RECENT):
+        table.record(2, Timed(0.005, 0.01))
+    assert table.slowness == usual
+    assert table.choose(0.05) == 0
+
+
+@pytest.fixture(scope="module", params=["onnxruntime", "torch"])
+def predictor(bundles: Callable[[str], Bundle], request: pytest.FixtureRequest) -> Predictor:
+    return canvasmar_rt.load(bundles("expert").path, engine=request.param)
+
+
+@pytest.fixture
+def rollout(predictor: Predictor, clip: np.ndarray) -> Rollout:
+    rollout = predictor.start(clip, seed=9)
+    rollout.warmup(deadlines=True)
+    return rollout
+
+
+def test_a_level_draws_what_a_rollout_of_its_own_would(
+    predictor: Predictor, rollout: Rollout, clip: np.ndarray
+) -> None:
+    for level, sampling in enumerate(ladder(predictor.sampling)):
+        want = predictor.start(clip, seed=9, sampling=sampling).step()
+        rollout.reset()
+        got = rollout._step(None, level=level)
+        np.testing.assert_array_equal(got.latent, want.latent)
+        np.testing.assert_array_equal(got.frames, want.frames)
+        assert (got.ar_steps, got.flow_steps) == (sampling.ar_steps, sampling.flow_steps)
+
+
+def test_without_time_the_canvas_is_the_frame(predictor: Predictor, rollout: Rollout) -> None:
+    p = rollout.step(budget_ms=1e-6, decode_canvas=True)
+    assert p.deadline_met is False
+    assert (p.ar_steps, p.flow_steps, p.order.shape) == (0, 0, (1, 0))
+    np.testing.assert_array_equal(p.latent, p.canvas)
+    np.testing.assert_array_equal(p.frames, p.canvas_frames)
+    # the next frame goes on from it
+    follower = predictor.start(seed=9)
+    follower.restore(rollout.state())
+    np.testing.assert_array_equal(rollout.step().latent, follower.step().latent)
+
+
+def test_with_time_nothing_is_lost(
+    predictor: Predictor, rollout: Rollout, clip: np.ndarray
+) -> None:
+    want = predictor.start(clip, seed=9).step()
+    got = rollout.step(budget_ms=60_000)
+    np.testing.assert_array_equal(got.latent, want.latent)
+    assert got.deadline_met is True
+    assert want.deadline_met is None
+    assert len(rollout.latency) == len(ladder(predictor.sampling)) + 1
+    assert all(0 < rung.p50_ms <= rung.p99_ms for rung in rollout.latency)
+
+
+def test_a_budget_needs_its_table(predictor: Predictor, clip: np.ndarray) -> None:
+    rollout = predictor.start(clip)
+    with pytest.raises(StateError, match=r"warmup\(deadlines=True\)"):
+        rollout.step(budget_ms=10)
+    with pytest.raises(StateError, match="start from context or call step"):
+        predictor.start().warmup(deadlines=True)
+    rollout.warmup(deadlines=True)
+    with pytest.raises(InputError, match="budget_ms"):
+        rollout.step(budget_ms=0)
+
+
+def test_a_model_without_canvas_goes_down_to_one_step(
+    bundles: Callable[[str], Bundle], clip: np.ndarray
+) -> None:
+    rollout = canvasmar_rt.load(bundles("no-canvas").path).start(clip)
+    rollout.warmup(deadlines=True)
+    assert rollout.step(budget_ms=1e-6).ar_steps == 1
+
+
+def test_the_canvas_is_there_early(rollout: Rollout) -> None:
+    seen: list[np.ndarray] = []
+    p = rollout.step(on_canvas=seen.append)
+    assert len(seen) == 1
+    np.testing.assert_array_equal(seen[0], p.canvas_frames)
+    assert np.abs(seen[0].astype(int) - p.frames).max() > 0
+    assert list(p.timings).index("on_canvas") < len(p.timings) - 2
+
+
+def test_warming_up_leaves_the_video_alone(
+    predictor: Predictor, rollout: Rollout, clip: np.ndarray
+) -> None:
+    other = predictor.start(clip, seed=9)
+    for _ in range(4):
+        np.testing.assert_array_equal(rollout.step().latent, other.step().latent)
+
+
+def alone(predictor: Predictor, clip: np.ndarray, stream: int, clock: int) -> Rollout:
+    return predictor.start(clip, seed=9, stream=stream, clock=clock)
+
+
+def test_videos_come_and_go_in_a_batch(predictor: Predictor, clip: np.ndarray) -> None:
+    """Each row is the video it would be alone, and a change of one leaves the others untouched."""
+    shared, undisturbed = (predictor.start(clip, seed=9, batch=3) for _ in range(2))
+    for _ in range(2):
+        shared.step(), undisturbed.step()
+    context = 1 + (len(clip) - 1) // predictor.config.autoencoder.temporal_compression
+    newcomer = alone(predictor, clip[::-1].copy(), stream=77, clock=shared.frame - context)
+    shared.seat(1, newcomer.state())
+    for _ in range(5):
+        got, other, want = shared.step(), undisturbed.step(), newcomer.step()
+        np.testing.assert_array_equal(got.latent[[0, 2]], other.latent[[0, 2]])
+        np.testing.assert_allclose(got.latent[1], want.latent[0], atol=1e-4)
+        assert np.abs(got.latent[1] - other.latent[1]).max() > 0.1
+    copied = predictor.start(clip, seed=9, batch=3)
+    copied.restore(shared.state())
+    np.testing.assert_array_equal(copied.step().latent, shared.step().latent)
+    fork = shared.fork(2, streams=[0, 0, 77, 77, 2, 2])
+    want = shared.step()
+    np.testing.assert_allclose(fork.step().latent[::2], want.latent, atol=1e-4)
+
+
+def test_the_clock_does_not_matter_to_what_was_seen(predictor: Predictor, clip: np.ndarray) -> None:
+    """Times enter the model by their differences: the canvas, before any noise of the frame's own
+    order, is the same a million frames later."""
+    quiet = dataclasses.replace(predictor.sampling, frame_noise=0.0, canvas_noise=0.0)
+    early, late = (predictor.start(clip, sampling=quiet, clock=t).step() for t in (0, 10**6))
+    assert late.frame == 10**6 + early.frame
+    np.testing.assert_allclose(late.canvas, early.canvas, atol=1e-4)
+
+
+def test_a_seat_that_does_not_fit_is_refused(predictor: Predictor, clip: np.ndarray) -> None:
+    shared = predictor.start(clip, seed=9, batch=2)
+    before = shared.state()
+    with pytest.raises(StateError, match="at frame"):
+        shared.seat(0, alone(predictor, clip, 0, clock=5).state())
+    with pytest.raises(StateError, match="seed 8"):
+        shared.seat(0, predictor.start(clip, seed=8).state())
+    with pytest.raises(StateError, match="batch size, not of 1"):
+        shared.seat(0, before)
+    with pytest.raises(InputError, match="row 2"):
+        shared.seat(2, alone(predictor, clip, 0, clock=0).state())
+    with pytest.raises(StateError, match="at least one latent frame"):
+        shared.seat(0, predictor.start(seed=9, clock=shared.frame).state())
+    with pytest.raises(ConfigError, match="clock"):
+        predictor.start(clip, clock=-1)
+    for name, values in shared.state().arrays.items():
+        np.testing.assert_array_equal(values, before.arrays[name])
