@@ -90,7 +90,7 @@ class TemporalViT(nn.Module):
             assert action is not None
             assert given is not None
             on = given[:, None].to(x.dtype)
-            told = on * self.action(action.to(x.dtype)) + (1 - on) * self.no_action
+            told = on * self.action(action.to(self.bos.dtype)) + (1 - on) * self.no_action
             x = x + told[:, None]
         return x.to(self.bos.dtype)
 

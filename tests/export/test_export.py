@@ -45,6 +45,7 @@ LEAST = ModelConfig(
     spatial_layers=2,
     encoder_layers=1,
     context_frames=2,
+    action_dim=2,
 )
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 

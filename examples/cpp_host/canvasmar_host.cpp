@@ -1,0 +1,555 @@
+// Continues a video with a canvasmar-rt bundle and ONNX Runtime alone, frame for frame as Python
+// does. docs/embedding.md says what every tensor and number here means.
+
+#include <onnxruntime_cxx_api.h>
+#include <openssl/evp.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <iostream>
+#include <map>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "noise.h"
+#include "schedule.h"
+
+namespace schedule {
+NLOHMANN_DEFINE_TYPE_NON_INTRUSIVE(Sampling, ar_steps, flow_steps, solver, order, temporal_guidance,
+                                   canvas_guidance, frame_noise, canvas_noise, temperature)
+}
+
+namespace fs = std::filesystem;
+using json = nlohmann::json;
+using schedule::Sampling;
+using Shape = std::vector<std::int64_t>;
+using Values = std::map<std::string, Ort::Value>;
+using Picture = std::vector<unsigned char>;  // RGB, (H, W, 3)
+using Action = std::optional<std::vector<float>>;
+
+constexpr int kSchemaVersion = 1;
+constexpr float kMasked = -1e4f;
+constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
+
+// What the user can put right; the message says how.
+struct Failure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+// -- the bundle
+
+std::string sha256(const fs::path& path) {
+  std::ifstream file(path, std::ios::binary);
+  std::unique_ptr<EVP_MD_CTX, decltype(&EVP_MD_CTX_free)> hash(EVP_MD_CTX_new(), EVP_MD_CTX_free);
+  EVP_DigestInit_ex(hash.get(), EVP_sha256(), nullptr);
+  std::vector<char> block(1 << 20);
+  while (file.read(block.data(), static_cast<std::streamsize>(block.size())), file.gcount() > 0)
+    EVP_DigestUpdate(hash.get(), block.data(), static_cast<std::size_t>(file.gcount()));
+  unsigned char digest[32];
+  EVP_DigestFinal_ex(hash.get(), digest, nullptr);
+  std::string hex;
+  for (unsigned char byte : digest) {
+    char pair[3];
+    std::snprintf(pair, sizeof pair, "%02x", byte);
+    hex += pair;
+  }
+  return hex;
+}
+
+struct Bundle {
+  fs::path root;
+  json manifest;
+
+  bool has(const std::string& component) const {
+    return manifest.at("components").contains(component);
+  }
+
+  // Shape of an input at batch 1.
+  Shape shape(const std::string& component, const std::string& input) const {
+    for (const json& entry : manifest.at("components").at(component).at("inputs")) {
+      if (entry.at("name") != input) continue;
+      Shape shape;
+      for (const json& dim : entry.at("dims"))
+        shape.push_back(dim == "B" ? 1 : dim.get<std::int64_t>());
+      return shape;
+    }
+    throw Failure("manifest: " + component + " has no input " + input + "; export it again");
+  }
+};
+
+// Reads the manifest and checks every file it lists: inside the bundle, of its size and its hash.
+Bundle open_bundle(const fs::path& directory) {
+  const fs::path path = directory / "canvasmar_config.json";
+  std::ifstream file(path);
+  if (!file)
+    throw Failure(path.string() + ": not found; give the folder of a bundle, which 'canvasmar-rt " +
+                  "export PRESET --output DIR' makes");
+  Bundle bundle{fs::canonical(directory), json::parse(file)};
+  const json& version = bundle.manifest.at("schema_version");
+  if (version != kSchemaVersion)
+    throw Failure(path.string() + ": schema version " + version.dump() + ", this program reads " +
+                  std::to_string(kSchemaVersion) +
+                  "; export the bundle with a matching canvasmar-rt");
+  for (const auto& [name, entry] : bundle.manifest.at("files").items()) {
+    const fs::path listed = fs::weakly_canonical(bundle.root / name);
+    const fs::path inside = listed.lexically_relative(bundle.root);
+    if (inside.empty() || *inside.begin() == "..")
+      throw Failure(name + " lies outside the bundle; refused: get it again from a trusted source");
+    if (!fs::is_regular_file(listed))
+      throw Failure(listed.string() + " is missing; copy or export the bundle again");
+    if (fs::file_size(listed) != entry.at("bytes") || sha256(listed) != entry.at("sha256"))
+      throw Failure(listed.string() + " does not match its hash in the manifest: it is " +
+                    "incomplete or was changed; copy or export the bundle again");
+  }
+  for (const auto& [name, component] : bundle.manifest.at("components").items())
+    if (!bundle.manifest.at("files").contains(component.at("file").get<std::string>()))
+      throw Failure(name + ": its graph is not a listed file; export the bundle again");
+  return bundle;
+}
+
+// The sampling options called `name`: default or fast.
+Sampling profile(const Bundle& bundle, const std::string& name) {
+  const json& fast = bundle.manifest.at("fast");
+  if (name == "default") return bundle.manifest.at("sampling").get<Sampling>();
+  if (name != "fast" || fast.is_null())
+    throw Failure("no profile " + name + "; this bundle has default" +
+                  (fast.is_null() ? "" : " and fast"));
+  return fast.get<Sampling>();
+}
+
+// -- tensors
+
+// Of a kFloat or kHalf tensor.
+std::size_t byte_size(const Ort::Value& value) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  return info.GetElementCount() * (info.GetElementType() == kHalf ? 2 : 4);
+}
+
+Ort::Value zeros(const Shape& shape, ONNXTensorElementDataType type) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  Ort::Value value = Ort::Value::CreateTensor(allocator, shape.data(), shape.size(), type);
+  std::memset(value.GetTensorMutableRawData(), 0, byte_size(value));
+  return value;
+}
+
+template <typename T>
+Ort::Value tensor(const Shape& shape, const std::vector<T>& values) {
+  Ort::AllocatorWithDefaultOptions allocator;
+  Ort::Value out = Ort::Value::CreateTensor<T>(allocator, shape.data(), shape.size());
+  if (out.GetTensorTypeAndShapeInfo().GetElementCount() != values.size())
+    throw std::logic_error("a tensor was given the wrong number of values");
+  std::copy(values.begin(), values.end(), out.GetTensorMutableData<T>());
+  return out;
+}
+
+std::vector<float> floats(const Ort::Value& value) {
+  const float* data = value.GetTensorData<float>();
+  return {data, data + value.GetTensorTypeAndShapeInfo().GetElementCount()};
+}
+
+// -- the loop
+
+// One video being predicted (batch 1).
+class Rollout {
+ public:
+  // `fused`: run frame.onnx, whose AR steps and order are those of the profile `default`.
+  Rollout(Bundle bundle, Sampling sampling, bool fused, std::uint64_t seed, std::uint64_t stream)
+      : bundle_(std::move(bundle)),
+        sampling_(std::move(sampling)),
+        fused_(fused),
+        seed_(seed),
+        stream_(stream) {
+    const Shape frames = bundle_.shape("encoder", "frames");
+    compression = frames[1], height = frames[2], width = frames[3];
+    action_size = bundle_.manifest.at("model").at("action_dim").get<std::size_t>();
+    tokens_ = static_cast<int>(bundle_.shape("flow", "flow_noise")[1]);
+    ring_ = bundle_.shape("temporal", "cache_bias")[1];
+    const std::string dtype = bundle_.manifest.at("dtype");
+    if (dtype == "bfloat16")
+      throw Failure("a bfloat16 bundle runs on a GPU only; export with --dtype fp32 or fp16");
+    hidden_ = dtype == "float16" ? kHalf : kFloat;
+    values_["latent"] = zeros(bundle_.shape("decoder", "latent"), kFloat);
+    add_zero_states("temporal", "cache_", values_);
+    add_zero_states("encoder", "state_", encoder_);
+    add_zero_states("decoder", "state_", decoder_);
+    add_constants();
+    Ort::SessionOptions options;
+    options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    // graphs run in turn: threads that spin after one take the cores from the next
+    options.AddConfigEntry("session.force_spinning_stop", "1");
+    for (const auto& [name, entry] : bundle_.manifest.at("components").items()) {
+      const bool always = name == "encoder" || name == "temporal" || name == "decoder";
+      if (!always && fused_ != (name == "frame")) continue;
+      const fs::path file = bundle_.root / entry.at("file").get<std::string>();
+      sessions_.try_emplace(name, environment_, file.c_str(), options);
+    }
+  }
+
+  // One latent frame of what really happened, from `compression` pictures, or one for the first.
+  void observe(const std::vector<Picture>& pictures, const Action& action) {
+    advance(action);
+    Picture group;
+    for (std::int64_t i = 0; i < compression; ++i) {
+      const Picture& picture = pictures.size() == 1 ? pictures[0] : pictures.at(i);
+      group.insert(group.end(), picture.begin(), picture.end());
+    }
+    encoder_["frames"] = tensor<std::uint8_t>(bundle_.shape("encoder", "frames"), group);
+    run("encoder", encoder_);
+    keep_states(encoder_);
+    values_["latent"] = std::move(encoder_["latent"]);
+    decode();
+  }
+
+  // Predicts the next latent frame; its `compression` pictures.
+  std::vector<Picture> step(const Action& action) {
+    const auto frame = static_cast<std::uint64_t>(time_);
+    draw_noise(frame);
+    if (fused_) {
+      tell(action);
+      run("frame", values_);
+      keep_cache();
+      values_["latent"] = std::move(values_["next_latent"]);
+    } else {
+      advance(action);
+      draw_tokens();
+    }
+    for (float value : floats(values_["latent"]))
+      if (!std::isfinite(value))
+        throw Failure("frame " + std::to_string(frame) + ": values that are not finite; run " +
+                      "'canvasmar-rt verify' on this bundle");
+    return decode();
+  }
+
+  std::int64_t compression = 0, height = 0, width = 0;
+  std::size_t action_size = 0;
+
+ private:
+  // Runs a graph over named values: inputs are read from `values`, outputs are put there.
+  void run(const std::string& component, Values& values) {
+    const json& entry = bundle_.manifest.at("components").at(component);
+    Ort::Session& session = sessions_.at(component);
+    Ort::IoBinding binding(session);
+    for (const json& input : entry.at("inputs")) {
+      const std::string name = input.at("name");
+      const auto value = values.find(name);
+      if (value == values.end() || !value->second)
+        throw Failure("manifest: " + component + " has an input this program does not know, " +
+                      name + "; export the bundle with a matching canvasmar-rt");
+      binding.BindInput(name.c_str(), value->second);
+    }
+    const auto memory = Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault);
+    for (const json& output : entry.at("outputs"))
+      binding.BindOutput(output.at("name").get<std::string>().c_str(), memory);
+    session.Run(Ort::RunOptions{nullptr}, binding);
+    std::vector<Ort::Value> made = binding.GetOutputValues();
+    for (std::size_t i = 0; i < made.size(); ++i)
+      values[entry.at("outputs")[i].at("name")] = std::move(made[i]);
+  }
+
+  void add_zero_states(const std::string& component, const std::string& prefix, Values& values) {
+    for (const json& entry : bundle_.manifest.at("components").at(component).at("inputs")) {
+      const std::string name = entry.at("name");
+      if (name.rfind(prefix, 0) == 0 && name != "cache_bias")
+        values[name] = zeros(bundle_.shape(component, name), hidden_);
+    }
+  }
+
+  // What only the sampling options decide: guidance branches, noise levels, the flow solver.
+  void add_constants() {
+    const auto put = [&](const std::string& name, const std::vector<float>& values) {
+      values_[name] = tensor<float>({static_cast<std::int64_t>(values.size())}, values);
+    };
+    const auto branches = schedule::guidance_branches(sampling_, bundle_.has("canvas"));
+    put("temporal_on", branches.temporal_on);
+    put("canvas_on", branches.canvas_on);
+    put("branch_weight", branches.weight);
+    const auto plan = schedule::flow_plan(sampling_);
+    put("flow_time", plan.time);
+    put("step_new", plan.step_new);
+    put("step_old", plan.step_old);
+    values_["frame_noise_level"] = tensor<float>({}, {static_cast<float>(sampling_.frame_noise)});
+    values_["canvas_noise_level"] = tensor<float>({}, {static_cast<float>(sampling_.canvas_noise)});
+  }
+
+  // What the Temporal ViT is told of frame `time_`: its angles, the slots it may see, the action.
+  void tell(const Action& action) {
+    const std::int64_t pairs = bundle_.shape("temporal", "time")[1];
+    std::vector<float> bias(ring_, kMasked);
+    for (std::int64_t slot = 0; slot < std::min(time_, ring_); ++slot)
+      if (slot != time_ % ring_) bias[slot] = 0.0f;
+    values_["is_first"] = tensor<float>({1}, {time_ == 0 ? 1.0f : 0.0f});
+    values_["time"] = tensor<float>({2, pairs}, schedule::time_rotation(time_, pairs));
+    values_["cache_bias"] = tensor<float>({1, ring_}, bias);
+    const auto size = static_cast<std::int64_t>(action_size);
+    values_["action_given"] = tensor<float>({1}, {action ? 1.0f : 0.0f});
+    values_["action"] = tensor<float>({1, size}, action.value_or(std::vector<float>(action_size)));
+  }
+
+  // Feeds the latest latent frame to the Temporal ViT.
+  void advance(const Action& action) {
+    tell(action);
+    run("temporal", values_);
+    keep_cache();
+  }
+
+  // Puts the new keys and values in the ring's slot of this frame; the frame is over.
+  void keep_cache() {
+    const std::int64_t slot = time_ % ring_;
+    for (auto& [name, ring] : values_) {
+      if (name.rfind("cache_key_", 0) != 0 && name.rfind("cache_value_", 0) != 0) continue;
+      const Ort::Value& row = values_.at("new_" + name.substr(6));
+      char* slots = static_cast<char*>(ring.GetTensorMutableRawData());
+      std::memcpy(slots + slot * byte_size(row), row.GetTensorRawData(), byte_size(row));
+    }
+    ++time_;
+  }
+
+  void draw_noise(std::uint64_t frame) {
+    const auto normals = [&](const char* component, const char* input, noise::Purpose purpose) {
+      const Shape shape = bundle_.shape(component, input);
+      std::size_t count = 1;
+      for (std::int64_t dim : shape) count *= static_cast<std::size_t>(dim);
+      const noise::Philox source(seed_, stream_, frame, purpose);
+      values_[input] = tensor<float>(shape, noise::normals(source, count));
+    };
+    normals("flow", "flow_noise", noise::kFlow);
+    if (bundle_.has("canvas")) {
+      normals("canvas", "frame_noise", noise::kFrame);
+      normals("canvas", "canvas_noise", noise::kCanvas);
+    }
+    const std::size_t count = static_cast<std::size_t>(sampling_.ar_steps) * tokens_;
+    order_noise_ = noise::gumbel({seed_, stream_, frame, noise::kOrder}, count);
+    values_["order_noise"] = tensor<float>({1, sampling_.ar_steps, tokens_}, order_noise_);
+  }
+
+  // The rest of a frame from the component graphs.
+  void draw_tokens() {
+    std::vector<float> staticness;
+    if (bundle_.has("canvas")) {
+      run("canvas", values_);
+      staticness = floats(values_["staticness"]);
+    }
+    if (bundle_.has("condition")) run("condition", values_);
+    const auto order = schedule::generation_order(staticness, order_noise_, sampling_, tokens_);
+    const auto part = [&](std::int64_t first, std::int64_t last) {
+      return tensor<std::int64_t>({1, last - first}, {order.begin() + first, order.begin() + last});
+    };
+    values_["partial"] = zeros(bundle_.shape("flow", "partial"), kFloat);
+    std::int64_t known = 0;
+    for (int size : schedule::set_sizes(tokens_, sampling_.ar_steps)) {
+      values_["select_index"] = part(known, known + size);
+      values_["mask_index"] = part(known, tokens_);
+      values_["known_index"] = part(0, known);
+      run(known ? "spatial" : "spatial_first", values_);
+      run("flow", values_);
+      values_["partial"] = std::move(values_["next_partial"]);
+      known += size;
+    }
+    values_["latent"] = std::move(values_["partial"]);
+  }
+
+  // Decodes the latest latent frame; also what keeps the decoder's histories up to date.
+  std::vector<Picture> decode() {
+    decoder_["latent"] = std::move(values_["latent"]);
+    run("decoder", decoder_);
+    keep_states(decoder_);
+    values_["latent"] = std::move(decoder_["latent"]);
+    const unsigned char* pixels = decoder_["frames"].GetTensorData<std::uint8_t>();
+    std::vector<Picture> pictures;
+    for (std::int64_t i = 0, size = height * width * 3; i < compression; ++i)
+      pictures.emplace_back(pixels + i * size, pixels + (i + 1) * size);
+    return pictures;
+  }
+
+  // The histories just made are read next time.
+  static void keep_states(Values& values) {
+    for (auto& [name, value] : values)
+      if (name.rfind("state_", 0) == 0) value = std::move(values.at("next_" + name));
+  }
+
+  Bundle bundle_;
+  Sampling sampling_;
+  bool fused_;
+  std::uint64_t seed_, stream_;
+  int tokens_ = 0;
+  std::int64_t time_ = 0, ring_ = 0;
+  ONNXTensorElementDataType hidden_;
+  Ort::Env environment_{ORT_LOGGING_LEVEL_ERROR, "canvasmar_host"};
+  std::map<std::string, Ort::Session> sessions_;
+  Values values_, encoder_, decoder_;  // the autoencoder's histories have the same names
+  std::vector<float> order_noise_;
+};
+
+// -- files
+
+// All pictures of a file of PPM images (P6), one after the other, of the given size.
+std::vector<Picture> read_ppm(const std::string& path, std::int64_t width, std::int64_t height) {
+  std::ifstream file(path, std::ios::binary);
+  if (!file) throw Failure(path + ": cannot be read");
+  std::vector<Picture> pictures;
+  for (std::string magic; file >> magic;) {
+    std::int64_t w = 0, h = 0, most = 0;
+    file >> w >> h >> most;
+    file.get();  // one white space before the pixels
+    const std::string wanted = std::to_string(width) + "x" + std::to_string(height);
+    if (magic != "P6" || w != width || h != height || most != 255)
+      throw Failure(path + ": expected P6 images of " + wanted + " with 255 levels; make them " +
+                    "with 'ffmpeg -i CLIP -s " + wanted + " -f image2pipe -c:v ppm " + path + "'");
+    Picture picture(static_cast<std::size_t>(w * h * 3));
+    const auto size = static_cast<std::streamsize>(picture.size());
+    if (!file.read(reinterpret_cast<char*>(picture.data()), size))
+      throw Failure(path + ": ends in the middle of a picture; make it again");
+    pictures.push_back(std::move(picture));
+  }
+  return pictures;
+}
+
+// One action a line, numbers with spaces between.
+std::vector<std::vector<float>> read_actions(const std::string& path, std::size_t size) {
+  std::ifstream file(path);
+  if (!file) throw Failure(path + ": cannot be read");
+  std::vector<std::vector<float>> actions;
+  for (std::string line; std::getline(file, line);) {
+    std::istringstream numbers(line);
+    std::vector<float> action;
+    for (float value; numbers >> value;) action.push_back(value);
+    if (action.size() != size || !numbers.eof())
+      throw Failure(path + ": line " + std::to_string(actions.size() + 1) + " should hold " +
+                    std::to_string(size) + " numbers");
+    actions.push_back(std::move(action));
+  }
+  return actions;
+}
+
+std::uint64_t whole_number(const std::string& name, const std::string& text) {
+  std::size_t end = 0;
+  std::uint64_t value = 0;
+  try {
+    value = std::stoull(text, &end);
+  } catch (const std::logic_error&) {
+  }
+  if (end == 0 || end != text.size() || text[0] == '-')
+    throw Failure(name + ": expected a whole number, got '" + text + "'");
+  return value;
+}
+
+// -- commands
+
+const char kUsage[] =
+    "usage: canvasmar_host BUNDLE CONTEXT.ppm OUT.ppm [--frames 8] [--seed 0] [--stream 0]\n"
+    "                      [--profile fast] [--actions FILE]\n"
+    "       canvasmar_host noise SEED STREAM FRAME PURPOSE\n"
+    "CONTEXT.ppm holds 1 + n*t PPM images, --frames are latent frames, FILE holds one action a\n"
+    "line: n for the context, then one for each frame. 'noise' prints test vectors.\n";
+
+void print_noise(const std::vector<std::string>& arguments) {
+  std::uint64_t key[4];
+  for (int i = 0; i < 4; ++i) key[i] = whole_number("noise", arguments[i]);
+  noise::Philox source(key[0], key[1], key[2], key[3]);
+  const std::vector<float> normals = noise::normals(source, 6), gumbel = noise::gumbel(source, 6);
+  for (int i = 0; i < 6; ++i)
+    std::printf("%016llx %.9g %.9g\n", static_cast<unsigned long long>(source.word()), normals[i],
+                gumbel[i]);
+}
+
+void predict(const std::vector<std::string>& files,
+             const std::map<std::string, std::string>& options) {
+  Bundle bundle = open_bundle(files[0]);
+  std::string name = options.at("--profile");
+  if (name.empty()) name = bundle.manifest.at("fast").is_null() ? "default" : "fast";
+  const Sampling sampling = profile(bundle, name);
+  const std::uint64_t seed = whole_number("--seed", options.at("--seed"));
+  const std::uint64_t stream = whole_number("--stream", options.at("--stream"));
+  const std::uint64_t count = whole_number("--frames", options.at("--frames"));
+  Rollout rollout(std::move(bundle), sampling, name == "default", seed, stream);
+
+  const std::vector<Picture> context = read_ppm(files[1], rollout.width, rollout.height);
+  const auto t = static_cast<std::size_t>(rollout.compression);
+  if (context.empty() || (context.size() - 1) % t)
+    throw Failure(files[1] + ": holds " + std::to_string(context.size()) + " images; 1 + n*" +
+                  std::to_string(t) + " are needed");
+  const std::size_t known = (context.size() - 1) / t;
+  std::vector<Action> actions(known + count);
+  if (const std::string& path = options.at("--actions"); !path.empty()) {
+    const auto read = read_actions(path, rollout.action_size);
+    if (read.size() != actions.size())
+      throw Failure(path + ": " + std::to_string(read.size()) + " actions, " +
+                    std::to_string(known) + " for the context and " + std::to_string(count) +
+                    " for the prediction are needed");
+    actions.assign(read.begin(), read.end());
+  }
+  rollout.observe({context[0]}, std::nullopt);
+  for (std::size_t i = 0; i < known; ++i)
+    rollout.observe({context.begin() + 1 + i * t, context.begin() + 1 + (i + 1) * t}, actions[i]);
+
+  std::ofstream out(files[2], std::ios::binary);
+  std::vector<double> milliseconds;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto start = std::chrono::steady_clock::now();
+    const std::vector<Picture> pictures = rollout.step(actions[known + i]);
+    const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
+    milliseconds.push_back(took.count());
+    for (const Picture& picture : pictures) {
+      out << "P6\n" << rollout.width << " " << rollout.height << "\n255\n";
+      out.write(reinterpret_cast<const char*>(picture.data()),
+                static_cast<std::streamsize>(picture.size()));
+    }
+  }
+  out.close();
+  if (!out) throw Failure(files[2] + ": cannot be written");
+  std::sort(milliseconds.begin(), milliseconds.end());
+  if (count)
+    std::printf("%zu latent frames, profile %s, median %.1f ms each\n", milliseconds.size(),
+                name.c_str(), milliseconds[count / 2]);
+}
+
+int main(int argc, char** argv) {
+  std::vector<std::string> positional;
+  std::map<std::string, std::string> options = {
+      {"--frames", "8"}, {"--seed", "0"}, {"--stream", "0"}, {"--profile", ""}, {"--actions", ""}};
+  for (int i = 1; i < argc; ++i) {
+    const std::string argument = argv[i];
+    if (argument.rfind("--", 0) != 0) {
+      positional.push_back(argument);
+    } else if (options.count(argument) && i + 1 < argc) {
+      options[argument] = argv[++i];
+    } else {
+      std::cerr << kUsage;
+      return 2;
+    }
+  }
+  try {
+    if (positional.size() == 5 && positional[0] == "noise") {
+      print_noise({positional.begin() + 1, positional.end()});
+    } else if (positional.size() == 3) {
+      if (!OrtGetApiBase()->GetApi(ORT_API_VERSION))
+        throw Failure("this ONNX Runtime (" + std::string(OrtGetApiBase()->GetVersionString()) +
+                      ") is older than the headers this program was built with; install a newer " +
+                      "one");
+      predict(positional, options);
+    } else {
+      std::cerr << kUsage;
+      return 2;
+    }
+  } catch (const json::exception& error) {
+    std::cerr << "canvasmar_host: manifest: " << error.what()
+              << "; copy or export the bundle again\n";
+    return 1;
+  } catch (const std::exception& error) {
+    std::cerr << "canvasmar_host: " << error.what() << "\n";
+    return 1;
+  }
+  return 0;
+}
