@@ -71,6 +71,8 @@ def run_ticks(
         action = rng.uniform(-0.02, 0.02, size).astype(np.float32) if size else None
         made = rollout.step(action, budget_ms=1e3 * left)
         drawn = f"{made.ar_steps}x{made.flow_steps}" if made.ar_steps else CANVAS
+        if made.ar_steps and not made.guided:
+            drawn += ", unguided"
         seconds = time.perf_counter() - tick
         ticks.append(Tick(seconds, drawn, seconds <= budget))
         progress(i + 1)

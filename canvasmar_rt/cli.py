@@ -21,8 +21,9 @@ from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, preset, to_d
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
+from canvasmar_rt.service.settings import DEMO_CLIP
 
-DEMO_CLIP = Path(__file__).parent / "data" / "demo_toytable.npz"
+TORCH = ("torch", "onnx", "onnxscript")
 DEFAULT_MODEL = "toytable-int8"
 """The faster of the packaged bundles; on a GPU it is `GPU_MODEL`."""
 GPU_MODEL = "toytable"
@@ -334,7 +335,7 @@ def export(
         text = "" if card is None else card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--card {card}: cannot be read as text ({error})") from None
-    _need_torch("export")
+    _need("export", "export", *TORCH)
     from canvasmar_rt.bundle import BatchRange
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
     from canvasmar_rt.models.canvasmar import build
@@ -378,12 +379,12 @@ def export(
         )  # fmt: skip
 
 
-def _need_torch(what: str) -> None:
+def _need(what: str, extra: str, *modules: str) -> None:
     import importlib.util
 
-    missing = [m for m in ("torch", "onnx", "onnxscript") if importlib.util.find_spec(m) is None]
+    missing = [m for m in modules if importlib.util.find_spec(m) is None]
     if missing:
-        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[export]'")
+        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[{extra}]'")
 
 
 PAPER_TOTALS = {
@@ -421,7 +422,7 @@ def info(
 
 
 def _preset_info(name: str, as_json: bool) -> None:
-    _need_torch("info on a preset")
+    _need("info on a preset", "export", *TORCH)
     from canvasmar_rt.models.canvasmar import count_parameters
 
     config, sampling = preset(name)
@@ -662,6 +663,61 @@ def bench(
                 f"{soaked['resident_mb_at_end']:.1f} MB, {soaked['growth']:+.2%} since frame 100",
                 highlight=False,
             )  # fmt: skip
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    slots: Annotated[int, typer.Option(help="Sessions predicted at once, as one batch.")] = 2,
+    max_sessions: Annotated[
+        int, typer.Option(help="Clients at once; those beyond the slots wait for a place.")
+    ] = 16,
+    fps: Annotated[
+        float | None, typer.Option(help="Pixel frames a second; the model's by default.")
+    ] = None,
+    budget_ms: Annotated[
+        float | None,
+        typer.Option(help="From a tick's start to its frames; 80% of a tick by default."),
+    ] = None,
+    action_limit: Annotated[
+        float, typer.Option(help="Largest number in an action, in the training data's units.")
+    ] = 0.06,
+    clip: Annotated[
+        Path | None, typer.Option(help="What to cut start pictures from; the packaged clip.")
+    ] = None,
+    seed: Seed = 0,
+    engine: Engine = "onnxruntime",
+    engine_option: EngineOption = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    profile: Profile = None,
+    quiet: Quiet = False,
+) -> None:
+    """Play the learned world in a browser; several sessions share a batch (the `serve` extra)."""
+    _need("serve", "serve", "fastapi", "uvicorn", "websockets", "prometheus_client")
+    from canvasmar_rt.service.server import run
+    from canvasmar_rt.service.settings import Settings
+
+    settings = Settings(
+        slots=slots, max_sessions=max_sessions, fps=fps, budget_ms=budget_ms,
+        action_limit=action_limit, clip=clip or DEMO_CLIP, seed=seed,
+    )  # fmt: skip
+    predictor = load(
+        _model(model, device), engine=engine, device=device, threads=threads, profile=profile,
+        **_engine_options(engine_option),
+    )  # fmt: skip
+    if not quiet:
+        stderr.print("measuring what fits into a tick")
+
+    def ready(url: str) -> None:
+        if not quiet:
+            stdout.print(f"{url} (Ctrl-C ends it)", highlight=False)
+
+    run(predictor, settings, host=host, port=port, ready=ready)
 
 
 @app.command()

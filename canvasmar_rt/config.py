@@ -221,6 +221,11 @@ class SamplingConfig:
             value = getattr(self, name)
             _require(0.0 <= value <= 1e4, f"sampling: {name} must lie in [0, 10000], got {value}")
 
+    @property
+    def guided(self) -> bool:
+        """Whether more than the conditional branch is computed."""
+        return (self.temporal_guidance, self.canvas_guidance) != (1.0, 1.0)
+
 
 def to_dict(config: Any) -> dict[str, Any]:
     """JSON-ready dictionary of a configuration."""

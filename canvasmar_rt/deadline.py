@@ -24,15 +24,17 @@ FEWEST_FLOW_STEPS = 3
 
 
 def ladder(sampling: SamplingConfig, *, unrolled: bool = False) -> tuple[SamplingConfig, ...]:
-    """Sampling options from `sampling` down to one AR step of few flow steps, each about half as
-    dear as the one before. Flow steps go first: they cost most and are missed least. `unrolled`
-    graphs have a fixed number of them."""
+    """Sampling options from `sampling` down to one AR step of few flow steps without guidance, each
+    about half as dear as the one before. Flow steps go first: they cost most and are missed least.
+    `unrolled` graphs have a fixed number of them."""
     rungs = [sampling]
     while (steps := rungs[-1].flow_steps) > FEWEST_FLOW_STEPS and not unrolled:
         fewer = max(FEWEST_FLOW_STEPS, steps // 2)
         rungs.append(dataclasses.replace(rungs[-1], flow_steps=fewer))
     while rungs[-1].ar_steps > 1:
         rungs.append(dataclasses.replace(rungs[-1], ar_steps=rungs[-1].ar_steps // 2))
+    if rungs[-1].guided:
+        rungs.append(dataclasses.replace(rungs[-1], temporal_guidance=1.0, canvas_guidance=1.0))
     return tuple(rungs)
 
 
@@ -51,6 +53,7 @@ class Rung:
 
     ar_steps: int
     flow_steps: int
+    guided: bool
     p50_ms: float
     p99_ms: float
 
@@ -73,6 +76,7 @@ class Deadlines:
             Rung(
                 level.ar_steps if level else 0,
                 level.flow_steps if level else 0,
+                level is not None and level.guided,
                 float(np.quantile(row, 0.5)),
                 float(np.quantile(row, QUANTILE)),
             )

@@ -43,6 +43,7 @@ class Prediction:
         stands alone.
     frame: index of this latent frame in the video, context included.
     ar_steps, flow_steps: how it was drawn; 0 where it is the canvas alone, for want of time.
+    guided: whether classifier-free guidance was used.
     deadline_met: whether it was ready within the budget; None without one.
     timings: seconds spent in each component, in `noise` and in `total`.
     """
@@ -56,6 +57,7 @@ class Prediction:
     frame: int
     ar_steps: int
     flow_steps: int
+    guided: bool
     deadline_met: bool | None
     timings: Mapping[str, float]
 
@@ -275,8 +277,8 @@ class Rollout:
             on_canvas: called with them, uint8 (B, t, H, W, 3) of its own, as soon as they are
                 there: before the AR steps. What it takes counts. Not called where there is none.
             budget_ms: milliseconds from the call until the frame is there. The frame is drawn with
-                as many AR and flow steps as fit nearly always, down to the canvas alone; more time
-                than the cheapest takes cannot be saved. Needs `warmup(deadlines=True)`.
+                as much sampling as fits nearly always, down to the canvas alone; more time than
+                the cheapest takes cannot be saved. Needs `warmup(deadlines=True)`.
 
         Raises:
             InputError: an action of the wrong shape, or any action for a model without.
@@ -362,6 +364,7 @@ class Rollout:
             frame=frame,
             ar_steps=sampling.ar_steps if sampling else 0,
             flow_steps=sampling.flow_steps if sampling else 0,
+            guided=sampling is not None and sampling.guided,
             deadline_met=None,
             timings=clock.timings,
         )
@@ -554,11 +557,7 @@ class Rollout:
             )
         if not self._begun or state.time <= state.since[0]:
             raise StateError("seat: both videos need at least one latent frame; start from context")
-        arrays = self._program.snapshot()
-        for name, values in arrays.items():
-            rows = (slice(None), row) if name.startswith("cache_") else row
-            values[rows] = state.arrays[name][(slice(None), 0) if name.startswith("cache_") else 0]
-        self._program.load(arrays)
+        self._program.load(state.arrays, row)
         self._program.since[row] = state.since[0]
         self._streams = (*self._streams[:row], state.streams[0], *self._streams[row + 1 :])
         self._unobserved = max(self._unobserved, state.unobserved)

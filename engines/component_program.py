@@ -26,6 +26,7 @@ from canvasmar_rt.engines.program import (
     UInt8,
     noise_shapes,
     require_finite,
+    row_index,
     state_shapes,
     tell,
     told_shapes,
@@ -397,9 +398,17 @@ class ComponentProgram:
     def snapshot(self) -> dict[str, Array]:
         return {name: self._memory.read(buffer) for name, buffer in self._state().items()}
 
-    def load(self, arrays: Mapping[str, Array]) -> None:
+    def load(self, arrays: Mapping[str, Array], row: int | None = None) -> None:
         for name, buffer in self._state().items():
-            self._memory.write(buffer, arrays[name])
+            if row is None:
+                self._memory.write(buffer, arrays[name])
+                continue
+            on_host = self._memory.device == "cpu" and buffer.host is not None
+            values = buffer.host if on_host else self._memory.read(buffer)
+            assert values is not None
+            values[row_index(name, row)] = arrays[name][row_index(name, 0)]
+            if not on_host:
+                self._memory.write(buffer, values)
 
     def warmup(self) -> None:
         kept = self.snapshot()

@@ -138,8 +138,8 @@ class Program(Protocol):
     def snapshot(self) -> dict[str, Array]:
         """Copies of everything that lasts from frame to frame, by name (`state_shapes`)."""
 
-    def load(self, arrays: Mapping[str, Array]) -> None:
-        """Put a snapshot back."""
+    def load(self, arrays: Mapping[str, Array], row: int | None = None) -> None:
+        """Put a snapshot back, or one of a single video into `row`."""
 
     def warmup(self) -> None:
         """Do now what the first frames would otherwise have to wait for; the state stays."""
@@ -187,6 +187,11 @@ def noise_shapes(config: ModelConfig, batch: int) -> Shapes:
         "frame_noise": (latent, "float32"),
         "canvas_noise": ((batch, config.tokens, config.dim), "float32"),
     }
+
+
+def row_index(name: str, row: int) -> tuple[slice | int, ...]:
+    """Where video `row` is in an array of a snapshot: rings have their slots in front."""
+    return (slice(None), row) if name.startswith("cache_") else (row,)
 
 
 def state_shapes(config: ModelConfig, batch: int) -> Shapes:

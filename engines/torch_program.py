@@ -27,6 +27,7 @@ from canvasmar_rt.engines.program import (
     UInt8,
     noise_shapes,
     require_finite,
+    row_index,
     state_shapes,
     tell,
     told_shapes,
@@ -416,10 +417,12 @@ class TorchProgram:
         self._wait()
         return {name: _to_numpy(tensor) for name, tensor in self._state.items()}
 
-    def load(self, arrays: Mapping[str, Array]) -> None:
+    def load(self, arrays: Mapping[str, Array], row: int | None = None) -> None:
         self._wait()
         for name, values in arrays.items():
             target = self._state[name]
+            if row is not None:
+                target, values = target[row_index(name, row)], values[row_index(name, 0)]
             given = torch.from_numpy(np.ascontiguousarray(values))
             if target.dtype == torch.bfloat16:
                 given = given.view(torch.bfloat16)

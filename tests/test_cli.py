@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 
 import av
@@ -241,3 +242,26 @@ def test_a_name_is_printed_as_it_is(tmp_path: Path) -> None:
     shutil.copytree(PACKAGED / GPU_MODEL, copy)
     assert "br[/x]:fire:" in run("info", copy, cwd=tmp_path).stdout
     run("build", copy, "--engine-dir", copy / "engines", "--dry-run", cwd=tmp_path)
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_serve_answers_until_it_is_told_to_end(tmp_path: Path, how: signal.Signals) -> None:
+    process = subprocess.Popen(
+        [*COMMAND, "serve", "--port", "0", "--slots", "1"],
+        cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().split()[0]
+        with urllib.request.urlopen(f"{url}healthz", timeout=10) as answer:
+            assert json.load(answer) == {"status": "ok"}
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            assert b"<canvas" in answer.read()
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=30)
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, errors
+    assert "Traceback" not in errors

@@ -19,14 +19,18 @@ PAPER = SamplingConfig(ar_steps=4, flow_steps=30)
 LEVELS = (PAPER, dataclasses.replace(PAPER, flow_steps=10), None)
 
 
-def steps(levels: tuple[SamplingConfig, ...]) -> list[tuple[int, int]]:
-    return [(level.ar_steps, level.flow_steps) for level in levels]
+def steps(levels: tuple[SamplingConfig, ...]) -> list[tuple[int, int, bool]]:
+    return [(level.ar_steps, level.flow_steps, level.guided) for level in levels]
 
 
 def test_the_ladder_leads_to_one_cheap_step() -> None:
-    assert steps(ladder(PAPER)) == [(4, 30), (4, 15), (4, 7), (4, 3), (2, 3), (1, 3)]
-    assert steps(ladder(PAPER, unrolled=True)) == [(4, 30), (2, 30), (1, 30)]
-    assert steps(ladder(SamplingConfig(ar_steps=1, flow_steps=2))) == [(1, 2)]
+    down = [(4, 30), (4, 15), (4, 7), (4, 3), (2, 3), (1, 3)]
+    assert steps(ladder(PAPER)) == [(*rung, True) for rung in down] + [(1, 3, False)]
+    down = [(4, 30), (2, 30), (1, 30)]
+    unrolled = steps(ladder(PAPER, unrolled=True))
+    assert unrolled == [(*rung, True) for rung in down] + [(1, 30, False)]
+    unguided = SamplingConfig(ar_steps=1, flow_steps=2, temporal_guidance=1.0, canvas_guidance=1.0)
+    assert ladder(unguided) == (unguided,)
 
 
 def deadlines() -> Deadlines:
@@ -84,6 +88,7 @@ def test_a_level_draws_what_a_rollout_of_its_own_would(
         np.testing.assert_array_equal(got.latent, want.latent)
         np.testing.assert_array_equal(got.frames, want.frames)
         assert (got.ar_steps, got.flow_steps) == (sampling.ar_steps, sampling.flow_steps)
+        assert got.guided == sampling.guided
 
 
 def test_without_time_the_canvas_is_the_frame(predictor: Predictor, rollout: Rollout) -> None:

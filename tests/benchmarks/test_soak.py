@@ -33,7 +33,7 @@ class Sleeper:
     def step(self, action: object, *, budget_ms: float) -> Any:
         self.budgets.append(budget_ms)
         time.sleep(self._seconds.pop(0))
-        return SimpleNamespace(ar_steps=2, flow_steps=3)
+        return SimpleNamespace(ar_steps=2, flow_steps=3, guided=True)
 
 
 def test_a_frame_that_overruns_takes_from_the_next() -> None:

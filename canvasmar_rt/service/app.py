@@ -1,0 +1,116 @@
+"""The ASGI application: sessions on `/ws`, the page on `/`, `/healthz` and `/metrics`."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from fastapi import FastAPI, Response, WebSocket
+from fastapi.responses import FileResponse, JSONResponse
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from canvasmar_rt.rollout import Predictor
+from canvasmar_rt.service.metrics import Metrics
+from canvasmar_rt.service.session import FULL, SHUTDOWN, End, Session
+from canvasmar_rt.service.settings import Settings
+from canvasmar_rt.service.starts import cut_starts
+from canvasmar_rt.service.world import World
+
+PAGE = Path(__file__).parent / "page.html"
+JOIN_S = 1.0
+"""Seconds to wait for the tick under way when the service ends."""
+
+log = logging.getLogger(__name__)
+
+
+class Service:
+    """The world and its sessions; what `create_app` builds its routes on."""
+
+    def __init__(self, predictor: Predictor, settings: Settings) -> None:
+        self.metrics = Metrics()
+        self._config, self._settings = predictor.config, settings
+        starts = cut_starts(predictor.config, settings.clip)
+        self.world = World(predictor, starts, settings, self.metrics)
+        self._sessions: set[Session] = set()
+        self._nobody = asyncio.Event()
+        self._nobody.set()
+        self._ending = False
+
+    async def open(self) -> None:
+        """Start the model; returns when it is warm."""
+        await asyncio.to_thread(self.world.open)
+
+    async def serve(self, websocket: WebSocket) -> None:
+        """A client, from its connection to its end."""
+        session = Session(websocket, self.world, self._config, self._settings, self.metrics)
+        full = len(self._sessions) >= self._settings.max_sessions
+        refused = SHUTDOWN if self._ending else FULL if full else None
+        end: End | None = None
+        if refused is None:
+            self._sessions.add(session)
+            self._nobody.clear()
+            self.metrics.sessions.inc()
+        try:
+            end = await session.run(refused)
+        finally:
+            if refused is None:
+                self._sessions.remove(session)
+                self.metrics.sessions.dec()
+                if not self._sessions:
+                    self._nobody.set()
+            self.metrics.ends.labels(end.reason if end else "error").inc()
+
+    async def end_sessions(self) -> None:
+        """Tell every session that the server shuts down, and wait until they are gone."""
+        self._ending = True
+        for session in self._sessions:
+            session.end(SHUTDOWN)
+        await self._nobody.wait()
+
+    async def close(self) -> None:
+        """End the sessions and the model's thread."""
+        await self.end_sessions()
+        if not await asyncio.to_thread(self.world.close, JOIN_S):
+            log.error("the model's thread did not end within %g s", JOIN_S)
+
+
+def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAPI:
+    """The application; `app.state.service` is its `Service`.
+
+    Raises:
+        VideoError: if the clip of the start pictures cannot be read.
+        ConfigError: if the budget is more than a tick.
+    """
+    service = Service(predictor, settings or Settings())
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        await service.open()
+        yield
+        await service.close()
+
+    app = FastAPI(title="canvasmar-rt", lifespan=lifespan, openapi_url=None)
+    app.state.service = service
+
+    @app.get("/")
+    async def page() -> FileResponse:
+        return FileResponse(PAGE, media_type="text/html", headers={"Cache-Control": "no-cache"})
+
+    @app.get("/healthz")
+    async def healthz() -> JSONResponse:
+        good = service.world.healthy
+        return JSONResponse({"status": "ok" if good else "stuck"}, 200 if good else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        text = generate_latest(service.metrics.registry)
+        return Response(text, media_type=CONTENT_TYPE_LATEST)
+
+    @app.websocket("/ws")
+    async def play(websocket: WebSocket) -> None:
+        await service.serve(websocket)
+
+    return app

@@ -1,0 +1,114 @@
+"""uvicorn, told what this service needs of a server."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from typing import Any, cast
+
+import uvicorn
+from fastapi import FastAPI
+from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
+from uvicorn.server import ServerState
+
+from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.rollout import Predictor
+from canvasmar_rt.service.app import create_app
+from canvasmar_rt.service.settings import Settings
+
+SEND_BUFFER = 32 << 10
+"""Bytes the kernel keeps for a client that does not read: pictures that wait there grow old."""
+SLACK = 16
+"""A message this many times too large is not even read to its end."""
+GRACE_S = 1
+"""Seconds that connections have to end when the server does."""
+
+
+class _Connection(WebSocketsSansIOProtocol):
+    """A WebSocket connection that holds little unsent data and that the application can abort."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        server_state: ServerState,
+        app_state: dict[str, Any],
+        **rest: Any,
+    ) -> None:
+        app_state = {**app_state, "abort": lambda: self.transport.abort()}
+        super().__init__(config, server_state, app_state, **rest)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        connection = cast(socket.socket, transport.get_extra_info("socket"))
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+        super().connection_made(transport)
+
+
+class Server(uvicorn.Server):
+    """Ends the sessions, each with its reason, before uvicorn closes the connections."""
+
+    def __init__(
+        self, app: FastAPI, settings: Settings, ready: Callable[[], None] = lambda: None
+    ) -> None:
+        """`ready` is called once, when clients can connect."""
+        self._service, self._ready = app.state.service, ready
+        config = uvicorn.Config(
+            app, loop="asyncio", ws=_Connection, log_level="warning", ws_per_message_deflate=False,
+            ws_max_size=SLACK * settings.max_message_bytes, timeout_graceful_shutdown=GRACE_S,
+        )  # fmt: skip
+        super().__init__(config)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await self._service.end_sessions()
+        await super().shutdown(sockets)
+
+
+def run(
+    predictor: Predictor,
+    settings: Settings,
+    *,
+    host: str,
+    port: int,
+    ready: Callable[[str], None] = lambda url: None,
+) -> None:
+    """Serve until SIGINT or SIGTERM; `ready` is called with the page's address once it is up.
+
+    Raises:
+        ConfigError: if the address cannot be had, or for settings the model cannot run with.
+        VideoError: if the clip of the start pictures cannot be read.
+    """
+    app = create_app(predictor, settings)
+    with bind(host, port) as listener:
+        name = f"[{host}]" if ":" in host else host
+        url = f"http://{name}:{listener.getsockname()[1]}/"
+        with contextlib.suppress(KeyboardInterrupt):  # which uvicorn raises again at its end
+            Server(app, settings, lambda: ready(url)).run(sockets=[listener])
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 takes a free one.
+
+    Raises:
+        ConfigError: if the address cannot be had.
+    """
+    bound: socket.socket | None = None
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except OSError as error:
+        if bound is not None:
+            bound.close()
+        raise ConfigError(
+            f"{host}:{port}: cannot listen there ({error}); choose another host or port"
+        ) from None
+    return bound
