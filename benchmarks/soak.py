@@ -24,12 +24,19 @@ import canvasmar_rt
 from canvasmar_rt.benchmarks.latency import machine, moving_clip, percentiles, resident_bytes
 from canvasmar_rt.benchmarks.report import COLOURS, figure_of, png
 from canvasmar_rt.command import run_command, stderr_bar
+from canvasmar_rt.contact_sheet import contact_sheet
+from canvasmar_rt.deadline import Rung
+from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.rollout import Rollout
+from canvasmar_rt.predict import context_length, read_actions
+from canvasmar_rt.rollout import Predictor, Rollout
+from canvasmar_rt.service.settings import DEMO_CLIP
+from canvasmar_rt.video import read_clip, write_png
 
 CANVAS = "canvas"
 SKIPPED = "skipped"
+CONTEXT_FRAMES = 5
 BUSY = "while True: pass"
 
 
@@ -70,9 +77,7 @@ def run_ticks(
             continue
         action = rng.uniform(-0.02, 0.02, size).astype(np.float32) if size else None
         made = rollout.step(action, budget_ms=1e3 * left)
-        drawn = f"{made.ar_steps}x{made.flow_steps}" if made.ar_steps else CANVAS
-        if made.ar_steps and not made.guided:
-            drawn += ", unguided"
+        drawn = rung_name(Rung(made.ar_steps, made.flow_steps, made.guided, 0.0, 0.0))
         seconds = time.perf_counter() - tick
         ticks.append(Tick(seconds, drawn, seconds <= budget))
         progress(i + 1)
@@ -154,6 +159,38 @@ def picture(phases: Mapping[str, Sequence[Tick]], budget: float, title: str, und
     return png(figure)
 
 
+def rung_name(rung: Rung) -> str:
+    """How a rung draws a frame, in few words."""
+    if not rung.ar_steps:
+        return CANVAS
+    return f"{rung.ar_steps}x{rung.flow_steps}" + ("" if rung.guided else ", unguided")
+
+
+def rungs_sheet(predictor: Predictor, latent_frames: int = 8) -> UInt8:
+    """Contact sheet: how the packaged clip goes on, and what every rung makes of it when all frames
+    are drawn on it. Needs a model that takes the clip's actions."""
+    config = predictor.config
+    ae, t = config.autoencoder, config.autoencoder.temporal_compression
+    length = context_length(config, CONTEXT_FRAMES)
+    known = (length - 1) // t
+    clip = read_clip(
+        DEMO_CLIP,
+        size=(ae.height, ae.width),
+        fps=config.fps,
+        min_frames=length + latent_frames * t,
+    ).frames
+    actions = read_actions(DEMO_CLIP, config, known + latent_frames)
+    rollout = predictor.start(clip[:length], actions=actions[:known])
+    actions = actions[known : known + latent_frames]
+    rollout.warmup(deadlines=True)
+    rows = [("real", [clip[length - 1 + t * (i + 1)] for i in range(latent_frames)])]
+    for level, rung in enumerate(rollout.latency):
+        rollout.reset()
+        drawn = [rollout._step(action, level=level).frames[0, -1] for action in actions]
+        rows.append((rung_name(rung), drawn))
+    return contact_sheet(rows)
+
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 stdout = Console(emoji=False)
 
@@ -175,6 +212,9 @@ def main(
     batch: Annotated[int, typer.Option(min=1, help="Videos at once.")] = 1,
     output: Annotated[Path | None, typer.Option("--json", help="JSON to write.")] = None,
     plot: Annotated[Path | None, typer.Option(help="PNG to write.")] = None,
+    sheet: Annotated[
+        Path | None, typer.Option(help="PNG to write: the packaged clip drawn on every rung.")
+    ] = None,
     quiet: Annotated[bool, typer.Option(help="No bar.")] = False,
 ) -> None:
     """Hold a loop to its ticks with `step(budget_ms=...)`; ticks missed, what was drawn, memory."""
@@ -183,10 +223,12 @@ def main(
     count = int(seconds * hz)
     if period <= 0 or budget <= 0 or count < 20:
         raise ConfigError("soak: need --hz and --budget-ms above 0 and at least 20 ticks")
-    for path in (output, plot):
+    for path in (output, plot, sheet):
         if path is not None:
             check_writable(path)
     predictor = canvasmar_rt.load(model, engine=engine, device=device, threads=threads)
+    if sheet is not None:
+        write_png(sheet, rungs_sheet(predictor))
     latent_frames = max(2, predictor.config.context_frames // 2)
     rollout = predictor.start(moving_clip(predictor.config, latent_frames), batch=batch)
     rollout.warmup(deadlines=True)

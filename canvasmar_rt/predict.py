@@ -104,7 +104,7 @@ def predict_clip(
     )
     context = clip.frames[:length]
     steps = math.ceil(options.frames / t)
-    told = _actions(source, config, (length - 1) // t + steps) if options.actions else None
+    told = read_actions(source, config, (length - 1) // t + steps) if options.actions else None
     begun = time.perf_counter()
     known = (length - 1) // t
     rollout = predictor.start(
@@ -162,7 +162,7 @@ def _targets(source: Path, output: Path) -> tuple[Path, Path]:
     return output, sheet
 
 
-def _actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
+def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
     """Actions (latents, A) stored in an .npz beside its frames, as one row a latent frame or one
     row a pixel frame (t of them make one latent frame's action)."""
     if not config.action_dim:

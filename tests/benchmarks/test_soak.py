@@ -11,13 +11,16 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from typer.testing import CliRunner
 
+import canvasmar_rt
 from canvasmar_rt.benchmarks import soak
 from canvasmar_rt.benchmarks.soak import SKIPPED, Tick, busy, picture, run_ticks, summary
 from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.deadline import Rung
 from canvasmar_rt.errors import ConfigError
 
 
@@ -97,6 +100,16 @@ def test_the_command_writes_its_figures(bundles: Callable[[str], Bundle], tmp_pa
     assert report["latency_at_warmup"][-1]["ar_steps"] == 0
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert "ticks missed" in done.output
+
+
+def test_every_rung_is_shown() -> None:
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    sheet = soak.rungs_sheet(predictor, latent_frames=1)
+    assert sheet.dtype == np.uint8
+    names = [soak.rung_name(Rung(k, e, g, 0.0, 0.0)) for k, e, g in ((2, 3, True), (1, 3, False))]
+    assert names == ["2x3", "1x3, unguided"]
+    assert sheet.shape[0] > 5 * 64  # the real frame, and four rungs
+    assert sheet.shape[1] < 4 * sheet.shape[0]
 
 
 def test_a_loop_needs_ticks() -> None:
