@@ -15,11 +15,13 @@ import numpy as np
 
 from canvasmar_rt.config import SamplingConfig
 
-RECENT = 64
-"""Frames that the estimate of the machine's present slowness looks back on."""
-QUANTILE = 0.99
-RECENT_QUANTILE = 0.97
-"""Two bad frames in 64 are no trend."""
+PACE_FRAMES = 8
+"""Latest frames whose median says how slow the machine is at present."""
+HICCUP_FRAMES = 64
+HICCUP_QUANTILE = 0.985
+"""Of what single frames take beyond that: one in 64 is no trend."""
+MARGIN = 1.25
+"""On both: what comes next may be worse than what was seen in so few frames."""
 FEWEST_FLOW_STEPS = 3
 
 
@@ -65,12 +67,18 @@ class Deadlines:
         self, levels: Sequence[SamplingConfig | None], times: Sequence[Sequence[Timed]]
     ) -> None:
         """`levels` from the best to the cheapest, None for the canvas alone; `times` of each, as
-        measured on this machine."""
+        measured on this machine in as many frames.
+
+        pace: how many times as long as at warm-up the latest frames took. hiccup: seconds that a
+        frame may take beyond that."""
         self._rest = [float(np.median([t.rest for t in row])) for row in times]
         self._lead = float(np.median([t.lead for row in times for t in row]))
-        spread = [t.rest / p50 for row, p50 in zip(times, self._rest, strict=True) for t in row]
-        self._usual = max(1.0, float(np.quantile(spread, QUANTILE)))
-        self._recent: collections.deque[float] = collections.deque(maxlen=RECENT)
+        self._paces: collections.deque[float] = collections.deque([1.0], maxlen=PACE_FRAMES)
+        self._hiccups: collections.deque[float] = collections.deque(maxlen=HICCUP_FRAMES)
+        for turn in zip(*times, strict=True):
+            for level, timed in enumerate(turn):
+                self._hiccups.append(timed.lead + timed.rest - self._usual(level))
+        self._estimate()
         totals = [[1e3 * (t.lead + t.rest) for t in row] for row in times]
         self.table = tuple(
             Rung(
@@ -78,26 +86,29 @@ class Deadlines:
                 level.flow_steps if level else 0,
                 level is not None and level.guided,
                 float(np.quantile(row, 0.5)),
-                float(np.quantile(row, QUANTILE)),
+                float(np.quantile(row, 0.99)),
             )
             for level, row in zip(levels, totals, strict=True)
         )
 
-    @property
-    def slowness(self) -> float:
-        """What a rung's median is multiplied with to be kept nearly always: the spread seen at
-        warm-up, or that of the recent frames if they are slower."""
-        if not self._recent:
-            return self._usual
-        return max(self._usual, float(np.quantile(self._recent, RECENT_QUANTILE)))
+    def _usual(self, level: int) -> float:
+        return self._lead + self._rest[level]
+
+    def _estimate(self) -> None:
+        self.pace = float(np.median(self._paces))
+        seen = float(np.quantile(self._hiccups, HICCUP_QUANTILE, method="lower"))
+        self.hiccup = max(0.0, seen)
 
     def choose(self, seconds: float) -> int:
-        """The best level whose remaining work fits into `seconds`; the cheapest if none does."""
-        margin = self.slowness
-        fits = (i for i, rest in enumerate(self._rest) if rest * margin <= seconds)
+        """The best level whose remaining work nearly always fits into `seconds` at the machine's
+        present pace; the cheapest if none does."""
+        room = seconds / MARGIN - self.hiccup
+        fits = (i for i, rest in enumerate(self._rest) if rest * self.pace <= room)
         return next(fits, len(self._rest) - 1)
 
     def record(self, level: int, timed: Timed) -> None:
         """A frame of `level` took this long."""
-        taken, usual = timed.lead + timed.rest, self._lead + self._rest[level]
-        self._recent.append(taken / usual)
+        taken, usual = timed.lead + timed.rest, self._usual(level)
+        self._paces.append(taken / usual)
+        self._hiccups.append(taken - usual * float(np.median(self._paces)))
+        self._estimate()

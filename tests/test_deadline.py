@@ -11,7 +11,7 @@ import pytest
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
-from canvasmar_rt.deadline import RECENT, Deadlines, Timed, ladder
+from canvasmar_rt.deadline import HICCUP_FRAMES, MARGIN, PACE_FRAMES, Deadlines, Timed, ladder
 from canvasmar_rt.errors import ConfigError, InputError, StateError
 from canvasmar_rt.rollout import Predictor, Rollout
 
@@ -43,7 +43,11 @@ def deadlines() -> Deadlines:
 
 def test_the_best_level_that_fits_is_chosen() -> None:
     table = deadlines()
-    assert [table.choose(s) for s in (0.1, 0.0445, 0.043, 0.0225, 0.021, 0.0)] == [0, 0, 1, 1, 2, 2]
+    assert table.pace == 1.0
+    assert 0.001 < table.hiccup <= 0.004
+    spare = table.hiccup
+    budgets = (0.1, 0.0401 + spare, 0.0399 + spare, 0.0201 + spare, 0.0199 + spare, 0.0)
+    assert [table.choose(MARGIN * s) for s in budgets] == [0, 0, 1, 1, 2, 2]
     assert [(r.ar_steps, r.flow_steps) for r in table.table] == [(4, 30), (4, 10), (0, 0)]
     assert table.table[1].p50_ms == pytest.approx(25.0)
     assert 25.0 < table.table[1].p99_ms <= 27.0
@@ -51,19 +55,33 @@ def test_the_best_level_that_fits_is_chosen() -> None:
 
 def test_a_slow_machine_is_noticed_and_forgotten() -> None:
     table = deadlines()
-    usual = table.slowness
+    usual = table.hiccup
     table.record(0, Timed(0.005, 0.4))
-    for _ in range(RECENT - 1):
+    for _ in range(20):
         table.record(0, Timed(0.005, 0.04))
-    assert table.slowness == usual  # one bad frame is none
-    for _ in range(5):
-        table.record(1, Timed(0.01, 0.04))  # twice the usual 25 ms
-    assert table.slowness == pytest.approx(2.0)
-    assert table.choose(0.05) == 1
-    for _ in range(RECENT):
+    assert table.choose(0.06) == 0  # one bad frame is none
+    for _ in range(3):
+        table.record(0, Timed(0.01, 0.08))  # twice as long, and at once
+    assert table.choose(0.06) > 0
+    for _ in range(PACE_FRAMES):
+        table.record(1, Timed(0.01, 0.04))
+    assert table.pace == pytest.approx(2.0)
+    assert table.choose(0.06) > 0
+    for _ in range(HICCUP_FRAMES):
         table.record(2, Timed(0.005, 0.01))
-    assert table.slowness == usual
-    assert table.choose(0.05) == 0
+    assert table.pace == pytest.approx(1.0)
+    assert table.hiccup <= usual
+    assert table.choose(0.06) == 0
+
+
+def test_hiccups_of_a_cheap_level_are_not_multiplied() -> None:
+    """Being held up for 4 ms is much of a 15 ms frame, and as little of a long one as of that."""
+    table = deadlines()
+    for i in range(HICCUP_FRAMES):
+        table.record(2, Timed(0.005, 0.014 if i % 8 == 0 else 0.01))
+    assert table.pace == pytest.approx(1.0)
+    assert table.hiccup == pytest.approx(0.004)
+    assert table.choose(MARGIN * 0.0441) == 0
 
 
 @pytest.fixture(scope="module", params=["onnxruntime", "torch"])

@@ -43,3 +43,20 @@ def test_all_figures_are_of_one_model() -> None:
         for n in names
     ]
     assert len({r["weights"] for r in reports}) == 1
+
+
+def test_figure_3_is_the_measured_one() -> None:
+    labels = {
+        "no canvas": "no canvas",
+        "canvas": "canvas",
+        "canvas + motion order": "canvas, motion-aware order",
+        "without canvas guidance": "the same, temporal guidance only",
+        "without temporal guidance": "the same, canvas guidance only",
+        "full guidance": "the same, both",
+    }
+    curves = result("figure3")["curves"]
+    assert set(curves) == set(labels)
+    for name, points in curves.items():
+        cells = [f"{points[k]['mean']:.2f}" for k in ("1", "2", "4", "8")]
+        row = next(line for line in CARD.splitlines() if line.startswith(f"| {labels[name]} |"))
+        assert row.replace("*", "").split(" | ")[1:] == [*cells[:3], f"{cells[3]} |"]
