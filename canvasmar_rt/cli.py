@@ -164,7 +164,7 @@ def predict(
     quiet: Quiet = False,
 ) -> None:
     """Continue a real clip and write the video and a contact sheet."""
-    from canvasmar_rt.predict import PredictOptions
+    from canvasmar_rt.predict import PredictOptions, video_names
     from canvasmar_rt.video import find_clips
 
     predictor = load(
@@ -184,10 +184,7 @@ def predict(
         _predict_one(predictor, clips[0], output, options, json_, quiet)
         return
     failed = 0
-    stems = [clip.stem for clip in clips]
-    for clip in clips:
-        alone = stems.count(clip.stem) == 1
-        target = output / f"{clip.stem if alone else clip.name}.mp4"
+    for clip, target in video_names(clips, output).items():
         try:
             _predict_one(predictor, clip, target, options, json_, quiet)
         except CanvasMarError as error:

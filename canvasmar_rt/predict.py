@@ -7,7 +7,7 @@ import math
 import os
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,16 @@ def context_length(config: ModelConfig, wanted: int) -> int:
     if wanted < 1:
         raise InputError(f"context: at least 1 frame is needed, got {wanted}")
     return (wanted - 1) // t * t + 1
+
+
+def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
+    """Each clip's video in the folder `output`: named after it, with its suffix where two would
+    have the same name."""
+    stems = [clip.stem for clip in clips]
+    return {
+        clip: output / f"{clip.stem if stems.count(clip.stem) == 1 else clip.name}.mp4"
+        for clip in clips
+    }
 
 
 def predict_clip(

@@ -20,7 +20,7 @@ from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.config import to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError
 from canvasmar_rt.files import write_file
-from canvasmar_rt.predict import PredictOptions, predict_clip
+from canvasmar_rt.predict import PredictOptions, predict_clip, video_names
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.video import find_clips
 
@@ -72,7 +72,7 @@ def predict_folder(
     if options.sampling is None:
         sampling = bundle.manifest.profile(worker.profile)
         options = dataclasses.replace(options, sampling=sampling)
-    targets = _targets(find_clips(source), output)
+    targets = video_names([clip.absolute() for clip in find_clips(source)], output)
     records = {clip: _record(clip, bundle.fingerprint, options) for clip in targets}
     kept = {clip: target for clip, target in targets.items() if _is_done(target, records[clip])}
     rows = [
@@ -159,15 +159,6 @@ class _Predict:
         except CanvasMarError as error:
             result["error"] = str(error)
         return result
-
-
-def _targets(clips: list[Path], output: Path) -> dict[Path, Path]:
-    """Each clip's video: named after it, with its suffix where two would have the same name."""
-    stems = [clip.stem for clip in clips]
-    return {
-        clip.absolute(): output / f"{clip.stem if stems.count(clip.stem) == 1 else clip.name}.mp4"
-        for clip in clips
-    }
 
 
 def _record_path(target: Path) -> Path:
