@@ -125,7 +125,8 @@ def where(report: Mapping[str, Any]) -> str:
     """The machine and the engine, for a caption."""
     metadata, ours = report["metadata"], report["config"]["contestants"][OURS]
     place = metadata.get("gpu", metadata["cpu"])
-    return f"{ours['engine']} {ours['arithmetic']} on {place}"
+    number = "int8" if ours.get("quantization") == "int8" else ours["arithmetic"]
+    return f"{ours['engine']} {number} on {place}"
 
 
 def _curves(
@@ -133,12 +134,15 @@ def _curves(
 ) -> bytes:
     """PNG of lines against batch, on logarithmic axes."""
     figure, axes = figure_of(title, under)
+    from matplotlib.ticker import LogLocator
+
     for i, (name, values) in enumerate(lines.items()):
         colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
         axes.plot(x, values, label=name, color=colour, marker=marker, linewidth=1.8)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks(x, labels=[str(v) for v in x])
     axes.set_xlabel("batch")
