@@ -40,15 +40,15 @@ class Sleeper:
 
 
 def test_a_frame_that_overruns_takes_from_the_next() -> None:
-    rollout = Sleeper(0.0, 0.15, 0.0, 0.0)
-    ticks = run_ticks(rollout, count=4, period=0.1, budget=0.1)  # type: ignore[arg-type]
+    rollout = Sleeper(0.0, 0.3, 0.0, 0.0)
+    ticks = run_ticks(rollout, count=4, period=0.2, budget=0.2)  # type: ignore[arg-type]
     assert [t.met for t in ticks] == [True, False, True, True]
-    assert rollout.budgets[2] < 60 < rollout.budgets[3]
+    assert rollout.budgets[2] < 120 < rollout.budgets[3]
 
 
 def test_a_tick_whose_time_has_passed_is_skipped_and_missed() -> None:
-    rollout = Sleeper(0.25, 0.0, 0.0)
-    ticks = run_ticks(rollout, count=4, period=0.1, budget=0.1)  # type: ignore[arg-type]
+    rollout = Sleeper(0.5, 0.0, 0.0)
+    ticks = run_ticks(rollout, count=4, period=0.2, budget=0.2)  # type: ignore[arg-type]
     assert [t.drawn for t in ticks] == ["2x3", SKIPPED, "2x3", "2x3"]
     assert [t.met for t in ticks] == [False, False, True, True]
 
