@@ -1,22 +1,18 @@
-"""The systems `bench` sets beside ours, by name, and models to run them on."""
+"""The systems `bench` sets beside ours, by name."""
 
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-import canvasmar_rt
 from canvasmar_rt.benchmarks.contestants import Contestant, RolloutContestant
 from canvasmar_rt.benchmarks.dfot import DfotContestant, Guidance
 from canvasmar_rt.benchmarks.latency import Make
 from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
-from canvasmar_rt.config import ModelConfig, SamplingConfig
+from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.engines.program import UInt8
-from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
 
 BASELINES = {
@@ -48,7 +44,7 @@ def baselines(
             raise ConfigError(f"no baseline {name!r}; baselines are {', '.join(BASELINES)}")
     if not names:
         return {}
-    _need_torch("baselines need")
+    need_torch("a baseline")
     paper = dataclasses.replace(predictor.bundle.manifest.sampling, solver="euler", flow_steps=30)
 
     def maker(name: str) -> Make:
@@ -107,12 +103,8 @@ def sweep(
 
 def _variant(predictor: Predictor, option: str, value: int, threads: int | None) -> Predictor:
     if option == "history":  # the ring's size is in the graphs
-        engine = predictor.engine
         config = dataclasses.replace(predictor.config, context_frames=value)
-        with random_bundle(config, predictor.sampling) as bundle:
-            return canvasmar_rt.load(
-                bundle, engine=engine.name, device=engine.device, threads=threads
-            )
+        return random_like(predictor, config, predictor.sampling, threads=threads)
     changed: dict[str, Any] = {option: value}
     return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
 
@@ -121,58 +113,3 @@ def _no_canvas_steps(name: str) -> int:
     """K of "no-canvas:K", or 0."""
     base, _, steps = name.partition(":")
     return int(steps) if base == "no-canvas" and steps.isdecimal() else 0
-
-
-def scaled(config: ModelConfig, factor: int) -> ModelConfig:
-    """The model with every width divided by `factor`; depths, tokens and channels stay.
-
-    Raises:
-        ConfigError: if a width is not a multiple.
-    """
-    ae, widths = config.autoencoder, [config.dim, config.heads, config.flow.width]
-    if factor < 1 or any(w % factor for w in (*widths, *ae.widths)):
-        raise ConfigError(
-            f"scale: {config.name} has widths {widths} and {list(ae.widths)}, which {factor} does "
-            "not divide"
-        )
-    return dataclasses.replace(
-        config,
-        name=config.name if factor == 1 else f"{config.name}/{factor}",
-        dim=config.dim // factor,
-        heads=config.heads // factor,
-        flow=dataclasses.replace(config.flow, width=config.flow.width // factor),
-        autoencoder=dataclasses.replace(ae, widths=tuple(w // factor for w in ae.widths)),
-    )
-
-
-@contextmanager
-def random_bundle(
-    config: ModelConfig,
-    sampling: SamplingConfig,
-    progress: Callable[[str], None] = lambda _: None,
-    **options: Any,
-) -> Iterator[Path]:
-    """A bundle of the model with random weights, while the context lasts. `options` are those of
-    `ExportOptions`.
-
-    Raises:
-        EngineError: without PyTorch.
-    """
-    _need_torch("a preset needs")
-    from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-    from canvasmar_rt.models.canvasmar import build
-
-    with tempfile.TemporaryDirectory() as work:
-        made = export_bundle(
-            build(config), sampling, Path(work) / "bundle",
-            ExportOptions(drift_frames=1, **options), source="random weights", progress=progress,
-        )  # fmt: skip
-        yield made.path
-
-
-def _need_torch(what: str) -> None:
-    try:
-        import onnx  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError:
-        raise EngineError(f"{what} PyTorch and ONNX: pip install 'canvasmar-rt[export]'") from None

@@ -25,7 +25,7 @@ from canvasmar_rt.benchmarks.contestants import Played
 from canvasmar_rt.bundle import Bundle, ComponentEntry, TensorEntry
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines.memory import Array, Buffer, Run
-from canvasmar_rt.engines.onnxruntime_engine import PROVIDERS, OnnxRuntimeEngine
+from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine
 from canvasmar_rt.engines.program import Clock, Float32, Shapes, UInt8
 from canvasmar_rt.errors import ConfigError, EngineError, InputError
 from canvasmar_rt.noise import Purpose, fill_normal
@@ -268,13 +268,7 @@ class OnnxRunner:
             path = Path(work) / component.file
             int8 = manifest.quantization == "int8"
             export_dfot(network, guidance, path, opset=manifest.opset, int8=int8)
-            own = OnnxRuntimeEngine(
-                Bundle(Path(work), manifest),
-                device=engine.device,
-                threads=engine._threads,
-                cuda_graph=engine._cuda_graph,
-                provider=next(k for k, v in PROVIDERS.items() if v == engine._provider),
-            )
+            own = engine.like(Bundle(Path(work), manifest))
         self._memory = own.memory()
         self._steps = len(plan.keep)
         table = {name: (v.shape, "float32") for name, v in plan.inputs().items()}

@@ -28,7 +28,7 @@ from canvasmar_rt.engines.memory import Array
 from canvasmar_rt.engines.program import Float32, UInt8
 from canvasmar_rt.engines.torch_engine import TorchEngine
 from canvasmar_rt.engines.torch_program import Parcel
-from canvasmar_rt.export.exporter import _to_onnx
+from canvasmar_rt.export.exporter import to_onnx
 from canvasmar_rt.export.quantize import quantize_products
 from canvasmar_rt.models.layers import Attention, attention, init_weights, rotate
 
@@ -205,7 +205,7 @@ def export_dfot(
         shape = [sizes[d] if isinstance(d, str) else d for d in tensor.dims]
         examples.append(torch.zeros(shape, dtype=getattr(torch, tensor.dtype)))
         dynamic.append({i: d for i, d in enumerate(tensor.dims) if isinstance(d, str)})
-    proto = _to_onnx(
+    proto = to_onnx(
         DfotStep(network).eval(),
         tuple(examples),
         tuple(dynamic),

@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-import canvasmar_rt
 from canvasmar_rt.benchmarks.contestants import Played
+from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.engines.base import cuda_index
@@ -42,21 +42,6 @@ if TYPE_CHECKING:
     from canvasmar_rt.models.sampler import State
 
 Dims = tuple[int | str, ...]
-
-
-def need_torch(what: str) -> None:
-    """
-    Raises:
-        EngineError: if PyTorch or its ONNX exporter is not installed; `what` needs them.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError:
-        raise EngineError(
-            f"{what} needs PyTorch and ONNX: pip install 'canvasmar-rt[export]'"
-        ) from None
 
 
 def _start(model: CanvasMAR, context: UInt8, batch: int) -> State:
@@ -583,7 +568,7 @@ def _export(
     """Write `function(model, *inputs)` as ONNX."""
     import torch
 
-    from canvasmar_rt.export.exporter import _quiet
+    from canvasmar_rt.export.exporter import quiet
 
     class Network(torch.nn.Module):
         def __init__(self) -> None:
@@ -603,7 +588,7 @@ def _export(
     dynamic = tuple(
         {i: x for i, x in enumerate(dims) if isinstance(x, str)} for dims in inputs.values()
     )
-    with _quiet():
+    with quiet():
         torch.onnx.export(
             Network().eval(),
             examples,
@@ -653,32 +638,18 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
         ConfigError: more AR steps than tokens.
     """
     need_torch("the no-canvas MAR")
-    from canvasmar_rt.benchmarks.baselines import random_bundle
-    from canvasmar_rt.export.exporter import DTYPES
-
-    engine, manifest = predictor.engine, predictor.bundle.manifest
-    if engine.name == "tensorrt":
+    model = predictor.config
+    if predictor.engine.name == "tensorrt":
         raise EngineError(
             "the no-canvas MAR is exported on the spot and has no TensorRT engines; measure it on "
             "engine onnxruntime or torch"
         )
     config = dataclasses.replace(
-        manifest.model,
-        name=f"{manifest.model.name}-no-canvas",
+        model,
+        name=f"{model.name}-no-canvas",
         canvas=False,
-        temporal_layers=manifest.model.temporal_layers + manifest.model.canvas_layers,
+        temporal_layers=model.temporal_layers + model.canvas_layers,
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)
     set_sizes(config.tokens, ar_steps)  # refuses too many before the export does its work
-    short = {long: name for name, (long, _) in DTYPES.items()}
-    with random_bundle(
-        config,
-        sampling,
-        dtype=short[manifest.dtype],
-        weights=short[manifest.weights_dtype],
-        quantize=manifest.quantization,
-        opset=manifest.opset,
-        batch=manifest.batch,
-        unroll=manifest.unrolled,
-    ) as bundle:
-        return canvasmar_rt.load(bundle, engine=engine.name, device=engine.device, threads=threads)
+    return random_like(predictor, config, sampling, threads=threads)

@@ -23,6 +23,7 @@ from rich.console import Console
 import canvasmar_rt
 from canvasmar_rt.benchmarks.latency import machine, moving_clip, percentiles, resident_bytes
 from canvasmar_rt.benchmarks.report import COLOURS, figure_of, png
+from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.command import run_command, stderr_bar
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.deadline import Rung
@@ -30,8 +31,7 @@ from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.predict import context_length, read_actions
-from canvasmar_rt.rollout import Predictor, Rollout
-from canvasmar_rt.service.settings import DEMO_CLIP
+from canvasmar_rt.rollout import Prediction, Predictor, Rollout
 from canvasmar_rt.video import read_clip, write_png
 
 CANVAS = "canvas"
@@ -77,9 +77,8 @@ def run_ticks(
             continue
         action = rng.uniform(-0.02, 0.02, size).astype(np.float32) if size else None
         made = rollout.step(action, budget_ms=1e3 * left)
-        drawn = rung_name(Rung(made.ar_steps, made.flow_steps, made.guided, 0.0, 0.0))
         seconds = time.perf_counter() - tick
-        ticks.append(Tick(seconds, drawn, seconds <= budget))
+        ticks.append(Tick(seconds, rung_name(made), seconds <= budget))
         progress(i + 1)
     return ticks
 
@@ -159,11 +158,11 @@ def picture(phases: Mapping[str, Sequence[Tick]], budget: float, title: str, und
     return png(figure)
 
 
-def rung_name(rung: Rung) -> str:
-    """How a rung draws a frame, in few words."""
-    if not rung.ar_steps:
+def rung_name(drawn: Rung | Prediction) -> str:
+    """How a frame is or was drawn, in few words."""
+    if not drawn.ar_steps:
         return CANVAS
-    return f"{rung.ar_steps}x{rung.flow_steps}" + ("" if rung.guided else ", unguided")
+    return f"{drawn.ar_steps}x{drawn.flow_steps}" + ("" if drawn.guided else ", unguided")
 
 
 def rungs_sheet(predictor: Predictor, latent_frames: int = 8) -> UInt8:

@@ -34,6 +34,7 @@ MANIFEST = "canvasmar_config.json"
 MANIFEST_BYTES = 16 << 20
 SCHEMA_VERSION = 1
 PACKAGED = Path(__file__).parent / "data" / "bundles"
+DEMO_CLIP = PACKAGED.parent / "demo_toytable.npz"
 
 DTypeName = Literal["float32", "float16", "bfloat16"]
 Quantization = Literal["none", "int8"]

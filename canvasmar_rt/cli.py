@@ -15,13 +15,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from canvasmar_rt import __version__
-from canvasmar_rt.bundle import Bundle, packaged_names
+from canvasmar_rt.bundle import DEMO_CLIP, Bundle, packaged_names
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
-from canvasmar_rt.service.settings import DEMO_CLIP
+from canvasmar_rt.service.settings import Settings
 
 TORCH = ("torch", "onnx", "onnxscript")
 DEFAULT_MODEL = "toytable-int8"
@@ -445,8 +445,8 @@ def _preset_info(name: str, as_json: bool) -> None:
         stdout.print(why)
 
 
-def _solver_text(sampling: SamplingConfig) -> str:
-    return f"{sampling.flow_steps} flow steps of {sampling.solver}"
+def _steps_text(sampling: SamplingConfig) -> str:
+    return f"{sampling.ar_steps} AR steps, {sampling.flow_steps} flow steps of {sampling.solver}"
 
 
 def _bundle_info(bundle: Bundle, as_json: bool) -> None:
@@ -464,9 +464,8 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
         f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
         f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
         f"{ae.temporal_compression} frames a step, actions "
-        f"{manifest.model.action_dim or 'none'}, {manifest.sampling.ar_steps} AR steps, "
-        f"{_solver_text(manifest.sampling)}"
-        + (f" (fast: {_solver_text(manifest.fast)})" if manifest.fast else ""),
+        f"{manifest.model.action_dim or 'none'}, {_steps_text(manifest.sampling)}"
+        + (f" (fast: {_steps_text(manifest.fast)})" if manifest.fast else ""),
         highlight=False,
     )  # fmt: skip
 
@@ -588,7 +587,7 @@ def bench(
     quiet: Quiet = False,
 ) -> None:
     """Measure latency on this machine, beside other systems, interleaved."""
-    from canvasmar_rt.benchmarks import baselines, report
+    from canvasmar_rt.benchmarks import baselines, random_models, report
     from canvasmar_rt.benchmarks.latency import BenchOptions
     from canvasmar_rt.benchmarks.latency import bench as run
 
@@ -620,8 +619,8 @@ def bench(
             config, base = preset(preset_)
             with _steps_shown(quiet) as shown:
                 source = stack.enter_context(
-                    baselines.random_bundle(
-                        baselines.scaled(config, scale), base, shown, dtype=dtype,
+                    random_models.random_bundle(
+                        random_models.scaled(config, scale), base, shown, dtype=dtype,
                         opset=20 if dtype == "fp32" else 23, quantize=quantize,
                     )
                 )  # fmt: skip
@@ -669,10 +668,12 @@ def serve(
         str, typer.Option(help="Address to listen on; 0.0.0.0 is every one of this machine.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
-    slots: Annotated[int, typer.Option(help="Sessions predicted at once, as one batch.")] = 2,
+    slots: Annotated[
+        int, typer.Option(help="Sessions predicted at once, as one batch.")
+    ] = Settings.slots,
     max_sessions: Annotated[
         int, typer.Option(help="Clients at once; those beyond the slots wait for a place.")
-    ] = 16,
+    ] = Settings.max_sessions,
     fps: Annotated[
         float | None, typer.Option(help="Pixel frames a second; the model's by default.")
     ] = None,
@@ -682,11 +683,11 @@ def serve(
     ] = None,
     action_limit: Annotated[
         float, typer.Option(help="Largest number in an action, in the training data's units.")
-    ] = 0.06,
+    ] = Settings.action_limit,
     clip: Annotated[
         Path | None, typer.Option(help="What to cut start pictures from; the packaged clip.")
     ] = None,
-    seed: Seed = 0,
+    seed: Seed = Settings.seed,
     engine: Engine = "onnxruntime",
     engine_option: EngineOption = None,
     device: Device = "cpu",
@@ -697,7 +698,6 @@ def serve(
     """Play the learned world in a browser; several sessions share a batch (the `serve` extra)."""
     _need("serve", "serve", "fastapi", "uvicorn", "websockets", "prometheus_client")
     from canvasmar_rt.service.server import run
-    from canvasmar_rt.service.settings import Settings
 
     settings = Settings(
         slots=slots, max_sessions=max_sessions, fps=fps, budget_ms=budget_ms,

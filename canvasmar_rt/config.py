@@ -349,6 +349,10 @@ def kinetics600() -> tuple[ModelConfig, SamplingConfig]:
     return model, sampling
 
 
+TOYTABLE_SPEED = 0.06
+"""Largest move of ToyTable's gripper in a pixel frame, in table widths."""
+
+
 def toytable() -> tuple[ModelConfig, SamplingConfig]:
     """A small world for any machine: 17x64x64 pixels, 9x8x8 latents, actions (dx, dy) of both
     pixel frames of a step. Not in the paper; architecture ratios follow its `bair`."""

@@ -78,7 +78,7 @@ class Deadlines:
         for turn in zip(*times, strict=True):
             for level, timed in enumerate(turn):
                 self._hiccups.append(timed.lead + timed.rest - self._usual(level))
-        self._estimate()
+        self.pace, self.hiccup = 1.0, self._usual_hiccup()
         totals = [[1e3 * (t.lead + t.rest) for t in row] for row in times]
         self.table = tuple(
             Rung(
@@ -94,10 +94,8 @@ class Deadlines:
     def _usual(self, level: int) -> float:
         return self._lead + self._rest[level]
 
-    def _estimate(self) -> None:
-        self.pace = float(np.median(self._paces))
-        seen = float(np.quantile(self._hiccups, HICCUP_QUANTILE, method="lower"))
-        self.hiccup = max(0.0, seen)
+    def _usual_hiccup(self) -> float:
+        return max(0.0, float(np.quantile(self._hiccups, HICCUP_QUANTILE, method="lower")))
 
     def choose(self, seconds: float) -> int:
         """The best level whose remaining work nearly always fits into `seconds` at the machine's
@@ -110,5 +108,6 @@ class Deadlines:
         """A frame of `level` took this long."""
         taken, usual = timed.lead + timed.rest, self._usual(level)
         self._paces.append(taken / usual)
-        self._hiccups.append(taken - usual * float(np.median(self._paces)))
-        self._estimate()
+        self.pace = float(np.median(self._paces))
+        self._hiccups.append(taken - usual * self.pace)
+        self.hiccup = self._usual_hiccup()

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from canvasmar_rt.config import TOYTABLE_SPEED
 from canvasmar_rt.engines.program import Float32, UInt8
 from canvasmar_rt.errors import ConfigError, InputError, StateError
 from canvasmar_rt.rollout import Predictor, Rollout
@@ -30,7 +31,7 @@ except ImportError as error:
 Float64 = npt.NDArray[np.float64]
 Bools = npt.NDArray[np.bool_]
 
-TOYTABLE_ACTIONS = (-0.06, 0.06)
+TOYTABLE_ACTIONS = (-TOYTABLE_SPEED, TOYTABLE_SPEED)
 """The moves ToyTable's arm can make in a frame along x and y, in table widths."""
 
 

@@ -8,7 +8,6 @@ Letters as in `canvasmar_rt.config`; t is pixel frames per latent frame.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -299,12 +298,11 @@ class Rollout:
         level: int = 0,
         order: Int64 | None = None,
     ) -> Prediction:
-        start = time.perf_counter()
+        clock = Clock()
         told = self._checked_action(action)
         if budget_ms is not None:
             self._require_deadlines(budget_ms)
         self._enter()
-        clock = Clock()
         frame = self._time
         from_nothing = not self._begun
         canvas_frames: UInt8 | None = None
@@ -318,7 +316,7 @@ class Rollout:
 
         def choose() -> Level:
             nonlocal chosen, chosen_at
-            chosen_at = time.perf_counter() - start
+            chosen_at = clock.elapsed
             if budget_ms is not None:
                 assert self._deadlines is not None
                 chosen = self._deadlines.choose(budget_ms / 1e3 - chosen_at)
@@ -370,7 +368,7 @@ class Rollout:
         )
         clock.lap("output")
         clock.finish()
-        taken = time.perf_counter() - start
+        taken = clock.elapsed
         self._timed = Timed(chosen_at, taken - chosen_at)
         if budget_ms is None:
             return prediction

@@ -403,12 +403,8 @@ class ComponentProgram:
             if row is None:
                 self._memory.write(buffer, arrays[name])
                 continue
-            on_host = self._memory.device == "cpu" and buffer.host is not None
-            values = buffer.host if on_host else self._memory.read(buffer)
-            assert values is not None
-            values[row_index(name, row)] = arrays[name][row_index(name, 0)]
-            if not on_host:
-                self._memory.write(buffer, values)
+            new = arrays[name][row_index(name, 0)]
+            self._memory.write(buffer, new, row_index(name, row))
 
     def warmup(self) -> None:
         kept = self.snapshot()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from canvasmar_rt.engines.memory import STORAGE, Array, Buffer, Layout, Run
+from canvasmar_rt.engines.memory import STORAGE, Array, Buffer, Index, Layout, Run
 from canvasmar_rt.errors import EngineError
 
 ALIGNMENT = 256
@@ -107,9 +107,9 @@ class CudaMemory:
         self.synchronize()
         return values
 
-    def write(self, buffer: Buffer, values: Array) -> None:
-        staged = np.empty(buffer.shape, STORAGE[buffer.dtype])
-        staged[...] = values
+    def write(self, buffer: Buffer, values: Array, where: Index = ()) -> None:
+        staged = self.read(buffer) if where else np.empty(buffer.shape, STORAGE[buffer.dtype])
+        staged[where] = values
         self.synchronize()
         if buffer.host is not None:
             buffer.host[...] = staged

@@ -18,6 +18,8 @@ import numpy.typing as npt
 from canvasmar_rt.errors import InputError
 
 Array = npt.NDArray[Any]
+Index = tuple[slice | int, ...]
+"""Of a part of an array; () is all of it."""
 Run = Callable[[], None]
 """One piece of work on bound buffers; on a GPU it is only enqueued, `Memory.synchronize` waits."""
 
@@ -113,8 +115,9 @@ class Memory(Protocol):
     def read(self, buffer: Buffer) -> Array:
         """A copy of the values, once everything enqueued before is done (for snapshots)."""
 
-    def write(self, buffer: Buffer, values: Array) -> None:
-        """Overwrite the values, `STORAGE` dtype and the buffer's shape (for snapshots)."""
+    def write(self, buffer: Buffer, values: Array, where: Index = ()) -> None:
+        """Overwrite the values, or those at `where`, `STORAGE` dtype and their shape (for
+        snapshots)."""
 
     def sequence(self, runs: Sequence[Run]) -> Run:
         """One run that does all of `runs` in order; on a GPU a captured graph where possible."""
@@ -162,9 +165,9 @@ class HostMemory:
         assert buffer.host is not None
         return buffer.host.copy()
 
-    def write(self, buffer: Buffer, values: Array) -> None:
+    def write(self, buffer: Buffer, values: Array, where: Index = ()) -> None:
         assert buffer.host is not None
-        buffer.host[...] = values
+        buffer.host[where] = values
 
     def sequence(self, runs: Sequence[Run]) -> Run:
         def run() -> None:

@@ -50,7 +50,7 @@ class OnnxRuntimeEngine:
         cuda_graph: bool = True,
         provider: str = "",
     ) -> None:
-        self.bundle, self._threads = bundle, threads
+        self.bundle, self._threads, self._kind = bundle, threads, provider
         self._graph_off: dict[str, str] = {}
         index = 0 if device == "cpu" else cuda_index(self.name, device)
         self.device = device if device == "cpu" else f"cuda:{index}"
@@ -83,6 +83,16 @@ class OnnxRuntimeEngine:
         # what runs
         names = [n for n in bundle.manifest.components if n != "frame"]
         self._sessions = {name: self._load(name) for name in names}
+
+    def like(self, bundle: Bundle) -> OnnxRuntimeEngine:
+        """Another bundle on an engine with this one's device and options."""
+        return OnnxRuntimeEngine(
+            bundle,
+            device=self.device,
+            threads=self._threads,
+            cuda_graph=self._cuda_graph,
+            provider=self._kind,
+        )
 
     @property
     def graph_off(self) -> Mapping[str, str]:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import ModelConfig, SamplingConfig
-from canvasmar_rt.engines.memory import Array
+from canvasmar_rt.engines.memory import Array, Index
 from canvasmar_rt.errors import EngineError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import time_rotation
@@ -41,6 +41,11 @@ class Clock:
 
     def finish(self) -> None:
         self.timings["total"] = self._last - self._start
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds since the clock was made."""
+        return time.perf_counter() - self._start
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -189,7 +194,7 @@ def noise_shapes(config: ModelConfig, batch: int) -> Shapes:
     }
 
 
-def row_index(name: str, row: int) -> tuple[slice | int, ...]:
+def row_index(name: str, row: int) -> Index:
     """Where video `row` is in an array of a snapshot: rings have their slots in front."""
     return (slice(None), row) if name.startswith("cache_") else (row,)
 

@@ -440,7 +440,7 @@ class TorchProgram:
                 levels: list[Level] = list(range(len(self._levels)))
                 for which in levels + ([None] if has_canvas else []):
                     self._captured("_frame", has_canvas, which)()
-                    if has_canvas:
+                    if has_canvas and self._capture:
                         self._captured("_front", has_canvas)()
                         self._captured("_back", has_canvas, which)()
         self.load(kept)

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import canvasmar_rt
-from canvasmar_rt.service.settings import DEMO_CLIP
+from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.video import write_clip, write_png
 
 Frames = npt.NDArray[np.uint8]

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 import canvasmar_rt
-from canvasmar_rt.service.settings import DEMO_CLIP
+from canvasmar_rt.bundle import DEMO_CLIP
 
 Frames = npt.NDArray[np.uint8]
 Action = npt.NDArray[np.float32]

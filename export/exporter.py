@@ -271,7 +271,7 @@ def trace(
             continue
         progress(f"tracing {name}")
         dims = [dynamic(s) for s in component.inputs]
-        traced = _to_onnx(
+        traced = to_onnx(
             graph(model, name),
             tuple(example(s) for s in component.inputs),
             (tuple(dims),),
@@ -285,7 +285,7 @@ def trace(
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
     args = [example(specs[n]) for n in names]
     dims = [dynamic(specs[n]) for n in names]
-    prepare = _to_onnx(
+    prepare = to_onnx(
         FlowPrepare(model).eval(),
         tuple(args),
         tuple(dims),
@@ -295,7 +295,7 @@ def trace(
     )
     with torch.inference_mode():
         x, condition, time = FlowPrepare(model)(*args)
-    evaluate = _to_onnx(
+    evaluate = to_onnx(
         FlowEvaluation(model).eval(),
         (
             x.clone(),
@@ -347,7 +347,7 @@ def _describe(
     del part.graph.value_info[:]
 
 
-def _to_onnx(
+def to_onnx(
     module: nn.Module,
     args: tuple[Tensor, ...],
     dynamic_shapes: Any,
@@ -355,7 +355,7 @@ def _to_onnx(
     outputs: list[str],
     opset: int,
 ) -> ModelProto:
-    with _quiet():
+    with quiet():
         program = torch.onnx.export(
             module,
             args,
@@ -379,7 +379,7 @@ def _to_onnx(
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """The exporter's deprecation warnings and notes about optional packages are not the user's."""
     logger = logging.getLogger("torch.onnx")
     level = logger.level

@@ -36,6 +36,26 @@ def small_config(name: str = "small", **changes: object) -> ModelConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
+def least_config(name: str = "least", **changes: object) -> ModelConfig:
+    """8x8 pixels and one layer of everything, for what looks at files more than at frames."""
+    config = ModelConfig(
+        name=name,
+        autoencoder=AutoencoderConfig(
+            height=8, width=8, temporal_compression=1, latent_channels=2, widths=(8,), blocks=1
+        ),
+        flow=FlowConfig(width=16, blocks=1),
+        dim=16,
+        heads=2,
+        temporal_layers=1,
+        canvas_layers=1,
+        spatial_layers=2,
+        encoder_layers=1,
+        context_frames=2,
+        action_dim=2,
+    )
+    return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
+
+
 SAMPLING = SamplingConfig(ar_steps=3, flow_steps=4)
 
 VARIANTS = {

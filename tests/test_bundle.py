@@ -34,27 +34,21 @@ from canvasmar_rt.bundle import (
 )
 from canvasmar_rt.config import (
     AutoencoderConfig,
-    FlowConfig,
     ModelConfig,
     SamplingConfig,
     from_dict,
     to_dict,
 )
 from canvasmar_rt.errors import BundleError, ConfigError
+from tests.conftest import least_config
 
-MODEL = ModelConfig(
-    name="tiny",
+MODEL = least_config(
+    "tiny",
     autoencoder=AutoencoderConfig(
         height=16, width=16, temporal_compression=2, latent_channels=4, widths=(8,), blocks=1
     ),
-    flow=FlowConfig(width=16, blocks=1),
     dim=32,
-    heads=2,
-    temporal_layers=1,
-    canvas_layers=1,
-    spatial_layers=2,
-    encoder_layers=1,
-    context_frames=2,
+    action_dim=0,
 )
 REMEDIES = ("export", "copy", "trust")
 """A message that says what to do holds one of these."""

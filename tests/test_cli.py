@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from canvasmar_rt.bundle import PACKAGED, Bundle
-from canvasmar_rt.cli import DEFAULT_MODEL, DEMO_CLIP, GPU_MODEL
+from canvasmar_rt.bundle import DEMO_CLIP, PACKAGED, Bundle
+from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "canvasmar_rt.cli"]

@@ -37,7 +37,7 @@ from websockets.sync.client import ClientConnection, connect
 
 import canvasmar_rt
 from canvasmar_rt import predict, rollout
-from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.bundle import DEMO_CLIP, Bundle
 from canvasmar_rt.cluster import __main__ as command
 from canvasmar_rt.cluster import predict as cluster_predict
 from canvasmar_rt.cluster import service
@@ -50,7 +50,7 @@ from canvasmar_rt.predict import PredictOptions, predict_clip
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.service.protocol import Header, unpack
 from canvasmar_rt.service.server import bind
-from canvasmar_rt.service.settings import DEMO_CLIP, Settings
+from canvasmar_rt.service.settings import Settings
 
 # Ray warns of what it does itself; what we do with Ray stays an error
 pytestmark = pytest.mark.filterwarnings(r"ignore::DeprecationWarning:ray\.")

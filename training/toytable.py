@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from canvasmar_rt.config import TOYTABLE_SPEED
 from canvasmar_rt.errors import ConfigError, InputError
 
 # ---------------------------------------------------------------------------------------------
@@ -46,7 +47,7 @@ class ToyTableConfig:
     min_radius: float = 0.07
     max_radius: float = 0.11
     gripper_radius: float = 0.045
-    max_speed: float = 0.06
+    max_speed: float = TOYTABLE_SPEED
     rim: float = 0.03
     """Width of the tray's wall, which toys cannot enter."""
     substeps: int = 4

@@ -12,6 +12,7 @@ import typer
 from ray import serve as ray_serve
 from rich.markup import escape
 
+from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL, Engine, Frames, Profile, Quiet, Seed
 from canvasmar_rt.cluster.predict import predict_folder
 from canvasmar_rt.cluster.proxy import ENVIRONMENT
@@ -20,7 +21,7 @@ from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.predict import PredictOptions
-from canvasmar_rt.service.settings import DEMO_CLIP, Settings
+from canvasmar_rt.service.settings import Settings
 
 app = typer.Typer(
     add_completion=False,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.bundle import DEMO_CLIP
+from canvasmar_rt.config import TOYTABLE_SPEED, ModelConfig
 from canvasmar_rt.errors import ConfigError
 
-DEMO_CLIP = Path(__file__).parents[1] / "data" / "demo_toytable.npz"
 BUDGET_SHARE = 0.8
 """Of a tick; the rest is for seating newcomers and for the machine's hiccups."""
 
@@ -37,7 +37,7 @@ class Settings:
     max_message_bytes: int = 2048
     max_message_rate: int = 60
     stall_s: float = 10.0
-    action_limit: float = 0.06
+    action_limit: float = TOYTABLE_SPEED
     seed: int = 0
     clip: Path = DEMO_CLIP
 

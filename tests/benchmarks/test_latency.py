@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks import baselines, report
+from canvasmar_rt.benchmarks import baselines, random_models, report
 from canvasmar_rt.benchmarks.contestants import Played, RolloutContestant
 from canvasmar_rt.benchmarks.latency import (
     OURS,
@@ -155,13 +155,13 @@ def test_contestants_repeat_the_same_clip(predictor: Predictor) -> None:
 
 def test_scaled_models_keep_their_depths() -> None:
     model, _ = preset("kinetics600")
-    small = baselines.scaled(model, 4)
+    small = random_models.scaled(model, 4)
     assert (small.dim, small.heads, small.flow.width) == (256, 4, 320)
     assert small.autoencoder.widths == (32, 64, 128)
     assert small.spatial_layers == model.spatial_layers
     assert small.tokens == model.tokens
     with pytest.raises(ConfigError, match="does not divide"):
-        baselines.scaled(model, 3)
+        random_models.scaled(model, 3)
 
 
 def test_the_window_of_a_preset_can_be_swept(predictor: Predictor) -> None:

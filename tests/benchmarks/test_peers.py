@@ -16,7 +16,7 @@ import pytest
 import torch
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks import baselines, peers
+from canvasmar_rt.benchmarks import baselines, peers, random_models
 from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.engines import torch_engine
@@ -249,7 +249,7 @@ def test_the_model_without_a_canvas_is_as_large(
         exported.update(config=config, sampling=sampling, options=options)
         yield packaged.bundle.path
 
-    monkeypatch.setattr(baselines, "random_bundle", random_bundle)
+    monkeypatch.setattr(random_models, "random_bundle", random_bundle)
     assert without_canvas(packaged, ar_steps=6, threads=1).engine.name == packaged.engine.name
     config, options = exported["config"], ExportOptions(**exported["options"])
     assert not config.canvas
@@ -261,6 +261,10 @@ def test_the_model_without_a_canvas_is_as_large(
     assert (options.opset, options.batch, options.unroll, options.quantize) == (
         manifest.opset, manifest.batch, manifest.unrolled, manifest.quantization,
     )  # fmt: skip
+    baselines.sweep(packaged, "history=3", seed=0)["history=3"](context(packaged), 1)
+    assert exported["config"] == dataclasses.replace(packaged.config, context_frames=3)
+    assert exported["sampling"] == packaged.sampling
+    assert ExportOptions(**exported["options"]) == options
     with pytest.raises(ConfigError, match="ar_steps"):
         without_canvas(packaged, ar_steps=packaged.config.tokens + 1)
 

@@ -24,29 +24,16 @@ from canvasmar_rt.bundle import (
     write_manifest,
 )
 from canvasmar_rt.components import components
-from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
 from canvasmar_rt.export import exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
 from canvasmar_rt.verify import verify
+from tests.conftest import least_config
 
-LEAST = ModelConfig(
-    name="least",
-    autoencoder=AutoencoderConfig(
-        height=8, width=8, temporal_compression=1, latent_channels=2, widths=(8,), blocks=1
-    ),
-    flow=FlowConfig(width=16, blocks=1),
-    dim=16,
-    heads=2,
-    temporal_layers=1,
-    canvas_layers=1,
-    spatial_layers=2,
-    encoder_layers=1,
-    context_frames=2,
-    action_dim=2,
-)
+LEAST = least_config()
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
 

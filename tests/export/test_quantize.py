@@ -17,7 +17,7 @@ from safetensors.numpy import load_file
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.components import components
-from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.config import FlowConfig, SamplingConfig
 from canvasmar_rt.engines import create
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, EngineError
@@ -26,22 +26,9 @@ from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.export.quantize import quantize_products, quantize_weight
 from canvasmar_rt.models.canvasmar import CanvasMAR, build, cast
 from canvasmar_rt.verify import verify
+from tests.conftest import least_config
 
-CONFIG = ModelConfig(
-    name="wide",
-    autoencoder=AutoencoderConfig(
-        height=8, width=8, temporal_compression=1, latent_channels=2, widths=(8,), blocks=1
-    ),
-    flow=FlowConfig(width=128, blocks=1),
-    dim=128,
-    heads=2,
-    temporal_layers=1,
-    canvas_layers=1,
-    spatial_layers=2,
-    encoder_layers=1,
-    context_frames=2,
-    action_dim=2,
-)
+CONFIG = least_config("wide", flow=FlowConfig(width=128, blocks=1), dim=128)
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
 Export = Callable[..., Bundle]
@@ -57,7 +44,7 @@ def model() -> CanvasMAR:
 def export(model: CanvasMAR, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Export]:
     """Exports of `model` with options; every module is traced once."""
     traced: dict[tuple[str, str], ModelProto] = {}
-    trace_module = exporter._to_onnx
+    trace_module = exporter.to_onnx
 
     def once(module: Any, *rest: Any) -> ModelProto:
         key = type(module).__name__, getattr(getattr(module, "component", None), "name", "")
@@ -77,7 +64,7 @@ def export(model: CanvasMAR, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         )
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(exporter, "_to_onnx", once)
+        patch.setattr(exporter, "to_onnx", once)
         yield exported
 
 

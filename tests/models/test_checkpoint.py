@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.config import AutoencoderConfig, SamplingConfig
 from canvasmar_rt.errors import BundleError, CanvasMarError, ConfigError
 from canvasmar_rt.models import checkpoint
 from canvasmar_rt.models.canvasmar import CanvasMAR, build
@@ -23,21 +23,13 @@ from canvasmar_rt.models.checkpoint import (
     load_state,
     save_checkpoint,
 )
+from tests.conftest import least_config
 
-CONFIG = ModelConfig(
-    name="tiny",
+CONFIG = least_config(
+    "tiny",
     autoencoder=AutoencoderConfig(
         height=8, width=8, temporal_compression=2, latent_channels=4, widths=(8,), blocks=1
     ),
-    flow=FlowConfig(width=16, blocks=1),
-    dim=16,
-    heads=2,
-    temporal_layers=1,
-    canvas_layers=1,
-    spatial_layers=2,
-    encoder_layers=1,
-    context_frames=2,
-    action_dim=2,
 )
 SAMPLING = SamplingConfig(ar_steps=3, solver="heun", temperature=4.5)
 TENSOR = "spatial.mask"
