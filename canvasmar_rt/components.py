@@ -2,10 +2,15 @@
 
 Export writes graphs by this table, engines bind by it, the bundle records it. Symbolic dimensions:
 B batch, G guidance branches, K tokens already drawn, S tokens drawn now, M tokens not drawn yet
-(the S among them first), E evaluations of the flow head. All others are fixed numbers.
+(the S among them first), E evaluations of the flow head; R rows of the flow head, B * J for a model
+that draws groups of J latent frames. All others are fixed numbers.
 
-One latent frame runs: temporal, canvas, [condition], spatial_first, flow, then spatial and flow
-for every further AR step, decoder. `frame` is all but the decoder in one graph.
+One latent frame runs: temporal, [canvas], [condition], spatial_first, flow, then spatial and flow
+for every further AR step, decoder. `frame` is all but the decoder in one graph. A next-group model
+has no `frame`; it takes its group apart with `split`, decodes each, and feeds all but the last to
+the temporal step at once. A unified model's
+temporal step gives the keys and values of a complete frame and nothing else; its spatial graphs
+read the ring of them.
 """
 
 from __future__ import annotations
@@ -68,7 +73,9 @@ def components(config: ModelConfig) -> dict[str, Component]:
     latent = TensorSpec("latent", "float32", ("B", n, c))
     frames = TensorSpec("frames", "uint8", ("B", t, ae.height, ae.width, 3))
     z_temporal = TensorSpec("z_temporal", "hidden", ("B", p, d))
-    z_canvas = TensorSpec("z_canvas", "hidden", ("B", n, d))
+    group: Dims = ("B", *config.group_shape)
+    rows = "R" if config.group > 1 else "B"
+    z_canvas = TensorSpec("z_canvas", "hidden", (*group, n, d))
 
     def states(prefix: str, decoder: bool) -> tuple[TensorSpec, ...]:
         shapes = autoencoder_states(ae, decoder=decoder)
@@ -87,26 +94,28 @@ def components(config: ModelConfig) -> dict[str, Component]:
             TensorSpec("action", "float32", ("B", config.action_dim)),
             TensorSpec("action_given", "float32", ("B",)),
         )
+    rotation: Dims = (2, config.time_rotary_pairs)
+    ring = per_layer("cache", (f, "B", p, d), config.temporal_layers)
     temporal_in = (
         latent,
         TensorSpec("is_first", "float32", ("B",)),
         *action,
-        TensorSpec("time", "float32", (2, config.time_rotary_pairs)),
+        TensorSpec("time", "float32", rotation),
         TensorSpec("cache_bias", "float32", ("B", f)),
-        *per_layer("cache", (f, "B", p, d), config.temporal_layers),
+        *ring,
     )
     temporal_new = per_layer("new", ("B", p, d), config.temporal_layers)
     canvas_in = (
         TensorSpec("frame_noise", "float32", ("B", n, c)),
         TensorSpec("frame_noise_level", "float32", ()),
-        TensorSpec("canvas_noise", "float32", ("B", n, d)),
+        TensorSpec("canvas_noise", "float32", (*group, n, d)),
         TensorSpec("canvas_noise_level", "float32", ()),
     )
     canvas_out = (
-        TensorSpec("canvas", "float32", ("B", n, c)),
-        TensorSpec("staticness", "float32", ("B", n)),
+        TensorSpec("canvas", "float32", (*group, n, c)),
+        TensorSpec("staticness", "float32", (*group, n)),
     )
-    branches = (
+    branches: tuple[TensorSpec, ...] = (
         TensorSpec("temporal_on", "float32", ("G",)),
         TensorSpec("canvas_on", "float32", ("G",)),
     )
@@ -115,10 +124,29 @@ def components(config: ModelConfig) -> dict[str, Component]:
     condition_kv = per_layer("condition", ("G", "B", p, d), config.spatial_layers)
     condition = condition_kv if isolated else (z_temporal, branches[0])
     canvas_tokens = (z_canvas, branches[1]) if config.canvas else ()
-    partial = TensorSpec("partial", "float32", ("B", n, c))
-    select = TensorSpec("select_index", "int64", ("B", "S"))
-    z_tokens = TensorSpec("z_tokens", "hidden", ("G", "B", "S", d))
-    flow_noise = TensorSpec("flow_noise", "float32", ("B", n, c))
+    first = (*condition, *canvas_tokens, TensorSpec("mask_index", "int64", (*group, n)))
+    later = (*condition, *canvas_tokens, TensorSpec("mask_index", "int64", (*group, "M")))
+    home = "spatial"  # where the weights are that the spatial graphs read
+    z_out: tuple[TensorSpec, ...] = (z_temporal,)
+    told: tuple[TensorSpec, ...] = ()
+    if config.family == "unified":
+        told = (
+            TensorSpec("draw_time", "float32", rotation),
+            TensorSpec("history_bias", "float32", ("B", f)),
+        )
+        branches, z_out, home = branches[:1], (), "temporal"
+        first = later = (*branches, *told, *ring)
+
+    def partly_drawn(*batch: int | str) -> tuple[TensorSpec, TensorSpec, TensorSpec]:
+        return (
+            TensorSpec("select_index", "int64", (*batch, "S")),
+            TensorSpec("partial", "float32", (*batch, n, c)),
+            TensorSpec("z_tokens", "hidden", ("G", *batch, "S", d)),
+        )
+
+    select, partial, z_tokens = partly_drawn(*group)
+    select_row, partial_row, z_row = partly_drawn(rows)
+    flow_noise = TensorSpec("flow_noise", "float32", (rows, n, c))
     plan = (
         TensorSpec("flow_time", "float32", ("E",)),
         TensorSpec("step_new", "float32", ("E",)),
@@ -131,7 +159,7 @@ def components(config: ModelConfig) -> dict[str, Component]:
             (frames, *states("state", False)),
             (latent, *states("next_state", False)),
         ),
-        Component("temporal", "temporal/model.onnx", temporal_in, (z_temporal, *temporal_new)),
+        Component("temporal", "temporal/model.onnx", temporal_in, (*z_out, *temporal_new)),
     ]
     if config.canvas:
         table.append(
@@ -151,33 +179,21 @@ def components(config: ModelConfig) -> dict[str, Component]:
     table += [
         Component(
             "spatial_first",
-            "spatial/first.onnx",
-            (
-                *condition,
-                *canvas_tokens,
-                TensorSpec("mask_index", "int64", ("B", n)),
-                select,
-            ),
+            f"{home}/first.onnx",
+            (*first, select),
             (z_tokens,),
         ),
         Component(
             "spatial",
-            "spatial/model.onnx",
-            (
-                *condition,
-                *canvas_tokens,
-                TensorSpec("mask_index", "int64", ("B", "M")),
-                select,
-                partial,
-                TensorSpec("known_index", "int64", ("B", "K")),
-            ),
+            f"{home}/later.onnx" if told else "spatial/model.onnx",
+            (*later, select, partial, TensorSpec("known_index", "int64", (*group, "K"))),
             (z_tokens,),
         ),
         Component(
             "flow",
             "flow/model.onnx",
-            (z_tokens, branch_weight, select, flow_noise, *plan, partial),
-            (TensorSpec("next_partial", "float32", ("B", n, c)),),
+            (z_row, branch_weight, select_row, flow_noise, *plan, partial_row),
+            (TensorSpec("next_partial", "float32", (rows, n, c)),),
         ),
         Component(
             "decoder",
@@ -185,24 +201,34 @@ def components(config: ModelConfig) -> dict[str, Component]:
             (latent, *states("state", True)),
             (frames, *states("next_state", True)),
         ),
-        Component(
-            "frame",
-            "frame.onnx",
-            (
-                *temporal_in,
-                *(canvas_in if config.canvas else ()),
-                *branches,
-                branch_weight,
-                TensorSpec("order_noise", "float32", ("B", "AR", n)),
-                flow_noise,
-                *plan,
-            ),
-            (
-                TensorSpec("next_latent", "float32", ("B", n, c)),
-                *(canvas_out if config.canvas else ()),
-                TensorSpec("order", "int64", ("B", n)),
-                *temporal_new,
-            ),
-        ),
     ]
+    if config.group > 1:
+        parts = tuple(
+            TensorSpec(f"latent_{j}", "float32", ("B", n, c)) for j in range(config.group)
+        )
+        drawn = TensorSpec("drawn", "float32", (*group, n, c))
+        table.append(Component("split", "flow/split.onnx", (drawn,), parts))
+    else:
+        table.append(
+            Component(
+                "frame",
+                "frame.onnx",
+                (
+                    *temporal_in,
+                    *told,
+                    *(canvas_in if config.canvas else ()),
+                    *branches,
+                    branch_weight,
+                    TensorSpec("order_noise", "float32", ("B", "AR", n)),
+                    flow_noise,
+                    *plan,
+                ),
+                (
+                    TensorSpec("next_latent", "float32", ("B", n, c)),
+                    *(canvas_out if config.canvas else ()),
+                    TensorSpec("order", "int64", ("B", n)),
+                    *temporal_new,
+                ),
+            )
+        )
     return {component.name: component for component in table}

@@ -3,7 +3,8 @@
 Letters used across the library (paper notation where it has one): B batch, T latent frames,
 N tokens of one latent frame, P temporal tokens of one latent frame, C latent channels,
 D model width, H heads, F frames held by the ring cache, K autoregressive (AR) steps of a frame,
-E evaluations of the flow head per AR step, G guidance branches, A action size.
+E evaluations of the flow head per AR step, G guidance branches, A action size, J latent frames
+of a group, which are drawn together.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any, Literal, TypeVar
 
 from canvasmar_rt.errors import ConfigError
 
+Family = Literal["canvasmar", "unified"]
 Norm = Literal["shared", "expert", "mmdit"]
 Modulation = Literal["joint", "additive"]
 ConditionAttention = Literal["all", "isolated"]
@@ -112,11 +114,19 @@ class FlowConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """One CanvasMAR model (paper, Table 3). `encoder_layers` of the `spatial_layers` see only the
-    known tokens (NOVA's split). `context_frames` is the number of latent frames in the ring cache,
-    the current one included. `fps` is the pixel frame rate of the training data."""
+    """One model: CanvasMAR (paper, Table 3) or a unified masked autoregressive transformer (MAGI,
+    VideoMAR). `encoder_layers` of the `spatial_layers` see only the known tokens (NOVA's split).
+    `context_frames` is the number of latent frames in the ring cache, the current one included.
+    `fps` is the pixel frame rate of the training data.
+
+    `group` latent frames are drawn together (App. B); `action_dim` counts the actions of them all.
+
+    A unified model is one transformer of `temporal_layers`; it has neither canvas nor spatial
+    layers (`canvas` false, the other counts 0, `norm` shared, `condition_attention` all) and keeps
+    every token of a frame (`temporal_patch` 1)."""
 
     name: str
+    family: Family = "canvasmar"
     autoencoder: AutoencoderConfig
     flow: FlowConfig
     dim: int
@@ -131,6 +141,7 @@ class ModelConfig:
     temporal_patch: int = 2
     action_dim: int = 0
     canvas: bool = True
+    group: int = 1
     fps: float = 10.0
 
     def __post_init__(self) -> None:
@@ -142,21 +153,49 @@ class ModelConfig:
         _require(
             self.head_dim % 8 == 0, f"model: head size must be a multiple of 8, got {self.head_dim}"
         )
+        _require(self.family in typing.get_args(Family), f"model: unknown family {self.family!r}")
+        unified = self.family == "unified"
+        absent = ("canvas_layers", "spatial_layers", "encoder_layers") if unified else ()
         for name in ("temporal_layers", "canvas_layers", "spatial_layers", "context_frames"):
             value = getattr(self, name)
-            _require(1 <= value <= 1024, f"model: {name} must lie in 1..1024, got {value}")
-        _require(
-            0 < self.encoder_layers < self.spatial_layers,
-            f"model: encoder_layers ({self.encoder_layers}) must lie between 1 and "
-            f"spatial_layers - 1 ({self.spatial_layers - 1})",
-        )
+            if name not in absent:
+                _require(1 <= value <= 1024, f"model: {name} must lie in 1..1024, got {value}")
+        for name in absent:
+            value = getattr(self, name)
+            _require(value == 0, f"model: a unified model has no {name}, got {value}")
+        if unified:
+            only = {
+                "canvas": False, "temporal_patch": 1, "group": 1, "norm": "shared",
+                "condition_attention": "all",
+            }  # fmt: skip
+            for name, wanted in only.items():
+                value = getattr(self, name)
+                _require(
+                    value == wanted, f"model: a unified model has {name} {wanted}, got {value!r}"
+                )
+        else:
+            _require(
+                0 < self.encoder_layers < self.spatial_layers,
+                f"model: encoder_layers ({self.encoder_layers}) must lie between 1 and "
+                f"spatial_layers - 1 ({self.spatial_layers - 1})",
+            )
         _require(self.norm in typing.get_args(Norm), f"model: unknown norm {self.norm!r}")
         _require(
             self.condition_attention in typing.get_args(ConditionAttention),
             f"model: unknown condition_attention {self.condition_attention!r}",
         )
         _require(self.action_dim >= 0, "model: action_dim must be >= 0")
+        _require(1 <= self.group <= 64, f"model: group must lie in 1..64, got {self.group}")
+        _require(
+            self.action_dim % self.group == 0,
+            f"model: action_dim ({self.action_dim}) must be a multiple of group ({self.group})",
+        )
         _require(self.fps > 0, "model: fps must be > 0")
+        _require(
+            self.group == 1 or bool(self.group_layers),
+            f"model: the frames of a group meet after every fourth spatial layer, and of "
+            f"{self.spatial_layers} layers with encoder_layers {self.encoder_layers} that is none",
+        )
         h, w, p = self.autoencoder.latent_height, self.autoencoder.latent_width, self.temporal_patch
         _require(
             p >= 1 and not (h % p or w % p),
@@ -171,6 +210,25 @@ class ModelConfig:
     def tokens(self) -> int:
         """N, tokens of one latent frame."""
         return self.autoencoder.latent_height * self.autoencoder.latent_width
+
+    @property
+    def group_shape(self) -> tuple[int, ...]:
+        """(J,), or () of a model that draws one latent frame at a time: the axis that a group adds
+        behind the batch."""
+        return (self.group,) if self.group > 1 else ()
+
+    @property
+    def step_frames(self) -> int:
+        """J*t, pixel frames of a step."""
+        return self.group * self.autoencoder.temporal_compression
+
+    @property
+    def group_layers(self) -> tuple[int, ...]:
+        """The spatial layers after which the frames of a group attend to each other (App. B): every
+        fourth of those that see whole frames, but the last, which draws."""
+        if self.group == 1:
+            return ()
+        return tuple(range(3, self.spatial_layers - 1, 4))[self.encoder_layers // 4 :]
 
     @property
     def temporal_tokens(self) -> int:
@@ -188,7 +246,9 @@ class SamplingConfig:
     """How a frame is drawn. Defaults are the paper's where Table 3 has one.
 
     `frame_noise` is r of eq. 11, `canvas_noise` r' of eq. 12, guidance scales are w_t and w_s of
-    eq. 8, `temperature` scales the Gumbel noise of the order."""
+    eq. 8, `temperature` scales the Gumbel noise of the order. `flow_temperature` scales the flow's
+    noise; it goes linearly from the first number, at the start of a video, to the second, from
+    latent frame `temperature_frames` on (VideoMAR's progressive temperature)."""
 
     ar_steps: int = 4
     flow_steps: int = 30
@@ -199,6 +259,8 @@ class SamplingConfig:
     canvas_noise: float = 0.2
     temperature: float = 6.5
     order: Order = "motion"
+    flow_temperature: tuple[float, float] = (1.0, 1.0)
+    temperature_frames: int = 16
 
     def __post_init__(self) -> None:
         _require(self.ar_steps >= 1, f"sampling: ar_steps must be >= 1, got {self.ar_steps}")
@@ -220,6 +282,14 @@ class SamplingConfig:
         for name in ("temporal_guidance", "canvas_guidance", "temperature"):
             value = getattr(self, name)
             _require(0.0 <= value <= 1e4, f"sampling: {name} must lie in [0, 10000], got {value}")
+        _require(
+            all(0.0 <= t <= 2.0 for t in self.flow_temperature),
+            f"sampling: flow_temperature must lie in [0, 2], got {self.flow_temperature}",
+        )
+        _require(
+            1 <= self.temperature_frames <= LARGEST,
+            f"sampling: temperature_frames must lie in 1..{LARGEST}, got {self.temperature_frames}",
+        )
 
     @property
     def guided(self) -> bool:
@@ -376,7 +446,49 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
     return model, sampling
 
 
-PRESETS = {f.__name__: f for f in (bair, ucf101, kinetics600, toytable)}
+def unified(model: ModelConfig) -> ModelConfig:
+    """A unified masked autoregressive model (MAGI, VideoMAR) of as many layers as a CanvasMAR."""
+    layers = model.temporal_layers + model.canvas_layers + model.spatial_layers
+    return dataclasses.replace(
+        model,
+        name=f"{model.name}_unified",
+        family="unified",
+        temporal_layers=layers,
+        canvas_layers=0,
+        spatial_layers=0,
+        encoder_layers=0,
+        temporal_patch=1,
+        norm="shared",
+        condition_attention="all",
+        canvas=False,
+    )
+
+
+def next_group(model: ModelConfig, group: int) -> ModelConfig:
+    """A model that draws `group` latent frames at once (App. B)."""
+    return dataclasses.replace(
+        model,
+        name=f"{model.name}_next_{group}",
+        group=group,
+        action_dim=model.action_dim // model.group * group,
+    )
+
+
+def toytable_unified() -> tuple[ModelConfig, SamplingConfig]:
+    """`toytable` as a unified model, for comparisons at equal size. Not in the paper."""
+    model, sampling = toytable()
+    return unified(model), sampling
+
+
+def toytable_next_2() -> tuple[ModelConfig, SamplingConfig]:
+    """`toytable`, two latent frames at a time (App. B). Not in the paper."""
+    model, sampling = toytable()
+    return next_group(model, 2), sampling
+
+
+PRESETS = {
+    f.__name__: f for f in (bair, ucf101, kinetics600, toytable, toytable_unified, toytable_next_2)
+}
 
 
 def preset(name: str) -> tuple[ModelConfig, SamplingConfig]:

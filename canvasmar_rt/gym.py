@@ -78,7 +78,7 @@ class _World:
         self.observations = Box(0, 255, (ae.height, ae.width, 3), np.uint8)
         self.metadata = {
             "render_modes": ["rgb_array"],
-            "render_fps": config.fps / ae.temporal_compression,
+            "render_fps": config.fps / config.step_frames,
         }
         self.start(np.zeros(1, np.int64), seed=0)  # contexts of a wrong shape are refused here
 

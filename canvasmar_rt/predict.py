@@ -113,23 +113,27 @@ def predict_clip(
         min_frames=length,
     )
     context = clip.frames[:length]
-    steps = math.ceil(options.frames / t)
-    told = read_actions(source, config, (length - 1) // t + steps) if options.actions else None
-    begun = time.perf_counter()
+    steps, group = math.ceil(options.frames / config.step_frames), config.group
     known = (length - 1) // t
+    told = None
+    if options.actions:
+        told = read_actions(source, config, known + math.ceil(options.frames / t))
+        # of the last group only the first frames may be asked for
+        told = np.pad(told, ((0, group - 1), (0, 0)))
+    begun = time.perf_counter()
     rollout = predictor.start(
         context,
         seed=options.seed,
         batch=options.batch,
         sampling=options.sampling,
-        actions=None if told is None else told[:known],
+        actions=None if told is None or group > 1 else told[:known],
     )
     context_seconds = time.perf_counter() - begun
     predictions: list[Prediction] = []
     for i in range(steps):
-        action = None if told is None else told[known + i]
+        action = None if told is None else told[known + i * group :][:group].reshape(-1)
         predictions.append(rollout.step(action, decode_canvas=True))
-        progress(i + 1, steps)
+        progress((i + 1) * group, steps * group)
     predicted = np.concatenate([p.frames for p in predictions], axis=1)[:, : options.frames]
     videos = [np.concatenate([context, future]) for future in predicted]
     written = write_clip(output, np.concatenate(videos, axis=2), rate)
@@ -147,10 +151,10 @@ def predict_clip(
         "fps": rate,
         "context_frames": length,
         "predicted_frames": options.frames,
-        "latent_frames": steps,
+        "latent_frames": steps * group,
         "notes": list(clip.notes),
         "context_seconds": round(context_seconds, 4),
-        "seconds_per_latent_frame": round(seconds[len(seconds) // 2], 4),
+        "seconds_per_latent_frame": round(seconds[len(seconds) // 2] / group, 4),
     }
 
 
@@ -173,7 +177,7 @@ def _targets(source: Path, output: Path) -> tuple[Path, Path]:
 
 
 def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
-    """Actions (latents, A) stored in an .npz beside its frames, as one row a latent frame or one
+    """Actions (latents, A/J) stored in an .npz beside its frames, as one row a latent frame or one
     row a pixel frame (t of them make one latent frame's action)."""
     if not config.action_dim:
         raise InputError(f"actions: model {config.name} takes none; leave --actions out")
@@ -193,13 +197,13 @@ def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: actions are not numbers ({error})") from None
-    t = config.autoencoder.temporal_compression
-    if rows.ndim == 2 and rows.shape[1] * t == config.action_dim:
-        rows = rows[: len(rows) // t * t].reshape(-1, config.action_dim)
-    if rows.ndim != 2 or rows.shape[1] != config.action_dim or len(rows) < latents:
+    t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
+    if rows.ndim == 2 and rows.shape[1] * t == size:
+        rows = rows[: len(rows) // t * t].reshape(-1, size)
+    if rows.ndim != 2 or rows.shape[1] != size or len(rows) < latents:
         raise InputError(
-            f"{source}: actions have shape {rows.shape}, expected at least ({latents}, "
-            f"{config.action_dim}) or ({latents * t}, {config.action_dim / t:g})"
+            f"{source}: actions have shape {rows.shape}, expected at least ({latents}, {size}) or "
+            f"({latents * t}, {size / t:g})"
         )
     return rows
 
@@ -222,8 +226,13 @@ def _sheet(
     still: list[UInt8 | None] = [None] * length
     for p in predictions:
         size = (p.frames.shape[2], p.frames.shape[3])
-        canvas += [None] * t if p.canvas_frames is None else list(p.canvas_frames[0])
-        still += [None] * t if p.staticness is None else [heatmap(p.staticness[0], size)] * t
+        frames_of_step = p.frames.shape[1]
+        canvas += [None] * frames_of_step if p.canvas_frames is None else list(p.canvas_frames[0])
+        if p.staticness is None:
+            still += [None] * frames_of_step
+        else:
+            maps = p.staticness[0].reshape(-1, *p.staticness.shape[-2:])
+            still += [heatmap(each, size) for each in maps for _ in range(t)]
     of = "" if len(predicted) == 1 else " 1"
     rows.append((f"canvas{of}", [canvas[i] for i in shown]))
     rows.append((f"staticness{of}", [still[i] for i in shown]))

@@ -21,6 +21,7 @@ from canvasmar_rt.deadline import Deadlines, Rung, Timed, ladder
 from canvasmar_rt.engines import Engine, create
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Level, UInt8, state_shapes
 from canvasmar_rt.errors import ConfigError, InputError, StateError
+from canvasmar_rt.schedule import flow_temperature
 
 Array = npt.NDArray[Any]
 
@@ -30,7 +31,7 @@ MEASURED_FRAMES = 40
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Prediction:
-    """One predicted latent frame; all arrays are the caller's own.
+    """One predicted latent frame, or group of them; all arrays are the caller's own.
 
     frames: uint8 RGB (B, t, H, W, 3), the t pixel frames it decodes to ((B, 1, H, W, 3) for the
         first frame of a video made from nothing, which stands for one pixel frame).
@@ -45,6 +46,10 @@ class Prediction:
     guided: whether classifier-free guidance was used.
     deadline_met: whether it was ready within the budget; None without one.
     timings: seconds spent in each component, in `noise` and in `total`.
+
+    A next-group model predicts J latent frames at once: frames and canvas_frames have J*t (from
+    nothing 1 + (J-1)*t) pixel frames, latent, canvas, staticness and order an axis J behind B, and
+    `frame` is that of the first.
     """
 
     frames: UInt8
@@ -242,6 +247,11 @@ class Rollout:
             return None
         if not a:
             raise InputError(f"actions: model {self.config.name} takes none")
+        if self.config.group > 1:
+            raise InputError(
+                f"actions: {self.config.name} is told the actions of a group of latent frames by "
+                "step(action); leave those of the context out"
+            )
         array = _numbers("actions", actions)
         if array.ndim == 2:
             array = array[None]
@@ -267,11 +277,12 @@ class Rollout:
         on_canvas: Callable[[UInt8], None] | None = None,
         budget_ms: float | None = None,
     ) -> Prediction:
-        """Predict the next latent frame.
+        """Predict the next latent frame, or the next group of them.
 
         Args:
-            action: (A,) or (B, A), the action taken between the latest frame and this one; None if
-                it is not known (the model was trained for both).
+            action: (A,) or (B, A), the action taken between the latest frame and this one (the
+                actions of all frames of a group); None if it is not known (the model was trained
+                for both).
             decode_canvas: also decode the canvas to pixels (one more decoder run).
             on_canvas: called with them, uint8 (B, t, H, W, 3) of its own, as soon as they are
                 there: before the AR steps. What it takes counts. Not called where there is none.
@@ -330,6 +341,9 @@ class Rollout:
             frame=frame,
             has_canvas=self.config.canvas and not from_nothing,
         )
+        if self.sampling.flow_temperature != (1.0, 1.0):
+            for noise, since in zip(self._program.noise.flow, self._since, strict=True):
+                noise *= flow_temperature(self.sampling, frame - since)
         clock.lap("noise")
         drawn = self._program.predict(
             frame,
@@ -339,18 +353,20 @@ class Rollout:
             on_canvas=keep if decode_canvas or on_canvas is not None else None,
             clock=clock,
         )
-        self._time += 1
-        self._unobserved += 1
+        self._time += self.config.group
+        self._unobserved += self.config.group
         self._interrupted = False
         ae = self.config.autoencoder
-        first = slice(-1, None) if from_nothing else slice(None)
+        # the first frame of a video made from nothing stands for one pixel frame
+        first = slice(ae.temporal_compression - 1 if from_nothing else 0, None)
 
         def own(values: Array | None) -> Any:
             return None if values is None else values.copy()
 
         staticness = own(drawn.staticness)
         if staticness is not None:
-            staticness = staticness.reshape(-1, ae.latent_height, ae.latent_width)
+            grid = ae.latent_height, ae.latent_width
+            staticness = staticness.reshape(*staticness.shape[:-1], *grid)
         sampling = self._levels[chosen]
         prediction = Prediction(
             frames=drawn.frames[:, first].copy(),
@@ -430,7 +446,7 @@ class Rollout:
 
         Raises:
             InputError: wrong shape or dtype, or an action where the step already had one.
-            StateError: if more than one step was predicted since the last real frame: their
+            StateError: if more than one latent frame was predicted since the last real one: their
                 histories hold imagined frames. Imagine on `fork()` and observe on the parent.
         """
         group = self._checked_frames("frames", frames, self.config.autoencoder.temporal_compression)
@@ -463,11 +479,16 @@ class Rollout:
         """Whether the observation replaces a prediction, which was decoded already."""
         if self._unobserved > 1:
             raise StateError(
-                f"observe: {self._unobserved} steps were predicted since the last real frame; "
+                f"observe: {self._unobserved} latent frames were predicted since a real one; "
                 "imagine on fork() and observe on the parent, or start a new rollout"
             )
         if self._unobserved and action is not None:
             raise InputError("observe: the step being replaced already had its action")
+        if self.config.group > 1 and action is not None:
+            raise InputError(
+                f"observe: {self.config.name} is told the actions of a group of latent frames by "
+                "step(action); leave that of a single frame out"
+            )
         told = self._checked_action(action)
         self._enter()
         if self._unobserved:

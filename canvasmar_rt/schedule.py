@@ -77,27 +77,34 @@ def order_temperatures(sampling: SamplingConfig) -> Float32:
     )
 
 
+def flow_temperature(sampling: SamplingConfig, frame: int) -> float:
+    """What the flow's noise is scaled by in latent frame `frame` of a video."""
+    start, end = sampling.flow_temperature
+    return start + (end - start) * min(frame / sampling.temperature_frames, 1.0)
+
+
 def generation_order(
     staticness: Float32 | None,
     gumbel: Float32,
     sampling: SamplingConfig,
     out: npt.NDArray[np.int64],
 ) -> None:
-    """Write the order in which the N tokens of a frame are drawn into `out` (B, N) int64.
+    """Write the order in which the N tokens of a frame are drawn into `out` (..., N) int64.
 
     Step k takes its n_k best of log(staticness) + tau_k * gumbel_k among the tokens not yet taken
     (sec. 4.3; ties go to the lower index).
 
     Args:
-        staticness: (B, N) in 0..1, or None (no canvas): every token is alike.
-        gumbel: (B, K, N) standard Gumbel noise.
+        staticness: (..., N) in 0..1, or None (no canvas): every token is alike.
+        gumbel: (..., K, N) standard Gumbel noise.
     """
+    gumbel, out = gumbel.reshape(-1, *gumbel.shape[-2:]), out.reshape(-1, out.shape[-1])
     batch, steps, tokens = gumbel.shape
     tau = order_temperatures(sampling)
     if staticness is None or sampling.order == "random":
         confidence = np.zeros((batch, tokens), np.float32)
     else:
-        confidence = np.log(np.maximum(staticness, np.float32(1e-6)))
+        confidence = np.log(np.maximum(staticness.reshape(batch, tokens), np.float32(1e-6)))
     start = 0
     taken = np.zeros((batch, tokens), bool)
     rows = np.arange(batch)[:, None]

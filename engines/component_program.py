@@ -7,7 +7,7 @@ from the order to the pixels. Everything else stays in the engine's memory.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -97,49 +97,71 @@ class ComponentProgram:
 
     def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
-        n, t = c.tokens, ae.temporal_compression
+        n, t, each = c.tokens, ae.temporal_compression, (b, *c.group_shape)
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
+        drawn = (*each, *latent[1:])
         self._levels = [self._level(sampling)]
-        self._told = self._group(told_shapes(c, b))
-        self._told_host = {name: _host(self._told, name) for name in self._told.buffers}
+        # of a group, all frames but the last are fed to the Temporal ViT in the same step
+        told = told_shapes(c, b)
+        self._told = self._group({f"{n}/{j}": s for j in range(c.group) for n, s in told.items()})
+        self._told_by_frame = [
+            {n: self._told.buffers[f"{n}/{j}"] for n in told} for j in range(c.group)
+        ]
         self._noise = self._group(noise_shapes(c, b))
         self.noise = Noise(
             **{k: _host(self._noise, f"{k}_noise") for k in ("flow", "frame", "canvas")},
-            order=np.zeros((b, sampling.ar_steps, n), np.float32),
+            order=np.zeros((*each, sampling.ar_steps, n), np.float32),
         )
         self._given = self._group({"frames": (pixels, "uint8")})
         self._guess = self._group(
-            {"staticness": ((b, n), "float32"), "canvas": (latent, "float32")}
+            {"staticness": ((*each, n), "float32"), "canvas": (drawn, "float32")}
         )
-        self._out = self._group({"latent": (latent, "float32"), "frames": (pixels, "uint8")})
-        self._canvas_out = self._group({"frames": (pixels, "uint8")})
-        self._order = np.zeros((b, n), np.int64)
+        frames: Shapes = {f"frames/{j}": (pixels, "uint8") for j in range(c.group)}
+        self._out = self._group({"drawn": (drawn, "float32"), **frames})
+        self._canvas_out = self._group(frames)
+        self._whole: UInt8 = np.zeros((b, c.group * t, *pixels[2:]), np.uint8)
+        self._order = np.zeros((*each, n), np.int64)
         states = state_shapes(c, b)
         del states["latent"]
         self._lasting = self._group(states, mirrored=False).buffers
         histories = {k: s for k, s in states.items() if k.startswith("decoder_before")}
-        self._spare = list(self._group(histories, mirrored=False).buffers.values())
+        self._spare = [
+            list(self._group(histories, mirrored=False).buffers.values())
+            for _ in range(min(c.group, 2))
+        ]
         work: Shapes = {
             "z_temporal": ((b, c.temporal_tokens, c.dim), "hidden"),
-            "z_canvas": ((b, n, c.dim), "hidden"),
+            "z_canvas": ((*each, n, c.dim), "hidden"),
         }
         # the first stays empty; the last step writes the latent frame itself
-        work |= {f"partial_{i}": (latent, "float32") for i in range(min(sampling.ar_steps, 3))}
+        work |= {f"partial_{i}": (drawn, "float32") for i in range(min(sampling.ar_steps, 3))}
+        if c.group > 1:
+            work |= {
+                f"{of}_{j}": (latent, "float32")
+                for of in ("latent", "canvas")
+                for j in range(c.group)
+            }
         self._work = self._group(work, mirrored=False).buffers
+        # what has been drawn, frame by frame: the last is the latest latent
+        self._latents = [self._out.buffers["drawn"]]
+        if c.group > 1:
+            self._latents = [self._work[f"latent_{j}"] for j in range(c.group)]
         self._buffers: dict[str, Buffer] = {
             **self._levels[0].fixed,
-            **self._told.buffers,
+            **self._told_by_frame[0],
             **self._noise.buffers,
             **self._guess.buffers,
-            "latent": self._out.buffers["latent"],
+            **{n: x for n, x in self._lasting.items() if n.startswith("cache_")},
+            "latent": self._latents[-1],
             "z_temporal": self._work["z_temporal"],
             "z_canvas": self._work["z_canvas"],
         }
 
     def _level(self, sampling: SamplingConfig) -> _Level:
         steps = ar_steps(self._config.tokens, sampling.ar_steps)
+        each = (self._batch, *self._config.group_shape)
         layout: Shapes = {
-            f"{kind}_{k}": ((self._batch, part.stop - part.start), "int64")
+            f"{kind}_{k}": ((*each, part.stop - part.start), "int64")
             for k, step in enumerate(steps)
             for kind, part in step.parts.items()
         }
@@ -168,25 +190,49 @@ class ComponentProgram:
         )
 
     def _bind(self) -> None:
-        caches = {n: x for n, x in self._lasting.items() if n.startswith("cache_")}
         # one binding per ring slot: the new keys and values are written in place. The slot being
         # written is masked in that run, so reading it there has no effect.
-        self._temporal = []
-        for slot in range(self._config.context_frames):
-            new = {n.replace("cache_", "new_"): ring.row(slot) for n, ring in caches.items()}
-            self._temporal.append(self._bound("temporal", caches | new))
+        slots = range(self._config.context_frames)
+        self._temporal = [self._bound_temporal(slot, {}) for slot in slots]
+        self._inner = [
+            [
+                self._bound_temporal(slot, {**told, "latent": latent})
+                for latent, told in zip(self._latents, self._told_by_frame[1:], strict=False)
+            ]
+            for slot in slots
+        ]
+        self._split: Run | None = None
+        if self._config.group > 1:
+            self._split = self._bound_split(self._out.buffers["drawn"], self._latents)
         self._sides = {"encoder": 0, "decoder": 0}  # which set of histories is read next
         self._encode = [
             self._autoencoder("encoder", side, self._given.buffers["frames"]) for side in (0, 1)
         ]
         self._decode = [
-            self._autoencoder("decoder", side, self._out.buffers["frames"]) for side in (0, 1)
+            [
+                self._autoencoder("decoder", side, self._out.buffers[f"frames/{j}"], latent=latent)
+                for side in (0, 1)
+            ]
+            for j, latent in enumerate(self._latents)
         ]
         self._decode_canvas: list[Run] | None = None
         self._canvas = self._bound("canvas", {}) if self._config.canvas else None
         self._fronts: dict[tuple[int, bool], _Stage] = {}
         self._backs: dict[tuple[Level, int, bool], _Stage] = {}
+        self._feeds: dict[int, _Stage] = {}
         self._branches_of(self._levels[0], self._config.canvas)
+
+    def _bound_temporal(self, slot: int, buffers: Mapping[str, Buffer]) -> Run:
+        new = {
+            n.replace("cache_", "new_"): ring.row(slot)
+            for n, ring in self._lasting.items()
+            if n.startswith("cache_")
+        }
+        return self._bound("temporal", {**new, **buffers})
+
+    def _bound_split(self, group: Buffer, frames: Sequence[Buffer]) -> Run:
+        parts = {f"latent_{j}": frame for j, frame in enumerate(frames)}
+        return self._bound("split", {"drawn": group, **parts})
 
     def _histories(self, part: str, side: int) -> list[Buffer]:
         """Two sets of causal-convolution histories: one is read while the other is written."""
@@ -200,10 +246,12 @@ class ComponentProgram:
         side: int,
         frames: Buffer,
         target: list[Buffer] | None = None,
+        source: list[Buffer] | None = None,
         **more: Buffer,
     ) -> Run:
+        before = self._histories(part, side) if source is None else source
         after = self._histories(part, 1 - side) if target is None else target
-        states = {f"state_{i}": x for i, x in enumerate(self._histories(part, side))}
+        states = {f"state_{i}": x for i, x in enumerate(before)}
         states |= {f"next_state_{i}": x for i, x in enumerate(after)}
         return self._bound(part, {**states, "frames": frames, **more})
 
@@ -217,7 +265,7 @@ class ComponentProgram:
         fixed = self._constants(branch_inputs(level.sampling, has_canvas=has_canvas))
         g = fixed["branch_weight"].shape[0]
         layout: Shapes = {
-            f"z_tokens_{k}": ((g, b, step.drawn, c.dim), "hidden")
+            f"z_tokens_{k}": ((g, b, *c.group_shape, step.drawn, c.dim), "hidden")
             for k, step in enumerate(level.steps)
         }
         isolated = c.condition_attention == "isolated"
@@ -234,11 +282,17 @@ class ComponentProgram:
                 **{f"{kind}_index": level.indices.buffers[f"{kind}_{k}"] for kind in step.parts},
                 "z_tokens": own[f"z_tokens_{k}"],
                 "partial": self._work["partial_0" if k == 0 else f"partial_{1 + (k - 1) % 2}"],
-                "next_partial": self._buffers["latent"]
+                "next_partial": self._out.buffers["drawn"]
                 if last
                 else self._work[f"partial_{1 + k % 2}"],
+                "flow_noise": self._noise.buffers["flow_noise"],
             }
             spatial = self._bound("spatial" if k else "spatial_first", have)
+            if c.group > 1:  # to the flow head the frames of a group are rows
+                for name in ("select_index", "partial", "next_partial", "flow_noise"):
+                    have[name] = have[name].view(b * c.group, *have[name].shape[2:])
+                z = have["z_tokens"]
+                have["z_tokens"] = z.view(g, b * c.group, *z.shape[3:])
             steps.append((spatial, self._bound("flow", have)))
         return _Branches(own, condition, steps)
 
@@ -272,21 +326,35 @@ class ComponentProgram:
                     parts.append(("condition", branches.condition))
                 for spatial, flow in branches.steps:
                     parts += [("spatial", spatial), ("flow", flow)]
-            parts += [("decoder", self._decode[side]), ("transfer", self._out.download)]
+            if self._split is not None:
+                parts.append(("split", self._split))
+            parts += [("decoder", run[side ^ j % 2]) for j, run in enumerate(self._decode)]
+            parts.append(("transfer", self._out.download))
             self._backs[key] = _Stage(self._memory, parts)
         return self._backs[key]
+
+    def _feed(self, slot: int) -> _Stage:
+        """All frames of a group but the last, to the Temporal ViT, the first of them at `slot`."""
+        if slot not in self._feeds:
+            frames = self._config.context_frames
+            inner = [
+                ("temporal", self._inner[(slot + j) % frames][j])
+                for j in range(self._config.group - 1)
+            ]
+            self._feeds[slot] = _Stage(self._memory, inner)
+        return self._feeds[slot]
 
     def _fill_indices(self, level: _Level, order: Int64) -> None:
         for k, step in enumerate(level.steps):
             for kind, part in step.parts.items():
-                _host(level.indices, f"{kind}_{k}")[:] = order[:, part]
+                _host(level.indices, f"{kind}_{k}")[:] = order[..., part]
 
     def _choose_tokens(
         self, level: _Level, order: Int64 | None, staticness: Float32 | None
     ) -> Int64:
         """The order in which this frame's tokens are drawn."""
         if order is None:
-            gumbel = self.noise.order[:, : len(level.steps)]
+            gumbel = self.noise.order[..., : len(level.steps), :]
             generation_order(staticness, gumbel, level.sampling, self._order)
         else:
             self._order[:] = order
@@ -295,8 +363,17 @@ class ComponentProgram:
 
     # -- the program
 
+    def _tell(self, time: int, action: Float32 | None) -> int:
+        """Tell every frame of the step its time; the ring slot of the first."""
+        slots = []
+        for j, told in enumerate(self._told_by_frame):
+            host = {name: x.host for name, x in told.items() if x.host is not None}
+            told_action = action if j == 0 else None
+            slots.append(tell(host, self._config, time + j, self.since, told_action))
+        return slots[0]
+
     def advance(self, time: int, action: Float32 | None) -> None:
-        slot = tell(self._told_host, self._config, time, self.since, action)
+        slot = self._tell(time, action)
         self._told.upload()
         self._temporal[slot]()
         self._memory.synchronize()
@@ -311,7 +388,7 @@ class ComponentProgram:
     def decode(self, *, again: bool = False) -> None:
         if again:
             self._sides["decoder"] ^= 1
-        self._decode[self._sides["decoder"]]()
+        self._decode[-1][self._sides["decoder"]]()
         self._sides["decoder"] ^= 1
         self._memory.synchronize()
 
@@ -326,7 +403,7 @@ class ComponentProgram:
         clock: Clock,
     ) -> Drawn:
         has_canvas = self._config.canvas and time > self.since.max()
-        slot = tell(self._told_host, self._config, time, self.since, action)
+        slot = self._tell(time, action)
         self._front(slot, has_canvas)(clock)
         staticness = canvas = None
         if has_canvas:
@@ -339,27 +416,34 @@ class ComponentProgram:
             self._canvas_out.download()
             self._memory.synchronize()
             clock.lap("canvas_decoder")
-            on_canvas(_host(self._canvas_out, "frames"))
+            on_canvas(self._pixels(self._canvas_out))
             clock.lap("on_canvas")
         which = level()
         if which is None:
             assert canvas is not None
-            self._memory.write(self._buffers["latent"], canvas)
-            drawn_order = self._order[:, :0]
+            self._memory.write(self._out.buffers["drawn"], canvas)
+            drawn_order = self._order[..., :0]
         else:
             drawn_order = self._choose_tokens(self._levels[which], order, staticness)
         clock.lap("order")
         self._back(which, side, has_canvas)(clock)
-        self._sides["decoder"] ^= 1
+        self._sides["decoder"] ^= self._config.group % 2
+        if self._config.group > 1:
+            self._feed((slot + 1) % self._config.context_frames)(clock)
         self._wait(clock)
-        require_finite(self._engine.name, "flow", _host(self._out, "latent"))
+        require_finite(self._engine.name, "flow", _host(self._out, "drawn"))
         return Drawn(
-            frames=_host(self._out, "frames"),
-            latent=_host(self._out, "latent"),
+            frames=self._pixels(self._out),
+            latent=_host(self._out, "drawn"),
             canvas=canvas,
             staticness=staticness,
             order=drawn_order,
         )
+
+    def _pixels(self, group: Group) -> UInt8:
+        """(B, J*t, H, W, 3) of all frames of a step."""
+        frames = [_host(group, f"frames/{j}") for j in range(self._config.group)]
+        return frames[0] if len(frames) == 1 else np.concatenate(frames, axis=1, out=self._whole)
 
     def _wait(self, clock: Clock) -> None:
         self._memory.synchronize()
@@ -367,14 +451,27 @@ class ComponentProgram:
             clock.lap("device")
 
     def _canvas_decoders(self) -> list[Run]:
+        """By the side of the histories: the canvas to pixels, the histories left as they are."""
         if self._decode_canvas is None:
+            parts = [self._buffers["canvas"]]
+            before: list[Run] = []
+            if self._config.group > 1:
+                parts = [self._work[f"canvas_{j}"] for j in range(self._config.group)]
+                before = [self._bound_split(self._buffers["canvas"], parts)]
             self._decode_canvas = [
-                self._autoencoder(
-                    "decoder",
-                    side,
-                    self._canvas_out.buffers["frames"],
-                    self._spare,
-                    latent=self._buffers["canvas"],
+                self._memory.sequence(
+                    before
+                    + [
+                        self._autoencoder(
+                            "decoder",
+                            side,
+                            self._canvas_out.buffers[f"frames/{j}"],
+                            self._spare[j % 2],
+                            self._spare[(j - 1) % 2] if j else None,
+                            latent=part,
+                        )
+                        for j, part in enumerate(parts)
+                    ]
                 )
                 for side in (0, 1)
             ]
@@ -411,6 +508,8 @@ class ComponentProgram:
         clock = Clock()
         for slot in range(self._config.context_frames):
             self._front(slot, self._config.canvas)(clock)
+            if self._config.group > 1:
+                self._feed(slot)(clock)
         for has_canvas in {self._config.canvas, False}:
             self._front(0, has_canvas)(clock)
             self._order[:] = np.arange(self._config.tokens)

@@ -55,8 +55,7 @@ from torch import Tensor, nn
 
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import EngineError
-from canvasmar_rt.models.canvasmar import FlowHead, gather_tokens
-from canvasmar_rt.models.graphs import put_tokens
+from canvasmar_rt.models.canvasmar import FlowHead, gather_tokens, put_tokens
 
 Mode = Literal["staged", "persistent"]
 

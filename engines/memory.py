@@ -70,6 +70,12 @@ class Buffer:
     def nbytes(self) -> int:
         return math.prod(self.shape) * STORAGE[self.dtype].itemsize
 
+    def view(self, *shape: int) -> Buffer:
+        """The same memory under another shape of as many values."""
+        assert math.prod(shape) == math.prod(self.shape), (self.shape, shape)
+        host = None if self.host is None else self.host.reshape(shape)
+        return dataclasses.replace(self, shape=shape, host=host)
+
     def row(self, index: int) -> Buffer:
         """The part at `index` of the first axis, in the same memory."""
         if not 0 <= index < self.shape[0]:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from canvasmar_rt.components import MASKED, autoencoder_states
+from canvasmar_rt.components import MASKED, autoencoder_states, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.engines.memory import Array, Index
 from canvasmar_rt.errors import EngineError
@@ -51,7 +51,8 @@ class Clock:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Noise:
     """Host arrays a rollout fills before every frame, float32: flow and frame (B, N, C), canvas
-    (B, N, D), order (B, K, N). Frame and canvas are left alone where there is no canvas."""
+    (B, N, D), order (B, K, N); flow, canvas and order (B, J, ...) of a group. Frame and canvas are
+    left alone where there is no canvas."""
 
     flow: Float32
     frame: Float32
@@ -77,7 +78,7 @@ class Drawn:
 
     frames: uint8 (B, t, H, W, 3); latent, canvas: float32 (B, N, C); staticness: float32 (B, N);
     order: int64 (B, N), or (B, 0) where the canvas stands alone. Canvas and staticness are None
-    without a canvas."""
+    without a canvas. Of a group frames are (B, J*t, H, W, 3), the others (B, J, ...)."""
 
     frames: UInt8
     latent: Float32
@@ -122,10 +123,11 @@ class Program(Protocol):
         on_canvas: Callable[[UInt8], None] | None,
         clock: Clock,
     ) -> Drawn:
-        """Advance, then draw the next latent frame from `noise` and decode it.
+        """Advance, then draw the next latent frame from `noise` and decode it. Of a group, frames
+        but the last are fed to the Temporal ViT, too, as frames `time` + 1 and so on.
 
         Args:
-            order: (N,) or (B, N), replaces the model's own.
+            order: (N,) or (B, [J,] N), replaces the model's own.
             level: asked as late as this program can still choose.
             on_canvas: is given a view of the decoded canvas (B, t, H, W, 3), where there is one,
                 before the AR steps.
@@ -154,17 +156,18 @@ Shapes = dict[str, tuple[tuple[int, ...], str]]
 """Shape and dtype by name."""
 
 
+TOLD = ("is_first", "time", "cache_bias", "action", "action_given", "draw_time", "history_bias")
+
+
 def told_shapes(config: ModelConfig, batch: int) -> Shapes:
-    """What the host tells the Temporal ViT of a frame, by the names of its inputs (`tell`)."""
-    shapes: Shapes = {
-        "is_first": ((batch,), "float32"),
-        "time": ((2, config.time_rotary_pairs), "float32"),
-        "cache_bias": ((batch, config.context_frames), "float32"),
+    """What the host tells the graphs of a frame, by the names of their inputs (`tell`)."""
+    table = components(config)
+    specs = {s.name: s for name in ("temporal", "spatial_first") for s in table[name].inputs}
+    return {
+        name: (tuple(batch if d == "B" else int(d) for d in specs[name].dims), "float32")
+        for name in TOLD
+        if name in specs
     }
-    if config.action_dim:
-        shapes["action"] = ((batch, config.action_dim), "float32")
-        shapes["action_given"] = ((batch,), "float32")
-    return shapes
 
 
 def tell(
@@ -178,6 +181,10 @@ def tell(
     host["cache_bias"][:] = np.where(held >= since[:, None], 0.0, MASKED)
     host["cache_bias"][:, slot] = MASKED
     host["time"][:] = time_rotation(time, config.time_rotary_pairs)
+    if "history_bias" in host:  # once the slot is written, and for the frame after it
+        host["history_bias"][:] = host["cache_bias"]
+        host["history_bias"][:, slot] = 0.0
+        host["draw_time"][:] = time_rotation(time + 1, config.time_rotary_pairs)
     if config.action_dim:
         host["action_given"].fill(float(action is not None))
         host["action"][:] = 0.0 if action is None else action
@@ -186,11 +193,12 @@ def tell(
 
 def noise_shapes(config: ModelConfig, batch: int) -> Shapes:
     """The noise that enters the graphs, by the names of their inputs."""
-    latent = (batch, config.tokens, config.autoencoder.latent_channels)
+    latent = (config.tokens, config.autoencoder.latent_channels)
+    group = (batch, *config.group_shape)
     return {
-        "flow_noise": (latent, "float32"),
-        "frame_noise": (latent, "float32"),
-        "canvas_noise": ((batch, config.tokens, config.dim), "float32"),
+        "flow_noise": ((*group, *latent), "float32"),
+        "frame_noise": ((batch, *latent), "float32"),
+        "canvas_noise": ((*group, config.tokens, config.dim), "float32"),
     }
 
 

@@ -133,6 +133,7 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
     evaluations = len(flow_plan(manifest.sampling).time)
     ranges = {
         "B": (batch.minimum, batch.optimum, batch.maximum),
+        "R": tuple(n * manifest.model.group for n in (batch.minimum, batch.optimum, batch.maximum)),
         "G": (1, len(branches.weight), 3),
         "E": (evaluations,) * 3,
         "AR": (manifest.sampling.ar_steps,) * 3,

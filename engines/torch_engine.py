@@ -17,8 +17,9 @@ from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
 from canvasmar_rt.engines.torch_program import TorchProgram
 from canvasmar_rt.errors import EngineError
-from canvasmar_rt.models.canvasmar import CanvasMAR, cast
+from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import load_state
+from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import Graph, graph
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ SCALE = "^scale"
 """Suffix of the scales of a weight stored in int8, one for each of its output channels."""
 
 
-def load_model(bundle: Bundle) -> CanvasMAR:
+def load_model(bundle: Bundle) -> FrameModel:
     """The PyTorch model of a bundle, in float32; int8 weights are multiplied by their scales.
 
     Raises:

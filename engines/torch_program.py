@@ -32,7 +32,7 @@ from canvasmar_rt.engines.program import (
     tell,
     told_shapes,
 )
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.graphs import Graph
 from canvasmar_rt.schedule import (
     ArStep,
@@ -85,18 +85,18 @@ class Parcel:
 def draw_order(
     staticness: Tensor | None, gumbel: Tensor, sampling: SamplingConfig, steps: Sequence[ArStep]
 ) -> Tensor:
-    """`canvasmar_rt.schedule.generation_order` on the device: (B, N) int64."""
+    """`canvasmar_rt.schedule.generation_order` on the device: (..., N) int64."""
     tau = order_temperatures(sampling)
-    confidence = torch.zeros_like(gumbel[:, 0])
+    confidence = torch.zeros_like(gumbel[..., 0, :])
     if staticness is not None and sampling.order != "random":
         confidence = staticness.clamp(min=1e-6).log()
     parts: list[Tensor] = []
     for k, step in enumerate(steps):
-        score = confidence + float(tau[k]) * gumbel[:, k]
+        score = confidence + float(tau[k]) * gumbel[..., k, :]
         for taken in parts:
-            score = score.scatter(1, taken, -torch.inf)
-        parts.append(score.sort(dim=1, descending=True, stable=True).indices[:, : step.drawn])
-    return torch.cat(parts, dim=1)
+            score = score.scatter(-1, taken, -torch.inf)
+        parts.append(score.sort(dim=-1, descending=True, stable=True).indices[..., : step.drawn])
+    return torch.cat(parts, dim=-1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +115,7 @@ class TorchProgram:
 
     def __init__(
         self,
-        model: CanvasMAR,
+        model: FrameModel,
         component: Callable[[str], Graph],
         *,
         name: str,
@@ -129,8 +129,7 @@ class TorchProgram:
         self._model, self._component, self._name = model, component, name
         self._config, self._batch = model.config, batch
         self.since = np.zeros(batch, np.int64)
-        self._device = model.spatial.mask.device
-        self._dtype = str(model.spatial.mask.dtype).removeprefix("torch.")
+        self._device = model.device
         self._capture = graphs and self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._graphs: dict[tuple[Any, ...], Any] = {}
@@ -154,17 +153,22 @@ class TorchProgram:
         c, ae, b = self._config, self._config.autoencoder, self._batch
         n, t = c.tokens, ae.temporal_compression
         latent, pixels = (b, n, ae.latent_channels), (b, t, ae.height, ae.width, 3)
+        each = (b, *c.group_shape)
+        drawn, film = (*each, *latent[1:]), (b, c.group * t, *pixels[2:])
+        told = told_shapes(c, b)
         self._in = Parcel(
             {
-                "slot": ((1,), "int64"),
-                "order": ((b, n), "int64"),
+                "slot": ((c.group, 1), "int64"),
+                "order": ((*each, n), "int64"),
                 "own_order": ((1,), "float32"),
-                "order_noise": ((b, sampling.ar_steps, n), "float32"),
+                "order_noise": ((*each, sampling.ar_steps, n), "float32"),
                 **noise_shapes(c, b),
-                **told_shapes(c, b),
+                # all frames of a group but the last are fed to the Temporal ViT in the same step
+                **{f"{n}/{j}": shape for j in range(c.group) for n, shape in told.items()},
             },
             self._device,
         )
+        self._told = [{n: self._in.tensors[f"{n}/{j}"] for n in told} for j in range(c.group)]
         host = self._in.host
         self.noise = Noise(
             flow=host["flow_noise"],
@@ -175,27 +179,25 @@ class TorchProgram:
         self._given = Parcel({"frames": (pixels, "uint8")}, self._device)
         self._out = Parcel(
             {
-                "order": ((b, n), "int64"),
-                "latent": (latent, "float32"),
-                "canvas": (latent, "float32"),
-                "staticness": ((b, n), "float32"),
-                "frames": (pixels, "uint8"),
+                "order": ((*each, n), "int64"),
+                "drawn": (drawn, "float32"),
+                "canvas": (drawn, "float32"),
+                "staticness": ((*each, n), "float32"),
+                "frames": (film, "uint8"),
             },
             self._device,
         )
-        self._canvas_frames = Parcel({"frames": (pixels, "uint8")}, self._device)
-        hidden = self._model.spatial.mask.dtype
+        self._canvas_frames = Parcel({"frames": (film, "uint8")}, self._device)
+        hidden = self._model.dtype
         self._state = {
             name: torch.zeros(
                 shape, dtype=hidden if d == "hidden" else torch.float32, device=self._device
             )
             for name, (shape, d) in state_shapes(c, b).items()
-            if name != "latent"
         }
-        self._state["latent"] = self._out.tensors["latent"]
         hidden_frames = {
             "z_temporal": (b, c.temporal_tokens, c.dim),
-            "z_canvas": (b, n, c.dim),
+            "z_canvas": (*each, n, c.dim),
         }
         self._work = {
             name: torch.zeros(shape, dtype=hidden, device=self._device)
@@ -224,14 +226,16 @@ class TorchProgram:
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
 
-    def _temporal(self) -> Tensor:
-        """The Temporal ViT on the latest latent; the ring moves on. z_t (B, P, D)."""
-        out = self._run("temporal", {**self._in.tensors, **self._state})
-        slot = self._in.tensors["slot"]
+    def _temporal(self, frame: int = 0) -> None:
+        """The Temporal ViT on the latest latent, told what `frame` of the step is; the ring moves
+        on."""
+        out = self._run("temporal", {**self._told[frame], **self._state})
+        slot = self._in.tensors["slot"][frame]
         for name, ring in self._state.items():
             if name.startswith("cache_"):
                 ring.index_copy_(0, slot, out[name.replace("cache_", "new_")][None])
-        return out["z_temporal"]
+        if "z_temporal" in out:
+            self._work["z_temporal"].copy_(out["z_temporal"])
 
     def _histories(self, part: str) -> tuple[list[Tensor], list[Tensor]]:
         """The autoencoder's histories, and those before its latest frame."""
@@ -248,8 +252,20 @@ class TorchProgram:
         return out["frames" if part == "decoder" else "latent"]
 
     def _decode(self) -> None:
+        """The latest latent to pixels."""
         frames = self._autoencode("decoder", "latent", self._state["latent"])
-        self._out.tensors["frames"].copy_(frames)
+        self._out.tensors["frames"][:, -frames.shape[1] :].copy_(frames)
+
+    def _take(self) -> None:
+        """What was drawn becomes the latest latent, frame by frame, and pixels."""
+        c, t = self._config, self._config.autoencoder.temporal_compression
+        drawn = self._out.tensors["drawn"].view(self._batch, c.group, c.tokens, -1)
+        for j in range(c.group):
+            self._state["latent"].copy_(drawn[:, j])
+            frames = self._autoencode("decoder", "latent", self._state["latent"])
+            self._out.tensors["frames"][:, j * t : (j + 1) * t].copy_(frames)
+            if j + 1 < c.group:
+                self._temporal(j + 1)
 
     def _frame(self, has_canvas: bool, which: Level) -> None:
         """One latent frame from the uploaded inputs into `_out`."""
@@ -259,7 +275,7 @@ class TorchProgram:
     def _front(self, has_canvas: bool) -> None:
         """From the uploaded inputs to the canvas."""
         work, out = self._work, self._out.tensors
-        work["z_temporal"].copy_(self._temporal())
+        self._temporal()
         if has_canvas:
             have = {**self._in.tensors, **self._levels[0].fixed, **work}
             guess = self._run("canvas", have | {"latent": self._state["latent"]})
@@ -267,38 +283,46 @@ class TorchProgram:
             out["staticness"].copy_(guess["staticness"])
             out["canvas"].copy_(guess["canvas"])
         elif self._config.canvas:  # masked in every branch
-            work["z_canvas"].copy_(self._model.spatial.mask.expand_as(work["z_canvas"]))
+            work["z_canvas"].zero_()
 
     def _back(self, has_canvas: bool, which: Level) -> None:
         """From the canvas to the pixels."""
         x, out = self._in.tensors, self._out.tensors
         if which is None:
-            out["latent"].copy_(out["canvas"])
-            self._decode()
+            out["drawn"].copy_(out["canvas"])
+            self._take()
             return
         level = self._levels[which]
-        have = {**x, **level.fixed, **level.branches[has_canvas], **self._work}
-        have["latent"] = self._state["latent"]
+        have = {**x, **self._told[0], **level.fixed, **level.branches[has_canvas]}
+        have |= {**self._work, **self._state}
         staticness = out["staticness"] if has_canvas else None
-        gumbel = x["order_noise"][:, : len(level.steps)]
+        gumbel = x["order_noise"][..., : len(level.steps), :]
         drawn = draw_order(staticness, gumbel, level.sampling, level.steps)
         order = torch.where(x["own_order"] > 0, drawn, x["order"])
         out["order"].copy_(order)
         if self._config.condition_attention == "isolated":
             have |= self._run("condition", have)
-        partial = torch.zeros_like(out["latent"])
+        partial = torch.zeros_like(out["drawn"])
         for step in level.steps:
-            have |= {f"{kind}_index": order[:, part] for kind, part in step.parts.items()}
+            have |= {f"{kind}_index": order[..., part] for kind, part in step.parts.items()}
             have["partial"] = partial
             have |= self._run("spatial" if step.known else "spatial_first", have)
-            partial = self._flow(have)
-        out["latent"].copy_(partial)
-        self._decode()
+            if self._config.group > 1:  # to the flow head the frames of a group are rows
+                rows = {n: have[n].flatten(0, 1) for n in ("select_index", "partial", "flow_noise")}
+                rows["z_tokens"] = have["z_tokens"].flatten(1, 2)
+                partial = self._flow({**have, **rows}).view_as(partial)
+            else:
+                partial = self._flow(have)
+        out["drawn"].copy_(partial)
+        self._take()
 
     # -- the program
 
     def _tell(self, time: int, action: Float32 | None) -> None:
-        self._in.host["slot"][:] = tell(self._in.host, self._config, time, self.since, action)
+        for j, names in enumerate(self._told):
+            host = {n: self._in.host[f"{n}/{j}"] for n in names}
+            told = action if j == 0 else None
+            self._in.host["slot"][j] = tell(host, self._config, time + j, self.since, told)
 
     def _do(self, *work: Callable[[], object]) -> None:
         """Run on the program's stream and wait."""
@@ -365,20 +389,24 @@ class TorchProgram:
         host = self._out.host
         if has_canvas:
             require_finite(self._name, "canvas", host["staticness"])
-        require_finite(self._name, "flow", host["latent"])
+        require_finite(self._name, "flow", host["drawn"])
         return Drawn(
             frames=host["frames"],
-            latent=host["latent"],
+            latent=host["drawn"],
             canvas=host["canvas"] if has_canvas else None,
             staticness=host["staticness"] if has_canvas else None,
-            order=host["order"][:, :0] if which is None else host["order"],
+            order=host["order"][..., :0] if which is None else host["order"],
         )
 
     def _canvas_to_pixels(self) -> None:
+        c, t = self._config, self._config.autoencoder.temporal_compression
         now, _ = self._histories("decoder")
-        have = {"latent": self._out.tensors["canvas"]}
-        out = self._run("decoder", have | {f"state_{i}": x for i, x in enumerate(now)})
-        self._canvas_frames.tensors["frames"].copy_(out["frames"])
+        canvas = self._out.tensors["canvas"].view(self._batch, c.group, c.tokens, -1)
+        for j in range(c.group):
+            states = {f"state_{i}": x for i, x in enumerate(now)}
+            out = self._run("decoder", {"latent": canvas[:, j], **states})
+            self._canvas_frames.tensors["frames"][:, j * t : (j + 1) * t].copy_(out["frames"])
+            now = [out[f"next_state_{i}"] for i in range(len(now))]
 
     def _captured(self, part: str, *how: bool | Level) -> Callable[[], None]:
         """`_frame`, `_front` or `_back`, on CUDA as a graph."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from canvasmar_rt.bundle import Manifest
 from canvasmar_rt.export.quantize import SMALLEST
-from canvasmar_rt.models.canvasmar import count_parameters
+from canvasmar_rt.models.families import count_parameters
 
 INT8 = f"""
 Matrix products over tokens, from {SMALLEST} x {SMALLEST} on, are int8: weights with a scale for

@@ -255,6 +255,8 @@ def whole_frame(
         return b.inline(part, {i.name: at[i.name] for i in part.graph.input}, f"{name}/{step}")
 
     have.update(run("temporal"))
+    if "history_bias" in have:
+        have.update(_remembered(b, have))
     if config.canvas:
         have.update(run("canvas"))
     if config.condition_attention == "isolated":
@@ -279,6 +281,23 @@ def whole_frame(
         if have[spec.name] != spec.name:
             b.identity(have[spec.name], spec.name)
     return model(b, component, dtype, opset, dims)
+
+
+def _remembered(b: Builder, have: Mapping[str, str]) -> dict[str, str]:
+    """The ring with this frame's keys and values in the slot that opens: it may be read afterwards
+    and not before."""
+    opens = b.op("Greater", ["history_bias", "cache_bias"])  # (B, F)
+    opens = b.op("Transpose", [opens], perm=[1, 0])
+    opens = b.op("Unsqueeze", [opens, b.constant(np.array([2, 3]), "axes")])
+    front = b.constant(np.array([0]), "axes")
+    rings = [name for name in have if name.startswith("cache_") and name != "cache_bias"]
+    return {
+        name: b.op(
+            "Where",
+            [opens, b.op("Unsqueeze", [have[name.replace("cache_", "new_")], front]), name],
+        )
+        for name in rings
+    }
 
 
 def _concat(b: Builder, values: Sequence[str]) -> str:

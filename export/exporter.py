@@ -9,6 +9,7 @@ import hashlib
 import io
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -46,7 +47,8 @@ from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
 from canvasmar_rt.export.quantize import quantize_products, quantize_weight
-from canvasmar_rt.models.canvasmar import CanvasMAR, cast
+from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
@@ -111,7 +113,7 @@ class ExportOptions:
 
 
 def export_bundle(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     output: Path,
     options: ExportOptions,
@@ -162,7 +164,7 @@ def export_bundle(
 
 
 def _write(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     work: Path,
     options: ExportOptions,
@@ -235,12 +237,12 @@ def _hashes(work: Path, names: Sequence[str]) -> dict[str, FileEntry]:
 
 # -- tracing
 
-EXAMPLE_SIZES = {"B": 2, "G": 3, "S": 5, "K": 7, "M": 9, "E": 4}
+EXAMPLE_SIZES = {"B": 2, "G": 3, "S": 5, "K": 7, "M": 9, "E": 4, "R": 6}
 """Sizes of symbolic dimensions while tracing: all different, none 0 or 1."""
 
 
 def trace(
-    model: CanvasMAR, sampling: SamplingConfig, options: ExportOptions, progress: Progress
+    model: FrameModel, sampling: SamplingConfig, options: ExportOptions, progress: Progress
 ) -> dict[str, ModelProto]:
     """ONNX graphs of all components of `model`, whose weights have the graphs' dtype."""
     config, opset = model.config, options.opset
@@ -252,7 +254,8 @@ def trace(
     def example(spec: TensorSpec) -> Tensor:
         shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
         if spec.dtype == "int64":
-            return torch.stack([torch.randperm(config.tokens)[: shape[1]] for _ in range(shape[0])])
+            orders = [torch.randperm(config.tokens) for _ in range(math.prod(shape[:-1]))]
+            return torch.stack([x[: shape[-1]] for x in orders]).view(shape)
         if spec.dtype == "uint8":
             return torch.randint(0, 256, shape, dtype=torch.uint8)
         return torch.randn(shape).to(dtype if spec.dtype == "hidden" else torch.float32)
@@ -322,10 +325,11 @@ def trace(
     )
     for name, part in graphs.items():
         _describe(part, table[name].inputs, table[name].outputs, dtype_name, fixed[name])
-    progress("composing the whole frame")
-    graphs["frame"] = compose.whole_frame(
-        graphs, config, sampling, dtype_name, opset, fixed["frame"]
-    )
+    if "frame" in table:
+        progress("composing the whole frame")
+        graphs["frame"] = compose.whole_frame(
+            graphs, config, sampling, dtype_name, opset, fixed["frame"]
+        )
     return graphs
 
 
@@ -400,7 +404,7 @@ EXTERNAL_BYTES = 1024
 
 def write_graphs(
     graphs: Mapping[str, ModelProto],
-    model: CanvasMAR,
+    model: FrameModel,
     config: ModelConfig,
     work: Path,
     *,

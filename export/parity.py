@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 
@@ -14,7 +15,7 @@ from canvasmar_rt.components import MASKED, TensorSpec, components
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines import create
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.schedule import (
     branch_inputs,
@@ -43,7 +44,7 @@ the rollout. Rollouts of other noise differ by about 1.5."""
 
 def measure(
     bundle: Bundle,
-    reference: CanvasMAR,
+    reference: FrameModel,
     *,
     seed: int,
     frames: int,
@@ -123,19 +124,21 @@ def failures(parity: Parity) -> list[str]:
 
 
 def rollout_golden(
-    model: CanvasMAR,
+    model: FrameModel,
     bundle: Bundle,
     *,
     seed: int,
     frames: int,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Array]:
-    """A reference rollout from nothing: latents (frames, N, C) and orders (frames, N)."""
+    """A reference rollout of `frames` latent frames from nothing: latents (frames, N, C) and orders
+    (frames, N), of a model that draws groups (steps, J, N, C) and (steps, J, N)."""
     config, sampling = model.config, bundle.manifest.sampling
     state = sampler.empty_state(model, 1)
     latents, orders = [], []
-    for i in range(frames):
-        progress(f"golden rollout in PyTorch: frame {i + 1} of {frames}")
+    steps = math.ceil(frames / config.group)
+    for i in range(steps):
+        progress(f"golden rollout in PyTorch: frame {i * config.group + 1} of {frames}")
         noise = sampler.draw_noise(config, sampling, seed=seed, streams=[0], frame=state.time)
         state, sample = sampler.step(model, sampling, state, noise)
         latents.append(sample.latent[0].numpy())
@@ -157,13 +160,15 @@ def _random(
     fixed = {
         **branches,
         **solver_inputs(sampling),
-        "time": time_rotation(int(rng.integers(0, 1000)), config.time_rotary_pairs),
+        "time": time_rotation(time := int(rng.integers(0, 1000)), config.time_rotary_pairs),
+        "draw_time": time_rotation(time + 1, config.time_rotary_pairs),
     }
     if spec.name in fixed:
         return np.array(fixed[spec.name], np.float32)
     k = len(sizes) // 2  # an AR step in the middle
     symbols = {
         "B": batch,
+        "R": batch * config.group,
         "G": len(branches["branch_weight"]),
         "S": sizes[k],
         "K": max(1, sum(sizes[:k])),
@@ -183,9 +188,11 @@ def _random(
         return np.zeros(shape, np.float32)
     if spec.name == "action_given":
         return np.ones(shape, np.float32)
-    if spec.name == "cache_bias":
+    if spec.name in ("cache_bias", "history_bias"):
         bias = np.zeros(shape, np.float32)
-        bias[:, : shape[1] // 2] = MASKED
+        bias[:, : -(-shape[1] // 2)] = MASKED
+        if spec.name == "history_bias":
+            bias[:, 0] = 0.0  # the slot that has just been written
         return bias
     # sixteenths are the same number in every dtype, and files of them compress well
     return np.round(16.0 * rng.standard_normal(shape, dtype=np.float32)) / np.float32(16.0)
@@ -195,21 +202,22 @@ def _consistent(inputs: dict[str, Array], config: ModelConfig, rng: np.random.Ge
     """Make the index inputs slices of one permutation a row, as they are in a rollout."""
     if "select_index" not in inputs:
         return
-    batch, select = inputs["select_index"].shape
-    order = np.stack([rng.permutation(config.tokens) for _ in range(batch)])
-    known = inputs["known_index"].shape[1] if "known_index" in inputs else 0
-    inputs["select_index"] = order[:, known : known + select].copy()
+    *batch, select = inputs["select_index"].shape
+    order = np.stack([rng.permutation(config.tokens) for _ in range(math.prod(batch))])
+    order = order.reshape(*batch, -1)
+    known = inputs["known_index"].shape[-1] if "known_index" in inputs else 0
+    inputs["select_index"] = order[..., known : known + select].copy()
     if "mask_index" in inputs:
-        mask = inputs["mask_index"].shape[1]
-        inputs["mask_index"] = order[:, known : known + mask].copy()
+        mask = inputs["mask_index"].shape[-1]
+        inputs["mask_index"] = order[..., known : known + mask].copy()
     if known:
-        inputs["known_index"] = order[:, :known].copy()
+        inputs["known_index"] = order[..., :known].copy()
 
 
 @torch.inference_mode()
-def _run(model: CanvasMAR, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
+def _run(model: FrameModel, name: str, inputs: Mapping[str, Array]) -> dict[str, Array]:
     module = graph(model, name)
-    hidden = model.spatial.mask.dtype
+    hidden = model.dtype
     args = [
         torch.from_numpy(np.ascontiguousarray(inputs[s.name])).to(hidden)
         if s.dtype == "hidden"
@@ -220,7 +228,7 @@ def _run(model: CanvasMAR, name: str, inputs: Mapping[str, Array]) -> dict[str, 
     return {s.name: v.numpy() for s, v in zip(module.component.outputs, values, strict=True)}
 
 
-def _frame(model: CanvasMAR, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
+def _frame(model: FrameModel, inputs: Mapping[str, Array], bundle: Bundle) -> dict[str, Array]:
     """The whole-frame graph's outputs, from the component modules and the host's order."""
     config, sampling = model.config, bundle.manifest.sampling
     have = dict(inputs)
@@ -230,6 +238,11 @@ def _frame(model: CanvasMAR, inputs: Mapping[str, Array], bundle: Bundle) -> dic
         have.update(_run(model, name, {s.name: have[s.name] for s in component.inputs}))
 
     run("temporal")
+    if "history_bias" in have:
+        rings = [n for n in have if n.startswith("cache_") and n != "cache_bias"]
+        for name in rings:
+            have[name] = have[name].copy()
+            have[name][0] = have[name.replace("cache_", "new_")]
     if config.canvas:
         run("canvas")
     if config.condition_attention == "isolated":

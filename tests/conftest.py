@@ -36,6 +36,13 @@ def small_config(name: str = "small", **changes: object) -> ModelConfig:
     return dataclasses.replace(config, **changes)  # type: ignore[arg-type]
 
 
+def unified_config(name: str = "unified", **changes: object) -> ModelConfig:
+    """`small_config` as a unified masked autoregressive model."""
+    absent = {"canvas_layers": 0, "spatial_layers": 0, "encoder_layers": 0}
+    only = {"family": "unified", "canvas": False, "temporal_patch": 1, "norm": "shared"}
+    return small_config(name, **(only | absent | changes))
+
+
 def least_config(name: str = "least", **changes: object) -> ModelConfig:
     """8x8 pixels and one layer of everything, for what looks at files more than at frames."""
     config = ModelConfig(
@@ -69,7 +76,23 @@ VARIANTS = {
     ),
     "no-canvas": small_config("no-canvas", norm="shared", canvas=False),
 }
-"""Between them every option of a model: norms, condition attention, modulation, actions, canvas."""
+"""Between them every option of CanvasMAR: norms, condition attention, modulation, actions,
+canvas."""
+
+FAMILIES = VARIANTS | {
+    "unified": unified_config(),
+    "next-group": small_config("next-group", group=3, spatial_layers=6, action_dim=6),
+    "next-group-isolated": small_config(
+        "next-group-isolated",
+        group=2,
+        spatial_layers=6,
+        encoder_layers=3,
+        condition_attention="isolated",
+        canvas=False,
+        action_dim=0,
+    ),
+}
+"""And models of every other family."""
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -82,7 +105,7 @@ def one_thread() -> None:
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]:
     """Bundle of a variant by name, exported on first use."""
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-    from canvasmar_rt.models.canvasmar import build
+    from canvasmar_rt.models.families import build
 
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
@@ -94,7 +117,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
         with FileLock(root / f"{name}.lock"):
             if (root / name).exists():
                 return Bundle.open(root / name)
-            model = build(VARIANTS[name], seed=3)
+            model = build(FAMILIES[name], seed=3)
             return export_bundle(model, SAMPLING, root / name, ExportOptions(seed=5), source="test")
 
     return get

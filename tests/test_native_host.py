@@ -253,6 +253,10 @@ def copy(tmp_path: Path) -> Path:
         (lambda b: (b / "frame.onnx").unlink(), "frame.onnx is missing; copy or export"),
         (lambda b: (b / "README.md").write_text("?"), "README.md does not match its hash"),
         (lambda b: flip(b / "flow" / "model.safetensors"), "model.safetensors does not match its"),
+        (
+            lambda b: edit(b, '"name": "toytable",', '"name": "t", "family": "unified",'),
+            "draws single frames of CanvasMAR",
+        ),
     ],
 )  # fmt: skip
 def test_a_spoilt_bundle_is_refused(

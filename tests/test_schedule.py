@@ -17,6 +17,7 @@ from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.schedule import (
     ROTARY_BASE,
     flow_plan,
+    flow_temperature,
     generation_order,
     guidance_branches,
     order_temperatures,
@@ -25,6 +26,20 @@ from canvasmar_rt.schedule import (
 )
 
 Array = npt.NDArray[Any]
+
+
+# -- flow temperature
+
+
+def test_the_flow_temperature_goes_linearly_to_its_last() -> None:
+    sampling = SamplingConfig(flow_temperature=(1.0, 0.5), temperature_frames=10)
+    found = [flow_temperature(sampling, frame) for frame in (0, 5, 10, 1000)]
+    assert found == pytest.approx([1.0, 0.75, 0.5, 0.5])
+    assert flow_temperature(SamplingConfig(), 7) == 1.0
+    with pytest.raises(ConfigError, match="flow_temperature"):
+        SamplingConfig(flow_temperature=(1.0, -0.1))
+    with pytest.raises(ConfigError, match="temperature_frames"):
+        SamplingConfig(temperature_frames=0)
 
 
 # -- set sizes

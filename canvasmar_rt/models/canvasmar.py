@@ -33,6 +33,11 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
+def put_tokens(x: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
+    """x (B, N, C) with `tokens` (B, n, C) at positions `index` (B, n) int64."""
+    return torch.scatter(x, 1, index[..., None].expand_as(tokens), tokens)
+
+
 class VitBlock(nn.Module):
     """Pre-norm transformer block; `forward` is plain bidirectional self-attention."""
 
@@ -94,6 +99,23 @@ class TemporalViT(nn.Module):
             x = x + told[:, None]
         return x.to(self.bos.dtype)
 
+    def embed_frames(
+        self,
+        latents_BTNC: Tensor,
+        is_first: Tensor,
+        actions: Tensor | None,
+        actions_given: Tensor | None,
+    ) -> Tensor:
+        """Input tokens (B, T, P, D) of a clip; arguments as for `forward`."""
+
+        def flat(y: Tensor | None) -> Tensor | None:
+            return None if y is None else y.flatten(0, 1)
+
+        x = self._tokens(
+            latents_BTNC.flatten(0, 1), is_first.flatten(), flat(actions), flat(actions_given)
+        )
+        return x.unflatten(0, latents_BTNC.shape[:2])
+
     def step(
         self,
         latent_BNC: Tensor,
@@ -146,15 +168,9 @@ class TemporalViT(nn.Module):
         """All frames of a clip at once (training): (B, T, N, C) -> z_t (B, T, P, D). Frame i sees
         frames i-F+1..i, as the ring cache does. `is_first`, `actions_given` (B, T), `actions`
         (B, T, A), `times` (T, 2, pairs)."""
-        batch, frames = latents_BTNC.shape[:2]
-
-        def flat(y: Tensor | None) -> Tensor | None:
-            return None if y is None else y.flatten(0, 1)
-
-        x = self._tokens(
-            latents_BTNC.flatten(0, 1), is_first.flatten(), flat(actions), flat(actions_given)
-        )
-        x = x.unflatten(0, (batch, frames)).flatten(1, 2)  # (B, T*P, D)
+        frames = latents_BTNC.shape[1]
+        x = self.embed_frames(latents_BTNC, is_first, actions, actions_given)
+        x = x.flatten(1, 2)  # (B, T*P, D)
         frame = torch.arange(frames, device=x.device).repeat_interleave(self.config.temporal_tokens)
         age = frame[:, None] - frame[None]
         visible = (age >= 0) & (age < self.config.context_frames)
@@ -169,7 +185,8 @@ class TemporalViT(nn.Module):
 
 
 class CanvasViT(nn.Module):
-    """Guesses the next frame in one pass from z_t and the most recent frame (sec. 4.2)."""
+    """Guesses the next frame in one pass from z_t and the most recent frame (sec. 4.2), or the next
+    J, each from a two-layer perceptron of its own (App. B)."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -180,17 +197,22 @@ class CanvasViT(nn.Module):
             VitBlock(dim, config.heads) for _ in range(config.canvas_layers)
         )
         self.norm = LayerNorm(dim)
+        heads = config.group if config.group > 1 else 0
+        self.heads = nn.ModuleList(Mlp(dim, ratio=1) for _ in range(heads))
         self.canvas = nn.Linear(dim, channels)
         self.staticness = nn.Linear(dim, 1)
 
     def forward(self, z_temporal: Tensor, latent_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z_t (B, P, D) and the latest frame, already noised by eq. 11, give the canvas tokens z_c
-        (B, N, D), the canvas (B, N, C), eq. 5, and staticness (B, N) in 0..1, eq. 7."""
+        (B, N, D), the canvas (B, N, C), eq. 5, and staticness (B, N) in 0..1, eq. 7; of a group
+        each is (B, J, N, ...)."""
         x = self.embed(latent_BNC.to(z_temporal.dtype)) + self.position
         x = torch.cat([z_temporal, x], dim=1)
         for block in self.blocks:
             x = block(x)
         z_canvas = self.norm(x[:, z_temporal.shape[1] :])
+        if self.heads:
+            z_canvas = torch.stack([z_canvas + head(z_canvas) for head in self.heads], dim=1)
         staticness = self.staticness(z_canvas).float().sigmoid()[..., 0]
         return z_canvas, self.canvas(z_canvas).float(), staticness
 
@@ -232,9 +254,28 @@ class SpatialBlock(nn.Module):
         return x + self.mlp(self.norm2(x, lengths), lengths), (k, v)
 
 
+class GroupAttention(nn.Module):
+    """Attention among the tokens that the frames of a group have at one position (App. B)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.group, self.heads = config.group, config.heads
+        self.norm, self.attn = LayerNorm(config.dim), Attention(config.dim)
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        """x (R, N, D), row r being frame r % J of its group, with token i at position `index`
+        (R, N) of its frame."""
+        grid = put_tokens(torch.zeros_like(x), index, x).unflatten(0, (-1, self.group))
+        q, k, v = self.attn.qkv(self.norm(grid)).transpose(1, 2).flatten(0, 1).chunk(3, dim=-1)
+        mixed = self.attn.out(attention(q, k, v, self.heads))  # (R/J*N, J, D)
+        mixed = mixed.unflatten(0, (-1, x.shape[1])).transpose(1, 2).flatten(0, 1)
+        return x + gather_tokens(mixed, index)
+
+
 class SpatialMAR(nn.Module):
     """Embeds the tokens to draw next from the condition z_t, the tokens drawn so far and canvas
-    tokens for all others (sec. 4.2, NOVA's encoder/decoder split)."""
+    tokens for all others (sec. 4.2, NOVA's encoder/decoder split). The frames of a group are rows
+    of their own, which meet in every fourth layer that sees whole frames."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -247,6 +288,11 @@ class SpatialMAR(nn.Module):
         self.no_temporal = nn.Parameter(torch.randn(dim))
         self.blocks = nn.ModuleList(SpatialBlock(config) for _ in range(config.spatial_layers))
         self.norm = LayerNorm(dim)
+        if config.group > 1:
+            self.frame = nn.Parameter(torch.randn(config.group, dim))
+            self.group = nn.ModuleDict(
+                {str(layer): GroupAttention(config) for layer in config.group_layers}
+            )
 
     @property
     def isolated(self) -> bool:
@@ -282,6 +328,8 @@ class SpatialMAR(nn.Module):
             known_tokens, known_index: (R, n, C) and (R, n), tokens drawn so far and their
                 positions; None in the first AR step.
 
+        Of a model that draws groups, row r is frame r % J of its group.
+
         Returns:
             (R, select, D).
         """
@@ -298,13 +346,13 @@ class SpatialMAR(nn.Module):
             assert known_index is not None
             known = known_index.shape[1]
             position = F.embedding(known_index, self.encoder_position)
-            embedded = self.embed(known_tokens.to(position.dtype)) + position
+            embedded = self._in_group(self.embed(known_tokens.to(position.dtype)) + position)
             x = embedded if x is None else torch.cat([x, embedded], dim=1)
         if x is not None:
             for block, kv in zip(self.blocks[:head], cached[:head], strict=True):
                 x, _ = block(x, (p, 0, known), kv)
         mask = gather_tokens(canvas_tokens, mask_index)
-        mask = mask + F.embedding(mask_index, self.decoder_position)
+        mask = self._in_group(mask + F.embedding(mask_index, self.decoder_position))
         parts = [mask]
         if x is not None:
             x_condition, x_known = x[:, :p], x[:, p:]
@@ -319,7 +367,19 @@ class SpatialMAR(nn.Module):
         for layer in range(head, last + 1):
             chosen = select if layer == last else None
             x, _ = self.blocks[layer](x, lengths, cached[layer], chosen)
+            if self.config.group > 1 and str(layer) in self.group:
+                index = mask_index
+                if known_index is not None:
+                    index = torch.cat([mask_index, known_index], dim=1)
+                whole = self.group[str(layer)](x[:, p:], index)
+                x = torch.cat([x[:, :p], whole], dim=1) if p else whole
         return self.norm(x)
+
+    def _in_group(self, x: Tensor) -> Tensor:
+        """x (R, n, D), rows of a group told which frame they are."""
+        if self.config.group == 1:
+            return x
+        return (x.unflatten(0, (-1, self.config.group)) + self.frame[:, None]).flatten(0, 1)
 
 
 class FlowHead(nn.Module):
@@ -379,18 +439,44 @@ class FlowHead(nn.Module):
         return self.out(self.final_norm(h) * (1 + scale) + shift).float()
 
 
-class CanvasMAR(nn.Module):
-    """The whole model; `canvas` is None for the no-canvas baseline."""
+class FrameModel(nn.Module):
+    """What every family has: a frame-causal transformer with a ring cache, a flow head that draws
+    tokens, an autoencoder, and perhaps a canvas."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    temporal: TemporalViT
+    canvas: CanvasViT | None
+
+    def __init__(self, config: ModelConfig, **parts: nn.Module | None) -> None:
         super().__init__()
         self.config = config
-        self.temporal = TemporalViT(config)
-        self.canvas = CanvasViT(config) if config.canvas else None
-        self.spatial = SpatialMAR(config)
+        for name, part in parts.items():
+            setattr(self, name, part)
         self.flow = FlowHead(config.autoencoder.latent_channels, config.dim, config.flow)
         self.apply(init_weights)
         self.autoencoder = Autoencoder(config.autoencoder)
+
+    @property
+    def device(self) -> torch.device:
+        return self.flow.out.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights."""
+        return self.flow.out.weight.dtype
+
+
+class CanvasMAR(FrameModel):
+    """The whole model; `canvas` is None for the no-canvas baseline."""
+
+    spatial: SpatialMAR
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(
+            config,
+            temporal=TemporalViT(config),
+            canvas=CanvasViT(config) if config.canvas else None,
+            spatial=SpatialMAR(config),
+        )
 
     def condition_tokens(self, z_temporal: Tensor, temporal_on: Tensor) -> Tensor:
         """z_t (B, P, D), or the learned vector where a branch does not see it, `temporal_on` (G,)
@@ -399,33 +485,7 @@ class CanvasMAR(nn.Module):
         return on * z_temporal + (1 - on) * self.spatial.no_temporal
 
     def mask_tokens(self, z_canvas: Tensor, canvas_on: Tensor) -> Tensor:
-        """z_c (B, N, D), already noised by eq. 12, or the mask embedding where a branch does not
-        see it: (G, B, N, D)."""
+        """z_c (R, N, D), already noised by eq. 12, or the mask embedding where a branch does not
+        see it: (G, R, N, D)."""
         on = canvas_on.to(z_canvas.dtype)[:, None, None, None]
         return on * z_canvas + (1 - on) * self.spatial.mask
-
-
-def build(config: ModelConfig, seed: int = 0) -> CanvasMAR:
-    """An untrained model with seeded weights, in evaluation mode."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return CanvasMAR(config).eval()
-
-
-def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Parameters of each module, without making the weights."""
-    with torch.device("meta"):
-        model = CanvasMAR(config)
-    return {
-        name: sum(p.numel() for p in module.parameters()) for name, module in model.named_children()
-    }
-
-
-def cast(model: CanvasMAR, dtype: torch.dtype) -> CanvasMAR:
-    """Cast the weights; tables that are always float32 (flow frequencies, latent statistics) keep
-    their precision."""
-    kept = {name: value.clone() for name, value in model.named_buffers()}
-    model = model.to(dtype)
-    for name, buffer in model.named_buffers():
-        buffer.data = kept[name].float()
-    return model

@@ -12,12 +12,13 @@ from torch import Tensor
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError
 from canvasmar_rt.files import replacing
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.families import build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
 
-def save_checkpoint(directory: Path, model: CanvasMAR, sampling: SamplingConfig) -> None:
+def save_checkpoint(directory: Path, model: FrameModel, sampling: SamplingConfig) -> None:
     """Write a checkpoint; each file appears whole or not at all, the weights first."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {"model": to_dict(model.config), "sampling": to_dict(sampling)}
@@ -28,7 +29,7 @@ def save_checkpoint(directory: Path, model: CanvasMAR, sampling: SamplingConfig)
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_checkpoint(directory: Path) -> tuple[CanvasMAR, SamplingConfig]:
+def load_checkpoint(directory: Path) -> tuple[FrameModel, SamplingConfig]:
     """Read a checkpoint into a float32 model in evaluation mode.
 
     Raises:
@@ -56,7 +57,7 @@ def load_checkpoint(directory: Path) -> tuple[CanvasMAR, SamplingConfig]:
     return load_state(config, state, str(directory / WEIGHTS_FILE)), sampling
 
 
-def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> CanvasMAR:
+def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> FrameModel:
     """A float32 model in evaluation mode with the given weights.
 
     Raises:

@@ -5,18 +5,22 @@ Export traces these, and the torch engine runs them: one definition of what a co
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.errors import ConfigError
-from canvasmar_rt.models.canvasmar import CanvasMAR, gather_tokens
+from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel, gather_tokens, put_tokens
+from canvasmar_rt.models.unified import UnifiedMAR
 
 
 class Graph(nn.Module):
     """One component: `forward` takes its inputs positionally and returns a tuple of outputs."""
 
-    def __init__(self, model: CanvasMAR, name: str) -> None:
+    def __init__(self, model: FrameModel, name: str) -> None:
         super().__init__()
         self.config = model.config
         self.component: Component = components(model.config)[name]
@@ -26,7 +30,7 @@ class Graph(nn.Module):
 
 
 class EncoderGraph(Graph):
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__(model, "encoder")
         self.autoencoder = model.autoencoder
 
@@ -37,7 +41,7 @@ class EncoderGraph(Graph):
 
 
 class DecoderGraph(Graph):
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__(model, "decoder")
         self.autoencoder = model.autoencoder
 
@@ -48,7 +52,7 @@ class DecoderGraph(Graph):
 
 
 class TemporalGraph(Graph):
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__(model, "temporal")
         self.temporal = model.temporal
 
@@ -64,7 +68,7 @@ class TemporalGraph(Graph):
             t["cache_bias"],
             caches,
         )
-        return z_temporal, *new
+        return (z_temporal, *new) if self.component.outputs[0].name == "z_temporal" else (*new,)
 
 
 class CanvasGraph(Graph):
@@ -106,40 +110,72 @@ class SpatialGraph(Graph):
         self._condition, self._mask = model.condition_tokens, model.mask_tokens
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        group = self.config.group
+        per_frame = ("z_canvas", "mask_index", "partial", "known_index")
         t = self.named(args)
+        if group > 1:  # frames become rows of the batch
+            t |= {name: t[name].flatten(0, 1) for name in per_frame if name in t}
         condition: Tensor | list[tuple[Tensor, Tensor]]
+
+        def each_frame(x: Tensor) -> Tensor:
+            """(G, B, P, D) -> (G*B*J, P, D)"""
+            if group > 1:
+                x = x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
+            return x.flatten(0, 1)
+
         if self.spatial.isolated:
-            flat = [x.flatten(0, 1) for name, x in t.items() if name.startswith("condition_")]
+            flat = [each_frame(x) for name, x in t.items() if name.startswith("condition_")]
             condition = list(zip(flat[::2], flat[1::2], strict=True))
-            branches = t["condition_key_0"].shape[:2]
+            branches = t["condition_key_0"].shape[0]
         else:
             tokens = self._condition(t["z_temporal"], t["temporal_on"])
-            branches = tokens.shape[:2]
-            condition = tokens.flatten(0, 1)
+            branches = tokens.shape[0]
+            condition = each_frame(tokens)
 
         def rows(x: Tensor) -> Tensor:
-            return x[None].expand(branches[0], *x.shape).flatten(0, 1)
+            return x[None].expand(branches, *x.shape).flatten(0, 1)
 
         if self.config.canvas:
             canvas = self._mask(t["z_canvas"], t["canvas_on"]).flatten(0, 1)
         else:
             mask = self.spatial.mask
-            canvas = mask.expand(branches[0] * branches[1], self.config.tokens, mask.shape[0])
+            batch = t["mask_index"].shape[0]
+            canvas = mask.expand(branches * batch, self.config.tokens, mask.shape[0])
         known = {}
         if "known_index" in t:
             known = {
                 "known_tokens": rows(gather_tokens(t["partial"], t["known_index"])),
                 "known_index": rows(t["known_index"]),
             }
-        select = t["select_index"].shape[1]
+        select = t["select_index"].shape[-1]
         z = self.spatial(condition, canvas, rows(t["mask_index"]), select, **known)
-        return (z.unflatten(0, branches),)
+        return (z.unflatten(0, (branches, *t["select_index"].shape[:-1])),)
+
+
+class DrawGraph(Graph):
+    """`SpatialGraph` of a unified model."""
+
+    def __init__(self, model: UnifiedMAR, name: str) -> None:
+        super().__init__(model, name)
+        self.temporal = model.temporal
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        t = self.named(args)
+        tokens, index = None, t.get("known_index")
+        if index is not None:
+            tokens = gather_tokens(t["partial"], index)
+        x = self.temporal.draw_tokens(t["select_index"].shape[0], tokens, index)
+        caches = [x for name, x in t.items() if name.startswith("cache_")]
+        z = self.temporal.draw(
+            x, t["select_index"], t["temporal_on"], t["draw_time"], t["history_bias"], caches
+        )
+        return (z,)
 
 
 class FlowPrepare(nn.Module):
     """Everything of the flow component that does not change from evaluation to evaluation."""
 
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__()
         self.flow = model.flow
 
@@ -157,7 +193,7 @@ class FlowPrepare(nn.Module):
 class FlowEvaluation(nn.Module):
     """One evaluation of the guided velocity and the solver's update (eq. 9, `FlowPlan`)."""
 
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__()
         self.flow = model.flow
 
@@ -180,7 +216,7 @@ class FlowEvaluation(nn.Module):
 class FlowGraph(Graph):
     """Draws the tokens of one set and puts them into the partial frame."""
 
-    def __init__(self, model: CanvasMAR) -> None:
+    def __init__(self, model: FrameModel) -> None:
         super().__init__(model, "flow")
         self.prepare, self.evaluate = FlowPrepare(model), FlowEvaluation(model)
 
@@ -195,12 +231,17 @@ class FlowGraph(Graph):
         return (put_tokens(t["partial"], t["select_index"], x),)
 
 
-def put_tokens(partial: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
-    """`partial` (B, N, C) with `tokens` (B, S, C) at positions `index` (B, S)."""
-    return torch.scatter(partial, 1, index[..., None].expand_as(tokens), tokens)
+class SplitGraph(Graph):
+    """The latent frames of a group, one by one."""
+
+    def __init__(self, model: FrameModel) -> None:
+        super().__init__(model, "split")
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        return tuple(x.clone() for x in args[0].unbind(1))
 
 
-def graph(model: CanvasMAR, name: str) -> Graph:
+def graph(model: FrameModel, name: str) -> Graph:
     """The module of one component.
 
     Raises:
@@ -209,14 +250,18 @@ def graph(model: CanvasMAR, name: str) -> Graph:
     if name not in components(model.config) or name == "frame":
         raise ConfigError(f"{model.config.name}: no component module {name!r}")
     if name in ("spatial", "spatial_first"):
+        if isinstance(model, UnifiedMAR):
+            return DrawGraph(model, name).eval()
+        assert isinstance(model, CanvasMAR)
         return SpatialGraph(model, name).eval()
-    kinds: dict[str, type] = {
+    kinds: dict[str, Callable[[Any], Graph]] = {
         "encoder": EncoderGraph,
         "decoder": DecoderGraph,
         "temporal": TemporalGraph,
         "canvas": CanvasGraph,
         "condition": ConditionGraph,
         "flow": FlowGraph,
+        "split": SplitGraph,
     }
     made: Graph = kinds[name](model).eval()
     return made

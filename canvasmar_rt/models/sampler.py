@@ -7,7 +7,7 @@ describes, and shares nothing with the runtime but the noise, the set sizes and 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -16,11 +16,12 @@ from torch import Tensor
 from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.models.autoencoder import first_frame_group
-from canvasmar_rt.models.canvasmar import CanvasMAR, gather_tokens
-from canvasmar_rt.models.graphs import put_tokens
+from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel, gather_tokens, put_tokens
+from canvasmar_rt.models.unified import UnifiedMAR
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import (
     flow_plan,
+    flow_temperature,
     generation_order,
     guidance_branches,
     set_sizes,
@@ -48,17 +49,18 @@ class State:
 class FrameNoise:
     """All randomness of one latent frame."""
 
-    flow: Tensor  # (B, N, C)
+    flow: Tensor  # (B, [J,] N, C)
     frame: Tensor  # (B, N, C), eq. 11
-    canvas: Tensor  # (B, N, D), eq. 12
-    order: Tensor  # (B, K, N), Gumbel
+    canvas: Tensor  # (B, [J,] N, D), eq. 12
+    order: Tensor  # (B, [J,] K, N), Gumbel
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sample:
     """One predicted latent frame: frames uint8 (B, t, H, W, 3), latent and canvas (B, N, C),
-    staticness (B, N), order (B, N). Canvas and staticness are None without a canvas. The first
-    frame of a video made from nothing stands for the last of its t decoded frames."""
+    staticness (B, N), order (B, N); of a group frames (B, J*t, ...) and the others (B, J, ...).
+    Canvas and staticness are None without a canvas. The first frame of a video made from nothing
+    stands for the last of its t decoded frames."""
 
     frames: Tensor
     latent: Tensor
@@ -78,20 +80,21 @@ def draw_noise(
         fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
         return torch.from_numpy(out)
 
-    gumbel = np.empty((b, sampling.ar_steps, n), np.float32)
+    group = config.group_shape
+    gumbel = np.empty((b, *group, sampling.ar_steps, n), np.float32)
     fill_gumbel(gumbel, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
     return FrameNoise(
-        flow=normal(Purpose.FLOW, b, n, c),
+        flow=flow_temperature(sampling, frame) * normal(Purpose.FLOW, b, *group, n, c),
         frame=normal(Purpose.FRAME_AUGMENTATION, b, n, c),
-        canvas=normal(Purpose.CANVAS_AUGMENTATION, b, n, config.dim),
+        canvas=normal(Purpose.CANVAS_AUGMENTATION, b, *group, n, config.dim),
         order=torch.from_numpy(gumbel),
     )
 
 
-def empty_state(model: CanvasMAR, batch: int) -> State:
+def empty_state(model: FrameModel, batch: int) -> State:
     """The state before any frame: the next step reads the BOS embedding."""
     c, ae = model.config, model.config.autoencoder
-    like = model.spatial.mask
+    like = model.flow.out.weight
     cache = like.new_zeros(c.context_frames, batch, c.temporal_tokens, c.dim)
     shapes = autoencoder_states(ae, decoder=True)
     return State(
@@ -103,10 +106,10 @@ def empty_state(model: CanvasMAR, batch: int) -> State:
 
 
 @torch.inference_mode()
-def encode(model: CanvasMAR, frames: Tensor) -> Tensor:
+def encode(model: FrameModel, frames: Tensor) -> Tensor:
     """Clip uint8 (B, 1+n*t, H, W, 3) -> latents (B, 1+n, N, C)."""
     ae = model.config.autoencoder
-    like = model.spatial.mask
+    like = model.flow.out.weight
     states = [like.new_zeros(len(frames), *s) for s in autoencoder_states(ae, decoder=False)]
     latents, _ = model.autoencoder.encode(
         first_frame_group(frames, ae.temporal_compression), states
@@ -114,7 +117,7 @@ def encode(model: CanvasMAR, frames: Tensor) -> Tensor:
     return latents
 
 
-def _advance(model: CanvasMAR, state: State, action: Tensor | None) -> tuple[Tensor, State]:
+def _advance(model: FrameModel, state: State, action: Tensor | None) -> tuple[Tensor, State]:
     """Feed the latest latent frame to the Temporal ViT: z_t (B, P, D) and the state after."""
     c = model.config
     batch, device = state.latent.shape[0], state.latent.device
@@ -145,7 +148,7 @@ def _advance(model: CanvasMAR, state: State, action: Tensor | None) -> tuple[Ten
 
 
 @torch.inference_mode()
-def start(model: CanvasMAR, latents: Tensor, actions: Tensor | None = None) -> State:
+def start(model: FrameModel, latents: Tensor, actions: Tensor | None = None) -> State:
     """State after context latents (B, n, N, C), n >= 1; `actions` (B, n-1, A) between them.
 
     The first pixel frame of the video is its own latent frame, so the decoder sees it as such."""
@@ -160,25 +163,26 @@ def start(model: CanvasMAR, latents: Tensor, actions: Tensor | None = None) -> S
 
 @torch.inference_mode()
 def step(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     state: State,
     noise: FrameNoise,
     action: Tensor | None = None,
 ) -> tuple[State, Sample]:
-    """Draw the next latent frame and decode it."""
+    """Draw the next latent frame, or group of them, and decode it. All frames of a group but the
+    last are fed to the Temporal ViT at once."""
     from_nothing = state.time == 0
     z_temporal, state = _advance(model, state, action)
 
     canvas = staticness = None
-    z_canvas = model.spatial.mask.expand(*noise.canvas.shape)
+    z_canvas = z_temporal.new_zeros(noise.canvas.shape)  # is not looked at without a canvas
     if model.canvas is not None and not from_nothing:
         r, r2 = sampling.frame_noise, sampling.canvas_noise
         noised = state.latent * (1 - r) + noise.frame * r
         z_canvas, canvas, staticness = model.canvas(z_temporal, noised)
         z_canvas = (z_canvas * (1 - r2) + noise.canvas * r2).to(z_temporal.dtype)
 
-    order_np = np.empty(noise.flow.shape[:2], np.int64)
+    order_np = np.empty(noise.flow.shape[:-1], np.int64)
     generation_order(
         None if staticness is None else staticness.cpu().numpy(),
         noise.order.cpu().numpy(),
@@ -194,26 +198,22 @@ def step(
         for x in (branches.temporal_on, branches.canvas_on, branches.weight)
     )
     times = model.flow.embed_time(torch.from_numpy(plan.time).to(order.device))
-    condition = model.condition_tokens(z_temporal, temporal_on).flatten(0, 1)
-    mask = model.mask_tokens(z_canvas, canvas_on).flatten(0, 1)
-    cached = model.spatial.condition_keys_values(condition) if model.spatial.isolated else condition
-    rows = len(weight)
+    if isinstance(model, UnifiedMAR):
+        embed = _unified(model, state, temporal_on)
+    else:
+        assert isinstance(model, CanvasMAR)
+        embed = _canvasmar(model, z_temporal, z_canvas, temporal_on, canvas_on)
 
-    latent = torch.zeros_like(noise.flow)
+    # from here to the decoder the frames of a group are rows of the batch
+    flow, order = _rows(noise.flow, 2), _rows(order, 1)
+    latent = torch.zeros_like(flow)
     known = 0
     for size in set_sizes(model.config.tokens, sampling.ar_steps):
         drawn, rest = order[:, :known], order[:, known:]
         chosen = rest[:, :size]
-        z = model.spatial(
-            cached,
-            mask,
-            rest.repeat(rows, 1),
-            size,
-            gather_tokens(latent, drawn).repeat(rows, 1, 1) if known else None,
-            drawn.repeat(rows, 1) if known else None,
-        ).unflatten(0, (rows, -1))
+        z = embed(latent, drawn, rest, size)
         embedded = model.flow.embed_condition(z)
-        x = gather_tokens(noise.flow, chosen)
+        x = gather_tokens(flow, chosen)
         velocity = torch.zeros_like(x)
         for e in range(len(plan.time)):
             last = velocity
@@ -225,7 +225,66 @@ def step(
         latent = put_tokens(latent, chosen, x)
         known += size
 
-    frames, decoder = model.autoencoder.decode(latent[:, None], state.decoder)
-    state = dataclasses.replace(state, latent=latent, decoder=tuple(decoder))
-    sample = Sample(frames=frames, latent=latent, canvas=canvas, staticness=staticness, order=order)
+    latents = latent.unflatten(0, (len(state.latent), -1))  # (B, J, N, C)
+    frames, decoder = model.autoencoder.decode(latents, state.decoder)
+    state = dataclasses.replace(state, decoder=tuple(decoder))
+    for inner in latents[:, :-1].unbind(1):
+        _, state = _advance(model, dataclasses.replace(state, latent=inner), None)
+    state = dataclasses.replace(state, latent=latents[:, -1])
+    sample = Sample(
+        frames=frames,
+        latent=latent.view_as(noise.flow),
+        canvas=canvas,
+        staticness=staticness,
+        order=order.view(noise.flow.shape[:-1]),
+    )
     return state, sample
+
+
+def _rows(x: Tensor, rest: int) -> Tensor:
+    """x with all axes but the last `rest` made one."""
+    return x.reshape(-1, *x.shape[-rest:])
+
+
+Embed = Callable[[Tensor, Tensor, Tensor, int], Tensor]
+"""(latent (R, N, C), drawn (R, n), rest (R, N-n), size) -> z (G, R, size, D) of the first `size` of
+the rest, given the tokens drawn so far."""
+
+
+def _canvasmar(
+    model: CanvasMAR, z_temporal: Tensor, z_canvas: Tensor, temporal_on: Tensor, canvas_on: Tensor
+) -> Embed:
+    group = model.config.group
+    condition = model.condition_tokens(z_temporal, temporal_on)
+    condition = condition.repeat_interleave(group, dim=1).flatten(0, 1)
+    mask = model.mask_tokens(_rows(z_canvas, 2), canvas_on).flatten(0, 1)
+    cached = model.spatial.condition_keys_values(condition) if model.spatial.isolated else condition
+    rows = len(temporal_on)
+
+    def embed(latent: Tensor, drawn: Tensor, rest: Tensor, size: int) -> Tensor:
+        known = drawn.shape[1] > 0
+        z: Tensor = model.spatial(
+            cached,
+            mask,
+            rest.repeat(rows, 1),
+            size,
+            gather_tokens(latent, drawn).repeat(rows, 1, 1) if known else None,
+            drawn.repeat(rows, 1) if known else None,
+        )
+        return z.unflatten(0, (rows, -1))
+
+    return embed
+
+
+def _unified(model: UnifiedMAR, state: State, temporal_on: Tensor) -> Embed:
+    c, device = model.config, temporal_on.device
+    bias = torch.where(torch.arange(c.context_frames) < state.time, 0.0, MASKED)
+    bias = bias.expand(len(state.latent), -1).to(device)
+    time = torch.from_numpy(time_rotation(state.time, c.time_rotary_pairs)).to(device)
+
+    def embed(latent: Tensor, drawn: Tensor, rest: Tensor, size: int) -> Tensor:
+        tokens = gather_tokens(latent, drawn) if drawn.shape[1] else None
+        x = model.temporal.draw_tokens(len(latent), tokens, drawn)
+        return model.temporal.draw(x, rest[:, :size], temporal_on, time, bias, state.caches)
+
+    return embed

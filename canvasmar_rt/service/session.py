@@ -110,7 +110,7 @@ class Session:
             "model": self._config.name,
             "width": ae.width,
             "height": ae.height,
-            "frames": ae.temporal_compression,
+            "frames": self._config.step_frames,
             "tick_ms": 1e3 * self._settings.tick_s(self._config),
             "budget_ms": 1e3 * self._settings.budget_s(self._config),
             "action_dim": self._config.action_dim,

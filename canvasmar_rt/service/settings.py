@@ -51,8 +51,8 @@ class Settings:
                 raise ConfigError(f"{name} must be a positive number, got {value}")
 
     def tick_s(self, config: ModelConfig) -> float:
-        """Seconds of a tick, in which one latent frame is predicted."""
-        return config.autoencoder.temporal_compression / (self.fps or config.fps)
+        """Seconds of a tick, in which one latent frame, or one group of them, is predicted."""
+        return config.step_frames / (self.fps or config.fps)
 
     def budget_s(self, config: ModelConfig) -> float:
         """Seconds from a tick's start to its deadline.

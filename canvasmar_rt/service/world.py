@@ -234,7 +234,7 @@ class World:
         met = time.perf_counter() <= deadline
         show(seated, prediction.frames, canvas=False, ar_steps=prediction.ar_steps, met=met)
         for player in seated.values():
-            player.frame += 1
+            player.frame += self._predictor.config.group
         self._metrics.ticks.labels(str(prediction.ar_steps)).inc()
         self._metrics.missed.inc(not met)
 

@@ -116,6 +116,10 @@ Bundle open_bundle(const fs::path& directory) {
   for (const auto& [name, component] : bundle.manifest.at("components").items())
     if (!bundle.manifest.at("files").contains(component.at("file").get<std::string>()))
       throw Failure(name + ": its graph is not a listed file; export the bundle again");
+  const std::string family = bundle.manifest.at("model").value("family", "canvasmar");
+  if (family != "canvasmar" || !bundle.manifest.at("components").contains("frame"))
+    throw Failure(path.string() + ": this host draws single frames of CanvasMAR; run next-group " +
+                  "and unified models from Python");
   return bundle;
 }
 

@@ -23,7 +23,8 @@ import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import FlowConfig, SamplingConfig
 from canvasmar_rt.errors import EngineError
-from canvasmar_rt.models.canvasmar import CanvasMAR, build, cast
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.models.graphs import FlowGraph
 from canvasmar_rt.schedule import flow_plan
 from tests.conftest import small_config

@@ -29,7 +29,8 @@ from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
 from canvasmar_rt.export import exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build
 from canvasmar_rt.verify import verify
 from tests.conftest import least_config
 

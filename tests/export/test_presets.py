@@ -13,7 +13,7 @@ import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import ModelConfig, SamplingConfig, preset
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-from canvasmar_rt.models.canvasmar import build, count_parameters
+from canvasmar_rt.models.families import build, count_parameters
 
 
 def shallow_bair() -> tuple[ModelConfig, SamplingConfig]:

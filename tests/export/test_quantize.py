@@ -24,7 +24,8 @@ from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.export import exporter
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.export.quantize import quantize_products, quantize_weight
-from canvasmar_rt.models.canvasmar import CanvasMAR, build, cast
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.verify import verify
 from tests.conftest import least_config
 

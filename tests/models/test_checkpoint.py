@@ -15,7 +15,7 @@ from torch import Tensor
 from canvasmar_rt.config import AutoencoderConfig, SamplingConfig
 from canvasmar_rt.errors import BundleError, CanvasMarError, ConfigError
 from canvasmar_rt.models import checkpoint
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.checkpoint import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -23,6 +23,7 @@ from canvasmar_rt.models.checkpoint import (
     load_state,
     save_checkpoint,
 )
+from canvasmar_rt.models.families import build
 from tests.conftest import least_config
 
 CONFIG = least_config(

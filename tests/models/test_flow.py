@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from canvasmar_rt.components import components
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
-from canvasmar_rt.models.canvasmar import FlowHead, build
+from canvasmar_rt.models.canvasmar import FlowHead
+from canvasmar_rt.models.families import build
 from canvasmar_rt.models.graphs import graph, put_tokens
 from canvasmar_rt.schedule import flow_plan, guidance_branches
 

@@ -18,7 +18,8 @@ from canvasmar_rt.components import autoencoder_states
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build
 from canvasmar_rt.models.sampler import FrameNoise, Sample, State
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import set_sizes, time_rotation

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from canvasmar_rt.components import components
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig
-from canvasmar_rt.models.canvasmar import CanvasMAR, SpatialBlock, SpatialMAR, build, gather_tokens
+from canvasmar_rt.models.canvasmar import CanvasMAR, SpatialBlock, SpatialMAR, gather_tokens
+from canvasmar_rt.models.families import build
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.models.layers import Experts
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from canvasmar_rt.components import MASKED
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig
-from canvasmar_rt.models.canvasmar import TemporalViT, build
+from canvasmar_rt.models.canvasmar import TemporalViT
+from canvasmar_rt.models.families import build
 from canvasmar_rt.models.layers import Attention, Rotary, attention, rotate
 from canvasmar_rt.schedule import time_rotation
 
