@@ -16,7 +16,8 @@ import typer
 from canvasmar_rt.command import run_command
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import ConfigError, InputError
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.families import build
 from training import stages
 from training.clips import ClipSource, LatentSource, ToyTableSource, check_length, write_latents
 from training.config import RECIPES, Recipe, recipe
@@ -24,12 +25,13 @@ from training.datasets import READERS, make_source
 from training.losses import open_skips, zero_outputs
 from training.options import override
 from training.trainer import Trainer, load_weights, process_group, progress_bar
+from training.transfer import transfer
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train the autoencoder, encode a data set, train CanvasMAR on it.",
+    help="Train the autoencoder, encode a data set, train models on it.",
 )
 Run = Annotated[
     Path, typer.Option("--output", "-o", help="Run directory; a run found there is resumed.")
@@ -151,12 +153,7 @@ def model(
     if init is None:
         zero_outputs(network)
     else:
-        given = load_weights(init)[0].state_dict()
-        own = {k: v for k, v in network.state_dict().items() if not k.startswith("autoencoder.")}
-        differing = [k for k, v in own.items() if k not in given or given[k].shape != v.shape]
-        if differing:
-            raise ConfigError(f"--init {init}: another model; {differing[0]} does not fit")
-        network.load_state_dict({k: given[k] for k in own}, strict=False)
+        transfer(load_weights(init)[0], network, str(init))
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
     source: ClipSource
     if latents is None:
@@ -224,7 +221,7 @@ def _described(data: str, root: Path | None) -> dict[str, str]:
     return {"name": data} | ({} if root is None else {"root": str(root)})
 
 
-def _with_autoencoder(config: ModelConfig, trained: CanvasMAR, seed: int) -> CanvasMAR:
+def _with_autoencoder(config: ModelConfig, trained: FrameModel, seed: int) -> FrameModel:
     if trained.config.autoencoder != config.autoencoder:
         raise ConfigError(
             "the autoencoder was trained with another configuration: "

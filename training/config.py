@@ -15,6 +15,7 @@ from canvasmar_rt.errors import ConfigError
 Precision = Literal["fp32", "bf16"]
 OptimizerName = Literal["adamw", "muon"]
 FlowTime = Literal["uniform", "logit-normal"]
+Teacher = Literal["ctf", "mtf", "next-frame"]
 
 
 def _require(ok: bool, message: str) -> None:
@@ -82,11 +83,18 @@ class AutoencoderTraining(RunConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelTraining(RunConfig):
-    """CanvasMAR (eq. 10). Drop probabilities are per latent frame (sec. 4.4), `action_drop` per
-    clip half the time and per latent frame otherwise, so that a model also runs whole clips
+    """The second stage (eq. 10). Drop probabilities are per latent frame (sec. 4.4), `action_drop`
+    per clip half the time and per latent frame otherwise, so that a model also runs whole clips
     without actions. `history_noise` is the largest deviation of the noise added to each latent
-    frame the Temporal ViT reads (not in the paper). `flow_repeat` flow times are drawn per token
-    (MAR's multiplier)."""
+    frame the Temporal ViT reads (not in the paper; MAGI's noise on the clean copies).
+    `flow_repeat` flow times are drawn per token (MAR's multiplier).
+
+    Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
+    clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or
+    clean frames before the one masked frame that ends the clip ("next-frame", VideoMAR).
+    `frame_intervals`: a step's clips keep every s-th latent frame, s drawn from 1 to this (MAGI's
+    dynamic intervals). `lengths`: latent frames of the clips, each for an equal share of the steps
+    (VideoMAR's short-to-long curriculum; empty: whole clips)."""
 
     canvas_weight: float = 0.1
     static_weight: float = 0.1
@@ -101,9 +109,14 @@ class ModelTraining(RunConfig):
     mask_ratio_std: float = 0.25
     flow_repeat: int = 4
     flow_time: FlowTime = "uniform"
+    teacher: Teacher = "ctf"
+    frame_intervals: int = 1
+    lengths: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _require(self.frame_intervals >= 1, "training: frame_intervals must be at least 1")
+        _require(all(n >= 2 for n in self.lengths), "training: lengths must be at least 2")
         drops = self.canvas_drop, self.temporal_drop, self.both_drop
         _require(min(drops) >= 0 and sum(drops) <= 1, "training: drops must be chances, sum <= 1")
         _require(0 <= self.action_drop <= 1, "training: action_drop must lie in [0, 1]")
@@ -180,7 +193,21 @@ def toytable() -> Recipe:
     )  # fmt: skip
 
 
-RECIPES = {f.__name__: f for f in (bair, ucf101, kinetics600, toytable)}
+def toytable_unified() -> Recipe:
+    """`toytable` as a unified model: MAGI by default, VideoMAR with `teacher` next-frame."""
+    return dataclasses.replace(toytable(), model=preset("toytable_unified")[0])
+
+
+def toytable_next_2() -> Recipe:
+    """`toytable`, two latent frames at a time: a tenth of its training, from its weights."""
+    base = toytable()
+    training = dataclasses.replace(base.training, steps=1_200, decay_steps=600)
+    return dataclasses.replace(base, model=preset("toytable_next_2")[0], training=training)
+
+
+RECIPES = {
+    f.__name__: f for f in (bair, ucf101, kinetics600, toytable, toytable_unified, toytable_next_2)
+}
 
 
 def recipe(name: str) -> Recipe:

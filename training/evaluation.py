@@ -21,7 +21,7 @@ import math
 import platform
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,14 +38,15 @@ from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.families import count_parameters
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
 from training.datasets import READERS, make_source
-from training.figures import draw_ablations
-from training.losses import Draws, ModelLoss
+from training.figures import draw_ablations, draw_comparison
+from training.losses import Draws, model_loss
 from training.metrics import I3D, PROTOCOLS, GaussianStats, Lpips, psnr
 from training.options import override
 from training.protocols import context_frames, measure_protocol
@@ -99,7 +100,7 @@ def held_out(first: int, count: int, frames: int, size: int) -> Clips:
 
 
 def batches(
-    model: CanvasMAR, clips: int, batch: int, frames: int, *, start: int = 0
+    model: FrameModel, clips: int, batch: int, frames: int, *, start: int = 0
 ) -> Iterator[tuple[int, Clips]]:
     """(index of the first, clips) of held-out clips start ... start + clips - 1 in turn."""
     size = model.config.autoencoder.height
@@ -107,19 +108,19 @@ def batches(
         yield first, held_out(first, min(batch, start + clips - first), frames, size)
 
 
-def _given(model: CanvasMAR, context: int) -> int:
+def _given(model: FrameModel, context: int) -> int:
     """Pixel frames of a context of latent frames."""
     return 1 + (context - 1) * model.config.autoencoder.temporal_compression
 
 
-def _check_predicted(model: CanvasMAR, frames: int) -> None:
+def _check_predicted(model: FrameModel, frames: int) -> None:
     t = model.config.autoencoder.temporal_compression
     if frames < 1 or frames % t:
         raise InputError(f"{frames} predicted frames are not whole latent frames of {t}")
 
 
 def measure_reconstruction(
-    model: CanvasMAR, *, clips: int, frames: int, batch: int, tick: Callable[[int], None]
+    model: FrameModel, *, clips: int, frames: int, batch: int, tick: Callable[[int], None]
 ) -> dict[str, Any]:
     """PSNR of clips through the autoencoder: the mean over all frames, over each frame of a clip
     (one that drifts shows), and that of the mean squared error of all pixels, which the worst
@@ -169,13 +170,13 @@ class AlikeDraws(Draws):
 
 @torch.no_grad()
 def measure_losses(
-    model: CanvasMAR, *, clips: int, batch: int, tick: Callable[[int], None]
+    model: FrameModel, *, clips: int, batch: int, tick: Callable[[int], None]
 ) -> dict[str, Any]:
     """The training losses on held-out clips of 17 frames (or the whole latent frames in them) under
     the same draws for every model. The mask ratio is one for a batch: only figures of one batch
     size compare."""
-    loss = ModelLoss(model, ModelTraining(steps=1, batch=batch)).eval()
-    device = model.spatial.mask.device
+    loss = model_loss(model, ModelTraining(steps=1, batch=batch)).eval()
+    device = model.device
     t = model.config.autoencoder.temporal_compression
     sums: dict[str, float] = {}
     for first, given in batches(model, clips, batch, 1 + 16 // t * t):
@@ -193,7 +194,7 @@ def measure_losses(
 
 
 def measure_one_step(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     *,
     clips: int,
@@ -244,7 +245,7 @@ def measure_one_step(
 
 
 def measure_rollouts(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     *,
     clips: int,
@@ -313,8 +314,8 @@ without guidance, (c) removes one branch at a time."""
 
 
 def measure_ablations(
-    model: CanvasMAR,
-    plain: CanvasMAR,
+    model: FrameModel,
+    plain: FrameModel,
     sampling: SamplingConfig,
     *,
     steps: tuple[int, ...],
@@ -342,25 +343,59 @@ def measure_ablations(
     """
     if plain.canvas is not None or model.canvas is None:
         raise ConfigError("ablations: expected a model with a canvas, and the other one without")
-    if plain.config.autoencoder != model.config.autoencoder:
-        raise ConfigError("ablations: the two models have autoencoders of another configuration")
+    curves = {
+        name: (
+            plain if name == "no canvas" else model,
+            dataclasses.replace(sampling, **changes),
+        )
+        for name, changes in ABLATIONS.items()
+    }
+    return measure_curves(
+        curves, steps=steps, seeds=seeds, clips=clips, frames=frames, context=context, batch=batch,
+        about={"no_canvas_weights": weights_id(plain)}, tick=tick, before=before, keep=keep,
+    )  # fmt: skip
+
+
+def measure_curves(
+    models: Mapping[str, tuple[FrameModel, SamplingConfig]],
+    *,
+    steps: tuple[int, ...],
+    seeds: int,
+    clips: int,
+    frames: int,
+    context: int,
+    batch: int,
+    about: Mapping[str, Any],
+    tick: Callable[[int], None],
+    before: Callable[[dict[str, Any]], dict[str, Any]] = lambda result: {},
+    keep: Callable[[dict[str, Any]], None] = lambda result: None,
+) -> dict[str, Any]:
+    """Frechet distance against AR steps, a curve for each of `models`, which share clips and noise;
+    other arguments as for `measure_ablations`, `about` being what else the result says.
+
+    Raises:
+        InputError: if `frames` are not whole latent frames.
+        ConfigError: if the models do not fit together, or there are more steps than tokens.
+    """
+    model = next(iter(models.values()))[0]
+    if any(other.config.autoencoder != model.config.autoencoder for other, _ in models.values()):
+        raise ConfigError("the models have autoencoders of different configurations")
     _check_predicted(model, frames)
-    points: dict[tuple[str, int], tuple[CanvasMAR, SamplingConfig]] = {}
-    for name, changes in ABLATIONS.items():
+    points: dict[tuple[str, int], tuple[FrameModel, SamplingConfig]] = {}
+    for name, (network, chosen) in models.items():
         for k in steps:
-            set_sizes(model.config.tokens, k)
-            chosen = dataclasses.replace(sampling, ar_steps=k, **changes)
-            points[name, k] = (plain if name == "no canvas" else model, chosen)
+            set_sizes(network.config.tokens, k)
+            points[name, k] = network, dataclasses.replace(chosen, ar_steps=k)
     given = _given(model, context)
     result: dict[str, Any] = {
         "clips": clips,
         "frames": frames,
         "context": context,
         "seeds": seeds,
-        "no_canvas_weights": weights_id(plain),
+        **about,
     }
     found = before(result)
-    curves = result["curves"] = {name: dict(found.get(name, {})) for name in ABLATIONS}
+    curves = result["curves"] = {name: dict(found.get(name, {})) for name in models}
 
     def features(shown: Tensor) -> Tensor:
         return pair_features(shown[:, given - 1 :]).flatten(0, 1)
@@ -538,10 +573,7 @@ def ablations(
     written after every point; started again with the same options, only the rest is measured."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
     plain, _ = _load_toytable(no_canvas, output, device, threads, None)
-    try:
-        counts = tuple(sorted({int(k) for k in steps.split(",")}))
-    except ValueError:
-        raise ConfigError(f"--steps {steps!r}: expected whole numbers with commas") from None
+    counts = _step_counts(steps)
 
     def report(result: dict[str, Any]) -> dict[str, Any]:
         return _report("ablations", model, sampling, result)
@@ -557,13 +589,78 @@ def ablations(
 
 
 @app.command()
+def compare(
+    models: Annotated[
+        list[str], typer.Argument(metavar="NAME=CHECKPOINT...", help="Models, as for ablations.")
+    ],
+    output: Output,
+    clips: Clip = 512,
+    frames: Frames = 16,
+    context: Context = 2,
+    steps: Annotated[str, typer.Option(help="AR steps, with commas.")] = "2,4,8",
+    seeds: Annotated[int, typer.Option(min=1, help="Sets of clips.")] = 3,
+    batch: Batch = 32,
+    set_: Sampling = None,
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Frechet distance of several models, of whatever family, against AR steps. Resumes as
+    `ablations` does."""
+    loaded = {}
+    for text in models:
+        name, equals, path = text.partition("=")
+        if not (name and equals and path):
+            raise ConfigError(f"{text!r}: expected NAME=CHECKPOINT")
+        loaded[name] = _load_toytable(Path(path), output, device, threads, set_)
+    counts = _step_counts(steps)
+    (first, sampling), *_ = loaded.values()
+    about = {
+        "models": {
+            name: {
+                "weights": weights_id(model),
+                "family": model.config.family,
+                "group": model.config.group,
+                "parameters": sum(
+                    n for part, n in count_parameters(model.config).items() if part != "autoencoder"
+                ),
+            }
+            for name, (model, _) in loaded.items()
+        }
+    }
+
+    def report(result: dict[str, Any]) -> dict[str, Any]:
+        return _report("compare", first, sampling, result)
+
+    with _ticking("compare", clips * seeds * len(counts) * len(loaded), quiet) as tick:
+        result = measure_curves(
+            loaded, steps=counts, seeds=seeds, clips=clips, frames=frames, context=context,
+            batch=batch, about=about, tick=tick,
+            before=lambda result: _curves_before(output, report(result)),
+            keep=lambda result: _write_report(output, report(result)),
+        )  # fmt: skip
+    _write(output, "compare", first, sampling, result, quiet)
+
+
+def _step_counts(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(sorted({int(k) for k in text.split(",")}))
+    except ValueError:
+        raise ConfigError(f"--steps {text!r}: expected whole numbers with commas") from None
+
+
+@app.command()
 def plot(
-    ablations: Annotated[Path, typer.Argument(help="JSON file that `ablations` wrote.")],
+    measured: Annotated[
+        Path, typer.Argument(help="JSON file that `ablations` or `compare` wrote.")
+    ],
     output: Picture,
 ) -> None:
-    """Draw the paper's Figure 3 from what `ablations` measured."""
+    """Draw the paper's Figure 3 from what `ablations` measured, or the curves of `compare`."""
     check_writable(output)
-    write_file(output, draw_ablations(_read_ablations(ablations)["result"]))
+    report = _read_ablations(measured)
+    draw = draw_comparison if report["what"] == "compare" else draw_ablations
+    write_file(output, draw(report["result"]))
 
 
 @app.command()
@@ -634,7 +731,7 @@ def protocol(
     chosen = PROTOCOLS[name]
     model, sampling = _load(checkpoint, output, device, threads, set_)
     context_frames(model, chosen.conditioning)
-    place = model.spatial.mask.device
+    place = model.device
     features = I3D(i3d, device=place, chunk=batch)
     distance = None if lpips is None else Lpips(lpips, device=place)
     usual = name.split("-")[0]
@@ -666,7 +763,7 @@ def protocol(
 
 def _load(
     checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
-) -> tuple[CanvasMAR, SamplingConfig]:
+) -> tuple[FrameModel, SamplingConfig]:
     """Model and sampling options; what hours of work would end in is checked first."""
     check_writable(output)
     if threads is not None:
@@ -683,9 +780,9 @@ def _load(
 
 def _load_toytable(
     checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
-) -> tuple[CanvasMAR, SamplingConfig]:
+) -> tuple[FrameModel, SamplingConfig]:
     model, sampling = _load(checkpoint, output, device, threads, assignments)
-    ae, actions = model.config.autoencoder, model.config.action_dim
+    ae, actions = model.config.autoencoder, model.config.action_dim // model.config.group
     if (ae.height, ae.width) != (64, 64) or actions not in (0, 2 * ae.temporal_compression):
         raise ConfigError(
             f"{checkpoint}: ToyTable has 64x64 pixels and {2 * ae.temporal_compression} numbers of "
@@ -706,12 +803,12 @@ def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], Non
 
 def _report(
     what: str,
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig | None,
     result: dict[str, Any],
     engine: str = "",
 ) -> dict[str, Any]:
-    device = model.spatial.mask.device
+    device = model.device
     return {
         "what": what,
         "model": to_dict(model.config),
@@ -733,7 +830,7 @@ def _write_report(path: Path, report: dict[str, Any]) -> None:
 def _write(
     path: Path,
     what: str,
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig | None,
     result: dict[str, Any],
     quiet: bool,
@@ -752,7 +849,7 @@ def _read_ablations(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: cannot be read as JSON ({error})") from None
     if (
         not isinstance(report, dict)
-        or report.get("what") != "ablations"
+        or report.get("what") not in ("ablations", "compare")
         or not isinstance(report.get("result"), dict)
     ):
         raise InputError(f"{path}: not written by `python -m training.evaluation ablations`")

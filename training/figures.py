@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from canvasmar_rt.errors import ConfigError, InputError
 
 # (curve of the measurements, its name here, colour, marker, line): colours of Okabe and Ito, which
 # colour-blind people can tell apart; markers and lines differ too, for a print without colours.
-_PANELS = {
+_Panels = Mapping[str, Sequence[tuple[str, str, str, str, str]]]
+_PANELS: _Panels = {
     "Canvas and order, without guidance": (
         ("no canvas", "no canvas", "#0072B2", "s", "--"),
         ("canvas", "canvas", "#E69F00", "o", "-"),
@@ -24,7 +26,27 @@ _PANELS = {
 }
 
 
-def draw_ablations(result: Any) -> bytes:
+_STYLES = (
+    ("#000000", "o", "-"), ("#0072B2", "s", "--"), ("#E69F00", "^", "-"), ("#009E73", "v", "-."),
+    ("#CC79A7", "D", ":"), ("#56B4E9", "P", "-"), ("#D55E00", "X", "--"),
+)  # fmt: skip
+
+
+def draw_comparison(result: Any) -> bytes:
+    """PNG of what `compare` measured: Frechet distance of each model against AR steps.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+        InputError: if `result` lacks a curve, or holds something else.
+    """
+    names = list(result.get("curves", ()))
+    if not 1 <= len(names) <= len(_STYLES):
+        raise InputError(f"plot: expected 1 to {len(_STYLES)} models, got {len(names)}")
+    lines = [(n, n, *style) for n, style in zip(names, _STYLES, strict=False)]
+    return draw_ablations(result, {"Models": lines})
+
+
+def draw_ablations(result: Any, panels: _Panels = _PANELS) -> bytes:
     """PNG of Figure 3: Frechet distance against AR steps. `result` is that of `ablations`; a point
     is the mean over seeds, its bar reaches from the least to the greatest.
 
@@ -39,10 +61,11 @@ def draw_ablations(result: Any) -> bytes:
     except ImportError:
         raise ConfigError("plot needs matplotlib: pip install 'canvasmar-rt[train]'") from None
 
-    figure = Figure(figsize=(9.0, 4.0), dpi=200, layout=ConstrainedLayoutEngine(wspace=0.06))
+    size = 4.5 * len(panels) if len(panels) > 1 else 6.0
+    figure = Figure(figsize=(size, 4.0), dpi=200, layout=ConstrainedLayoutEngine(wspace=0.06))
     seeds = 0
-    for place, (title, lines) in enumerate(_PANELS.items()):
-        axes = figure.add_subplot(1, 2, place + 1)
+    for place, (title, lines) in enumerate(panels.items()):
+        axes = figure.add_subplot(1, len(panels), place + 1)
         seen: list[float] = []
         ticks: set[int] = set()
         for number, (curve, label, colour, marker, line) in enumerate(lines):
@@ -72,7 +95,8 @@ def draw_ablations(result: Any) -> bytes:
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
-        axes.set_title(f"({'ab'[place]}) {title}", fontsize=12)
+        if len(panels) > 1:
+            axes.set_title(f"({'ab'[place]}) {title}", fontsize=12)
         axes.tick_params(labelsize=10)
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)

@@ -11,15 +11,18 @@ Shapes: B clips, T latent frames, N tokens, C channels, P temporal tokens, D mod
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from canvasmar_rt.components import autoencoder_states
+from canvasmar_rt.config import ModelConfig
+from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models.autoencoder import Autoencoder, ResBlock, first_frame_group
-from canvasmar_rt.models.canvasmar import CanvasMAR, gather_tokens
+from canvasmar_rt.models.canvasmar import CanvasMAR, FlowHead, FrameModel, gather_tokens
+from canvasmar_rt.models.unified import UnifiedMAR
 from canvasmar_rt.schedule import time_rotation
 from training.config import AutoencoderTraining, ModelTraining
 
@@ -34,7 +37,7 @@ class Draws:
             state = int(np.random.SeedSequence((seed, step, *key)).generate_state(1, np.uint64)[0])
             return torch.Generator(device).manual_seed(state >> 1)
 
-        self.device = device
+        self.device, self.step = device, step
         self._shared = generator(0)
         self._clips = [generator(1, clip) for clip in clips]
 
@@ -108,7 +111,7 @@ def open_skips(autoencoder: Autoencoder) -> None:
             nn.init.zeros_(module.conv2.weight)
 
 
-def zero_outputs(model: CanvasMAR) -> None:
+def zero_outputs(model: FrameModel) -> None:
     """Start the flow head at velocity 0 with closed gates (adaLN-zero), as MAR's does."""
     flow = model.flow
     layers = [flow.modulation, flow.out]
@@ -119,7 +122,7 @@ def zero_outputs(model: CanvasMAR) -> None:
             nn.init.zeros_(parameter)
 
 
-class ModelLoss(nn.Module):
+class CanvasMarLoss(nn.Module):
     """L_MAR + 0.1 L_canvas + 0.1 L_static (eq. 10) over all frames of a clip at once."""
 
     def __init__(self, model: CanvasMAR, config: ModelTraining) -> None:
@@ -131,114 +134,258 @@ class ModelLoss(nn.Module):
     def forward(
         self, latents: Tensor, actions: Tensor | None, draws: Draws
     ) -> tuple[Tensor, Terms]:
-        """Normalised latents (B, T, N, C) and actions (B, T-1, A) -> the loss and its terms."""
-        c = self.config
+        """Normalised latents (B, T, N, C) and actions (B, T-1, A/J) -> the loss and its terms.
+
+        Every frame is predicted, frame by frame or, by a model that draws groups of J, in groups
+        that begin at a frame drawn for the step."""
+        c, group = self.config, self.model_config.group
         batch, frames, tokens = latents.shape[:3]
-        target = latents.flatten(0, 1)  # (B*T, N, C), every frame is predicted
-        drop = draws.uniform(frames).flatten()[:, None, None]
+        begin = int(draws.shared_uniform() * group) if group > 1 else 0
+        count = (frames - begin) // group
+        starts = torch.arange(begin, begin + count * group, group, device=latents.device)
+        groups = latents[:, begin : begin + count * group].reshape(batch, count, group, tokens, -1)
+        target = groups.flatten(0, 2)  # (B*M*J, N, C) of M groups a clip
+        drop = draws.uniform(count).flatten()[:, None, None]
         canvas_on = (drop >= c.canvas_drop + c.both_drop).float()
         temporal_on = (
             (drop >= c.canvas_drop + c.both_drop + c.temporal_drop) | (drop < c.canvas_drop)
         ).float()
 
-        z_temporal = self._temporal(latents, actions, draws).flatten(0, 1)  # (B*T, P, D)
+        z_temporal = self._temporal(latents, actions, starts, draws).flatten(0, 1)  # (B*M, P, D)
         canvas_terms: Terms = {}
-        z_canvas = torch.zeros_like(z_temporal[:, :1])
+        z_canvas = torch.zeros_like(z_temporal[:1, :1])
         if self.canvas is None:
             canvas_on = torch.zeros_like(canvas_on)
         else:
-            z_canvas, canvas_terms = self._canvas(latents, z_temporal, draws)
-            first = torch.arange(batch * frames, device=latents.device) % frames == 0
-            canvas_on = canvas_on * (~first).float()[:, None, None]  # nothing to go on at the BOS
+            z_canvas, canvas_terms = self._canvas(latents, groups, starts, z_temporal, draws)
+            canvas_on = canvas_on * (starts > 0).float().repeat(batch)[:, None, None]  # not at BOS
         condition = temporal_on * z_temporal + (1 - temporal_on) * self.spatial.no_temporal
+        canvas_on = canvas_on.repeat_interleave(group, dim=0)
         mask_tokens = canvas_on * z_canvas + (1 - canvas_on) * self.spatial.mask
         mask_tokens = mask_tokens.expand(-1, tokens, -1)
 
-        ratio = mask_ratio(draws.shared_uniform(), low=c.mask_ratio_min, std=c.mask_ratio_std)
-        masked = max(1, math.ceil(ratio * tokens))
-        order = draws.uniform(frames, tokens).flatten(0, 1).argsort(dim=1)
-        hidden, known = order[:, :masked], order[:, masked:]
+        hidden, known = hidden_tokens(draws, count * group, tokens, c)
+        masked = hidden.shape[1]
         some = masked < tokens
-        cached = (
-            self.spatial.condition_keys_values(condition) if self.spatial.isolated else condition
-        )
+
+        def each_frame(x: Tensor) -> Tensor:
+            return x.repeat_interleave(group, dim=0) if group > 1 else x
+
+        told: Tensor | list[tuple[Tensor, Tensor]] = each_frame(condition)
+        if self.spatial.isolated:
+            cached = self.spatial.condition_keys_values(condition)
+            told = [(each_frame(key), each_frame(value)) for key, value in cached]
         z = self.spatial(
-            cached,
+            told,
             mask_tokens,
             hidden,
             masked,
             gather_tokens(target, known) if some else None,
             known if some else None,
         )
-        mar = self._flow(z, gather_tokens(target, hidden), draws, batch)
+        mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
         terms = {"mar": mar, **canvas_terms}
         total = mar
         if canvas_terms:
             total = total + c.canvas_weight * terms["canvas"] + c.static_weight * terms["static"]
         return total, terms
 
-    def _temporal(self, latents: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
-        c = self.config
-        batch, frames = latents.shape[:2]
-        first = torch.zeros(batch, frames, device=latents.device)
-        first[:, 0] = 1
-        history = latents
-        if c.history_noise:
-            level = c.history_noise * draws.uniform(frames)[..., None, None]
-            history = latents + level * draws.normal(*latents.shape[1:])
-        read = torch.cat([torch.zeros_like(history[:, :1]), history[:, :-1]], dim=1)
-        given = moved = None
-        if self.model_config.action_dim:
-            chance = draws.uniform(frames + 1)
-            one = (chance[:, 1:] >= c.action_drop / 2).float()
-            given = one * (chance[:, :1] >= c.action_drop / 2).float()
-            given = given * (1 - first)  # no action leads to the first frame
-            if actions is None:
-                actions = latents.new_zeros(batch, frames - 1, self.model_config.action_dim)
-                given = torch.zeros_like(given)
-            # the action from frame i-1 to i comes with frame i-1
-            moved = torch.cat([torch.zeros_like(actions[:, :1]), actions], dim=1)
-        times = np.stack(
-            [time_rotation(i, self.model_config.time_rotary_pairs) for i in range(frames)]
+    def _temporal(
+        self, latents: Tensor, actions: Tensor | None, starts: Tensor, draws: Draws
+    ) -> Tensor:
+        """z_t (B, M, P, D) for the frames `starts` (M,)."""
+        read, first, moved, given = told_history(
+            self.model_config, self.config, latents, actions, draws, starts
         )
-        rotation = torch.from_numpy(times).to(latents.device)
-        z_temporal: Tensor = self.temporal(read, first, moved, given, rotation)
-        return z_temporal
+        times = rotations(self.model_config, range(latents.shape[1]), latents.device)
+        z_temporal: Tensor = self.temporal(read, first, moved, given, times)
+        return z_temporal[:, starts]
 
-    def _canvas(self, latents: Tensor, z_temporal: Tensor, draws: Draws) -> tuple[Tensor, Terms]:
-        """Canvas tokens with eq. 12's noise (B*T, N, D), and the losses of eqs. 5 and 7 over the
-        frames that have a frame before them: means over tokens and channels where the paper
-        writes sums, as L_MAR is one. The staticness target keeps eq. 6's sum over channels, which
-        the confidence temperature of 6.5 goes with."""
+    def _canvas(
+        self, latents: Tensor, groups: Tensor, starts: Tensor, z_temporal: Tensor, draws: Draws
+    ) -> tuple[Tensor, Terms]:
+        """Canvas tokens with eq. 12's noise (B*M*J, N, D), and the losses of eqs. 5 and 7 over the
+        groups (B, M, J, N, C) that have a frame before them: means over tokens and channels where
+        the paper writes sums, as L_MAR is one. The staticness target keeps eq. 6's sum over
+        channels, which the confidence temperature of 6.5 goes with."""
         assert self.canvas is not None
-        c = self.config
-        batch, frames = latents.shape[:2]
-        read = torch.cat([latents[:, :1], latents[:, :-1]], dim=1)  # the first is not used
+        c, count = self.config, len(starts)
+        read = latents[:, (starts - 1).clamp(min=0)]  # the one before the first is not used
         low, high = c.frame_noise
-        r = (low + (high - low) * draws.uniform(frames))[..., None, None]
+        r = (low + (high - low) * draws.uniform(count))[..., None, None]
         noised = read * (1 - r) + draws.normal(*read.shape[1:]) * r
         z_canvas, canvas, staticness = self.canvas(z_temporal, noised.flatten(0, 1))
-        after = (canvas - latents.flatten(0, 1)).unflatten(0, (batch, frames))[:, 1:]
-        error = (after**2).sum(-1)  # (B, T-1, N), eq. 6
-        still = staticness.unflatten(0, (batch, frames))[:, 1:]
+        after = (canvas.view_as(groups) - groups)[:, starts > 0]
+        error = (after**2).sum(-1)  # (B, <=M, J, N), eq. 6
+        still = staticness.view(groups.shape[:-1])[:, starts > 0]
         static = ((still - torch.exp(-error.detach())) ** 2).mean()
+        z_canvas = z_canvas.reshape(-1, *z_canvas.shape[-2:])
         low, high = c.canvas_noise
-        r2 = (low + (high - low) * draws.uniform(frames)).flatten()[:, None, None]
+        r2 = (low + (high - low) * draws.uniform(count)).flatten()[:, None, None]
+        r2 = r2.repeat_interleave(self.model_config.group, dim=0)
+        frames = count * self.model_config.group
         noise = draws.normal(frames, *z_canvas.shape[1:]).flatten(0, 1)
         z_canvas = z_canvas * (1 - r2) + noise * r2
         return z_canvas, {"canvas": (after**2).mean(), "static": static}
 
-    def _flow(self, z: Tensor, target: Tensor, draws: Draws, batch: int) -> Tensor:
-        """Flow-matching loss of tokens (R, M, C) given z (R, M, D), R = B*T (eq. 4)."""
-        repeat, frames = self.config.flow_repeat, len(z) // batch
-        shape = (repeat, frames, *target.shape[1:])
-        noise = draws.normal(*shape).transpose(0, 1).flatten(1, 2)  # (repeat, R, M, C)
-        if self.config.flow_time == "uniform":
-            time = draws.uniform(*shape[:-1])
-        else:
-            time = draws.normal(*shape[:-1]).sigmoid()
-        time = time.transpose(0, 1).flatten(1, 2)[..., None]
-        x = (1 - time) * noise + time * target
-        embedded = self.flow.embed_time(time.flatten()).reshape(*time.shape[:-1], -1)
-        velocity = self.flow.velocity(x, embedded, self.flow.embed_condition(z))
-        return ((velocity - (target - noise)) ** 2).mean()
+
+class UnifiedLoss(nn.Module):
+    """L_MAR of a unified model, `ModelTraining.teacher` saying what its masked frames see."""
+
+    def __init__(self, model: UnifiedMAR, config: ModelTraining) -> None:
+        """
+        Raises:
+            ConfigError: dynamic intervals for a model with actions, which belong to an interval.
+        """
+        super().__init__()
+        if config.frame_intervals > 1 and model.config.action_dim:
+            raise ConfigError("training: frame_intervals need a model without actions")
+        self.temporal, self.flow = model.temporal, model.flow
+        self.model_config, self.config = model.config, config
+
+    def forward(
+        self, latents: Tensor, actions: Tensor | None, draws: Draws
+    ) -> tuple[Tensor, Terms]:
+        """Normalised latents (B, T, N, C) and actions (B, T-1, A) -> the loss and its terms."""
+        c = self.config
+        length, interval = self._window(latents.shape[1], draws)
+        latents = latents[:, ::interval][:, :length]
+        actions = None if actions is None else actions[:, : length - 1]
+        batch, frames, tokens = latents.shape[:3]
+        drawn_frames = torch.arange(frames, device=latents.device)
+        if c.teacher == "next-frame":
+            drawn_frames = drawn_frames[-1:]
+        count = len(drawn_frames)
+        target = latents[:, drawn_frames].flatten(0, 1)  # (B*M, N, C)
+        off = c.temporal_drop + c.both_drop
+        temporal_on = (draws.uniform(count) >= off).float()
+
+        read, first, moved, given = told_history(self.model_config, c, latents, actions, draws)
+        hidden, known = hidden_tokens(draws, count, tokens, c)
+        masked = torch.zeros(batch * count, tokens, 1, device=latents.device)
+        if c.teacher == "mtf":
+            masked = masked.scatter(1, hidden[..., None], 1.0)
+            masked = masked.view(batch, count, tokens, 1)
+            masked = torch.cat([torch.zeros_like(masked[:, :1]), masked[:, :-1]], dim=1)
+            read = read * (1 - masked)  # whose embedding is the bias
+        history = self.temporal.embed_frames(read, first, moved, given)  # (B, T, N, D)
+        if c.teacher == "mtf":
+            history = history + masked * (self.temporal.mask - self.temporal.embed.bias)
+        drawn = self.temporal.draw_tokens(batch * count, gather_tokens(target, known), known)
+        times = range(0, (frames + 1) * interval, interval)
+        z = self.temporal.teach(
+            history,
+            drawn.view(batch, count, tokens, -1),
+            rotations(self.model_config, times, latents.device),
+            drawn_frames,
+            temporal_on,
+        )
+        z = gather_tokens(z.flatten(0, 1), hidden)
+        mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
+        return mar, {"mar": mar}
+
+    def _window(self, frames: int, draws: Draws) -> tuple[int, int]:
+        """Latent frames of this step's clips, and their interval."""
+        c = self.config
+        interval = 1 + int(draws.shared_uniform() * c.frame_intervals)
+        length = -(-frames // interval)
+        if c.lengths:
+            stage = min(draws.step * len(c.lengths) // c.steps, len(c.lengths) - 1)
+            length = min(length, c.lengths[stage])
+        if c.teacher == "next-frame":  # every length of history is met
+            length = 1 + int(draws.shared_uniform() * length)
+        return length, interval
+
+
+def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | UnifiedLoss:
+    """The loss of the second stage.
+
+    Raises:
+        ConfigError: options that this model's loss does not have.
+    """
+    if isinstance(model, UnifiedMAR):
+        return UnifiedLoss(model, config)
+    for field in ("teacher", "frame_intervals", "lengths"):
+        if getattr(config, field) != ModelTraining.__dataclass_fields__[field].default:
+            raise ConfigError(f"training: {field} is an option of unified models alone")
+    assert isinstance(model, CanvasMAR)
+    return CanvasMarLoss(model, config)
+
+
+# -- what the losses share
+
+
+def hidden_tokens(
+    draws: Draws, frames: int, tokens: int, config: ModelTraining
+) -> tuple[Tensor, Tensor]:
+    """Positions of every frame that are masked (B*frames, M) and those that are known; M is drawn
+    once for the step."""
+    c = config
+    ratio = mask_ratio(draws.shared_uniform(), low=c.mask_ratio_min, std=c.mask_ratio_std)
+    masked = max(1, math.ceil(ratio * tokens))
+    order = draws.uniform(frames, tokens).flatten(0, 1).argsort(dim=1)
+    return order[:, :masked], order[:, masked:]
+
+
+def told_history(
+    model: ModelConfig,
+    config: ModelTraining,
+    latents: Tensor,
+    actions: Tensor | None,
+    draws: Draws,
+    starts: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What is told at times 0..T-1 of clips (B, T, N, C): the frame before (noised), whether it is
+    the first (B, T), and of a model with actions the actions that follow (B, T, A) and whether they
+    are given (B, T), which in a model that draws groups they are at `starts` (M,) alone."""
+    batch, frames = latents.shape[:2]
+    first = torch.zeros(batch, frames, device=latents.device)
+    first[:, 0] = 1
+    history = latents
+    if config.history_noise:
+        level = config.history_noise * draws.uniform(frames)[..., None, None]
+        history = latents + level * draws.normal(*latents.shape[1:])
+    read = torch.cat([torch.zeros_like(history[:, :1]), history[:, :-1]], dim=1)
+    if not model.action_dim:
+        return read, first, None, None
+    chance = draws.uniform(frames + 1)
+    one = (chance[:, 1:] >= config.action_drop / 2).float()
+    given = one * (chance[:, :1] >= config.action_drop / 2).float()
+    given = given * (1 - first)  # no action leads to the first frame
+    if model.group > 1 and starts is not None:
+        begins = torch.zeros_like(first).index_fill(1, starts, 1.0)
+        given = given * begins
+    one_action = model.action_dim // model.group
+    if actions is None:
+        actions = latents.new_zeros(batch, frames - 1, one_action)
+        given = torch.zeros_like(given)
+    # the action from frame i-1 to i comes with frame i-1, and those of its group with it
+    before = latents.new_zeros(batch, 1, one_action)
+    after = latents.new_zeros(batch, model.group - 1, one_action)
+    led = torch.cat([before, actions, after], dim=1)
+    moved = torch.cat([led[:, j : j + frames] for j in range(model.group)], dim=-1)
+    return read, first, moved, given
+
+
+def rotations(model: ModelConfig, times: Iterable[int], device: torch.device) -> Tensor:
+    """Rotary angles (T, 2, pairs) of latent times."""
+    table = np.stack([time_rotation(i, model.time_rotary_pairs) for i in times])
+    return torch.from_numpy(table).to(device)
+
+
+def flow_loss(
+    flow: FlowHead, z: Tensor, target: Tensor, draws: Draws, batch: int, config: ModelTraining
+) -> Tensor:
+    """Flow-matching loss of tokens (R, M, C) given z (R, M, D), R = B*T (eq. 4)."""
+    repeat, frames = config.flow_repeat, len(z) // batch
+    shape = (repeat, frames, *target.shape[1:])
+    noise = draws.normal(*shape).transpose(0, 1).flatten(1, 2)  # (repeat, R, M, C)
+    if config.flow_time == "uniform":
+        time = draws.uniform(*shape[:-1])
+    else:
+        time = draws.normal(*shape[:-1]).sigmoid()
+    time = time.transpose(0, 1).flatten(1, 2)[..., None]
+    x = (1 - time) * noise + time * target
+    embedded = flow.embed_time(time.flatten()).reshape(*time.shape[:-1], -1)
+    velocity = flow.velocity(x, embedded, flow.embed_condition(z))
+    return ((velocity - (target - noise)) ** 2).mean()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.errors import ConfigError, InputError
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
 from training.clips import Clips
 from training.datasets import RecordedClips
 from training.metrics import (
@@ -32,7 +32,7 @@ from training.stages import continue_clips
 _MOST_PSNR = 100.0  # dB: a frame met exactly, such as a black one, must not make a mean infinite
 
 
-def context_frames(model: CanvasMAR, frames: int) -> int:
+def context_frames(model: FrameModel, frames: int) -> int:
     """Latent frames of a context of pixel frames.
 
     Raises:
@@ -45,7 +45,7 @@ def context_frames(model: CanvasMAR, frames: int) -> int:
 
 
 def predict_frames(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     context: Tensor,
     frames: int,
@@ -94,7 +94,7 @@ class _Places(Sequence[Tensor]):
 
 
 def measure_protocol(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     protocol: Protocol,
     source: RecordedClips,

@@ -20,11 +20,11 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.rollout import Predictor
 from training.clips import Clips, ClipSource, LatentClips, latent_actions
 from training.config import AutoencoderTraining, ModelTraining
-from training.losses import AutoencoderLoss, ModelLoss
+from training.losses import AutoencoderLoss, model_loss
 from training.metrics import psnr
 
 HELD_OUT_SEED = 1
@@ -41,9 +41,9 @@ def weights_id(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def encode_clips(model: CanvasMAR, frames: Tensor) -> Tensor:
+def encode_clips(model: FrameModel, frames: Tensor) -> Tensor:
     """uint8 clips (B, 1+n*t, H, W, 3) -> normalised latents (B, 1+n, N, C) float32, bf16 inside."""
-    device = model.spatial.mask.device
+    device = model.device
     with torch.autocast(device.type, torch.bfloat16):
         latents = sampler.encode(model, frames.to(device))
     return latents.float().clone()  # made in inference mode: autograd takes only a copy
@@ -56,7 +56,7 @@ class AutoencoderStage:
 
     def __init__(
         self,
-        model: CanvasMAR,
+        model: FrameModel,
         sampling: SamplingConfig,
         config: AutoencoderTraining,
         held_out: ClipSource,
@@ -99,9 +99,9 @@ class AutoencoderStage:
 
 
 @torch.inference_mode()
-def reconstruct(model: CanvasMAR, frames: Tensor) -> Tensor:
+def reconstruct(model: FrameModel, frames: Tensor) -> Tensor:
     """uint8 clips (B, 1+n*t, H, W, 3) through the autoencoder and back, float32."""
-    latents = sampler.encode(model, frames.to(model.spatial.mask.device))
+    latents = sampler.encode(model, frames.to(model.device))
     state = sampler.empty_state(model, len(frames))
     output, _ = model.autoencoder.decode(latents, state.decoder)
     return output[:, model.config.autoencoder.temporal_compression - 1 :].cpu()
@@ -114,21 +114,27 @@ class ModelStage:
 
     def __init__(
         self,
-        model: CanvasMAR,
+        model: FrameModel,
         sampling: SamplingConfig,
         config: ModelTraining,
         held_out: ClipSource,
     ) -> None:
         self.model, self.sampling, self.config = model, sampling, config
         self.held_out = held_out
-        t = model.config.autoencoder.temporal_compression
-        if held_out.frames < 1 + 2 * t:
+        t, group = model.config.autoencoder.temporal_compression, model.config.group
+        least = max(3, 2 * group)  # a group may begin at any of the first, and one more follows
+        if held_out.frames < 1 + (least - 1) * t:
             raise InputError(
-                f"clips of {held_out.frames} frames: the model wants at least {1 + 2 * t}, "
-                "two latent frames of context and one to predict"
+                f"clips of {held_out.frames} frames: the model wants at least "
+                f"{1 + (least - 1) * t}, "
+                + (
+                    "two latent frames of context and one to predict"
+                    if group == 1
+                    else f"two groups of {group} latent frames"
+                )
             )
         model.autoencoder.requires_grad_(False)
-        self.loss: nn.Module = ModelLoss(model, config)
+        self.loss: nn.Module = model_loss(model, config)
 
     def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
         if isinstance(clips, LatentClips):
@@ -164,7 +170,7 @@ class Continuation:
 
 @torch.inference_mode()
 def continue_clips(
-    model: CanvasMAR,
+    model: FrameModel,
     sampling: SamplingConfig,
     clips: Clips,
     *,
@@ -182,7 +188,7 @@ def continue_clips(
     Raises:
         InputError: if the context leaves nothing to predict.
     """
-    config, device = model.config, model.spatial.mask.device
+    config, device, group = model.config, model.device, model.config.group
     t = config.autoencoder.temporal_compression
     total = 1 + (clips.frames.shape[1] - 1) // t
     if not 1 <= context < total:
@@ -201,19 +207,28 @@ def continue_clips(
     guess = None
     with torch.autocast(device.type, torch.bfloat16):
         latents = sampler.encode(model, clips.frames[:, :given].to(device))
-        before = None if actions is None else actions[:, : context - 1]
+        before = None if actions is None or group > 1 else actions[:, : context - 1]
         state = sampler.start(model, latents, before)
         out = [clips.frames[:, :given]]
-        for i in range(context, total):
+        for i in range(context, total, group):
             noise = sampler.draw_noise(config, sampling, seed=seed, streams=streams, frame=i)
             noise = sampler.FrameNoise(**{k: v.to(device) for k, v in vars(noise).items()})
             decoder = state.decoder
-            action = None if actions is None else actions[:, i - 1]
+            action = None if actions is None else group_actions(actions, i - 1, group)
             state, sample = sampler.step(model, sampling, state, noise, action)
             out.append(sample.frames.cpu())
             if canvas and i == context and sample.canvas is not None:
-                guess = model.autoencoder.decode(sample.canvas[:, None], decoder)[0].cpu()
-    return Continuation(frames=torch.cat(out, dim=1), canvas=guess)
+                latent = sample.canvas.view(len(latents), group, *latents.shape[2:])[:, :1]
+                guess = model.autoencoder.decode(latent, decoder)[0].cpu()
+    film = torch.cat(out, dim=1)
+    return Continuation(frames=film[:, : clips.frames.shape[1]], canvas=guess)
+
+
+def group_actions(actions: Tensor, first: int, group: int) -> Tensor:
+    """The actions (B, J*A) that lead to a group, from actions (B, T-1, A) of which `first` leads to
+    its first frame; beyond the clip's end there are none, 0."""
+    taken = actions[:, first : first + group].flatten(1)
+    return nn.functional.pad(taken, (0, group * actions.shape[2] - taken.shape[1]))
 
 
 def _rolled_out(
@@ -228,28 +243,27 @@ def _rolled_out(
     canvas: bool,
 ) -> Continuation:
     """`continue_clips` by rollouts, each of as many clips as the bundle takes at once."""
-    t = predictor.config.autoencoder.temporal_compression
+    t, group = predictor.config.autoencoder.temporal_compression, predictor.config.group
     given, most = 1 + (context - 1) * t, predictor.bundle.manifest.batch.maximum
     shown, guesses = [], []
     for first in range(0, len(frames), most):
         part = frames[first : first + most]
-        told = None if actions is None else actions[first : first + most].numpy()
+        told = None if actions is None else actions[first : first + most].cpu()
         rollout = predictor.start(
             part[:, :given].numpy(),
             seed=seed,
             stream=first_stream + first,
-            actions=None if told is None else told[:, : context - 1],
+            actions=None if told is None or group > 1 else told[:, : context - 1].numpy(),
             sampling=sampling,
         )
         out = [part[:, :given]]
-        for i in range(context, 1 + (frames.shape[1] - 1) // t):
-            made = rollout.step(
-                None if told is None else told[:, i - 1], decode_canvas=canvas and i == context
-            )
+        for i in range(context, 1 + (frames.shape[1] - 1) // t, group):
+            action = None if told is None else group_actions(told, i - 1, group).numpy()
+            made = rollout.step(action, decode_canvas=canvas and i == context)
             out.append(torch.from_numpy(made.frames))
             if made.canvas_frames is not None:
-                guesses.append(torch.from_numpy(made.canvas_frames))
-        shown.append(torch.cat(out, dim=1))
+                guesses.append(torch.from_numpy(made.canvas_frames[:, :t]))
+        shown.append(torch.cat(out, dim=1)[:, : frames.shape[1]])
     return Continuation(frames=torch.cat(shown), canvas=torch.cat(guesses) if guesses else None)
 
 

@@ -39,7 +39,7 @@ from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.files import replacing, write_file
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
 from training.clips import Clips, ClipSource, LatentClips, batches, check_length, to_device
 from training.config import RunConfig
@@ -125,7 +125,7 @@ class Stage(Protocol):
     `inputs(...)` gives a scalar and its terms. `sample` returns pictures for the log."""
 
     name: str
-    model: CanvasMAR
+    model: FrameModel
     sampling: SamplingConfig
     loss: nn.Module
 
@@ -502,7 +502,7 @@ def latest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def load_weights(path: Path) -> tuple[CanvasMAR, SamplingConfig]:
+def load_weights(path: Path) -> tuple[FrameModel, SamplingConfig]:
     """Model and sampling options of a run directory, a checkpoint, or a bundle (by path or packaged
     name), in float32 and evaluation mode.
 
@@ -538,8 +538,9 @@ def _check_source(stage: Stage, source: ClipSource) -> None:
         )
     check_length(source.frames, t)
     wanted = stage.model.config.action_dim
-    if stage.name == "model" and source.action_dim and wanted not in (0, source.action_dim * t):
+    step = source.action_dim * t * stage.model.config.group
+    if stage.name == "model" and source.action_dim and wanted not in (0, step):
         raise InputError(
-            f"actions of {source.action_dim} numbers a frame make {source.action_dim * t} a latent "
-            f"step, the model's action_dim is {wanted}"
+            f"actions of {source.action_dim} numbers a frame make {step} a step, the model's "
+            f"action_dim is {wanted}"
         )

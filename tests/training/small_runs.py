@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from canvasmar_rt.models.canvasmar import build
+from canvasmar_rt.models.families import build
 from tests.conftest import SAMPLING, small_config
 from training.clips import Clips, LatentClips
 from training.config import AutoencoderTraining, ModelTraining

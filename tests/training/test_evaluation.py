@@ -26,8 +26,9 @@ from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig, preset
 from canvasmar_rt.engines import create
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, InputError
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from canvasmar_rt.models.families import build
 from canvasmar_rt.rollout import Predictor
 from tests.training.small_runs import Waves
 from tests.training.test_metrics import Distance, StandIn, save_scripted
@@ -343,6 +344,29 @@ def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> N
     assert different[900:].any()
 
 
+def test_models_compared_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "compare.json"
+    names = f"canvas={runs / 'model'}", f"plain={runs / 'plain'}"
+    options = ("--clips", 2, "--frames", 2, "--steps", "1,2", "--seeds", 1)
+    report = measured(command, out, "compare", *names, *options)
+    assert list(report["result"]["curves"]) == ["canvas", "plain"]
+    assert report["result"]["models"]["plain"]["parameters"] > 0
+    assert (
+        report["result"]["models"]["plain"]["weights"]
+        != report["result"]["models"]["canvas"]["weights"]
+    )
+    alone = measured(command, tmp_path / "one.json", "compare", names[1], *options)
+    assert alone["result"]["curves"]["plain"] == report["result"]["curves"]["plain"]
+    picture = tmp_path / "figure.png"
+    assert command("plot", out, "-o", picture) == (0, "", "")
+    with Image.open(picture) as image:
+        assert np.asarray(image.convert("L")).std() > 5
+    code, _, error = command("compare", "canvas", "-o", tmp_path / "c.json")
+    assert code == 2
+    assert "NAME=CHECKPOINT" in error
+
+
 def test_interrupted_ablations_go_on(
     command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -617,7 +641,7 @@ def test_losses_are_means_over_clips_in_evaluation_mode(
             assert actions.shape == (len(latents), 8, 4)
             return latents.sum(), {"mean": latents.mean(), "action": actions.mean()}
 
-    monkeypatch.setattr(evaluation, "ModelLoss", Spy)
+    monkeypatch.setattr(evaluation, "model_loss", Spy)
     ticks: list[int] = []
     result = measure_losses(model, clips=3, batch=2, tick=ticks.append)
     clips = held_out(0, 3, 17, 64)

@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.autoencoder import Autoencoder
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build
 from canvasmar_rt.schedule import set_sizes, time_rotation
 from tests.conftest import VARIANTS, small_config
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import (
     AutoencoderLoss,
+    CanvasMarLoss,
     Draws,
-    ModelLoss,
     mask_ratio,
     open_skips,
     zero_outputs,
@@ -43,8 +44,8 @@ def training(**changes: Any) -> ModelTraining:
     return ModelTraining(**{"steps": 1, "batch": 1, **changes})
 
 
-def model_loss(config: ModelConfig | None = None, **changes: Any) -> ModelLoss:
-    return ModelLoss(build(config or small_config(), seed=1), training(**changes))
+def model_loss(config: ModelConfig | None = None, **changes: Any) -> CanvasMarLoss:
+    return CanvasMarLoss(build(config or small_config(), seed=1), training(**changes))
 
 
 def draws(step: int = 0, clips: Sequence[int] = range(B)) -> Draws:
@@ -256,7 +257,7 @@ class TrueVelocity:
     """Stands for the flow head: finds each token's target by its position, which it is given as
     the token's embedding, and the noise by inverting x = (1-u)*noise + u*target."""
 
-    def __init__(self, loss: ModelLoss, latents: Tensor, scale: float = 1.0) -> None:
+    def __init__(self, loss: CanvasMarLoss, latents: Tensor, scale: float = 1.0) -> None:
         self.tokens, self.scale = latents.flatten(0, 2), scale
         self.times, self.noises = Tensor(), Tensor()
         loss.spatial.register_forward_hook(self._positions)
@@ -310,7 +311,7 @@ def test_flow_times_may_be_logit_normal(clip: tuple[Tensor, Tensor]) -> None:
     assert stats.kstest(oracle.times.flatten().logit(), "norm").pvalue > 1e-3
 
 
-def without_spatial(loss: ModelLoss, monkeypatch: pytest.MonkeyPatch) -> None:
+def without_spatial(loss: CanvasMarLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the work that does not matter to what goes in."""
 
     def forward(condition: Any, canvas: Tensor, hidden: Tensor, select: int, *known: Any) -> Tensor:
@@ -566,7 +567,7 @@ def test_training_computes_what_sampling_does(name: str, clip: tuple[Tensor, Ten
     )
     frame_noise, canvas_noise = torch.zeros(B, T, N, C), torch.zeros(B, T, N, 48)
     frame_noise[:, -1], canvas_noise[:, -1] = noise.frame, noise.canvas
-    loss = ModelLoss(
+    loss = CanvasMarLoss(
         model,
         training(
             **NEVER, frame_noise=(0.35, 0.35), canvas_noise=(0.15, 0.15), mask_ratio_min=0.0,

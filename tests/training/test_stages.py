@@ -12,7 +12,8 @@ from torch import Tensor
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR, build
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build
 from tests.conftest import SAMPLING, small_config
 from tests.training.small_runs import Waves, autoencoder_stage, model_stage
 from training.clips import Clips, LatentClips, latent_actions

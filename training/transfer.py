@@ -1,0 +1,79 @@
+"""Starting a model from the weights of another: the same, one that draws frames one by one, or one
+of another resolution."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.models.canvasmar import FrameModel
+
+OF_GROUPS = ("canvas.heads.", "spatial.frame", "spatial.group.")
+"""Weights that only models have that draw groups."""
+
+SILENT = re.compile(r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$")
+"""Of those, what is zero at first, so that they add nothing."""
+
+GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial.decoder_position")
+"""Learned vectors of the tokens of a frame, (tokens, D)."""
+
+
+@torch.no_grad()
+def transfer(given: FrameModel, network: FrameModel, where: str) -> None:
+    """Put the weights of `given` into `network`, all but the autoencoder's.
+
+    A model that draws groups starts from one that does not as one that draws all frames of a group
+    as it would draw the first: its canvas heads and its attention among frames add nothing, later
+    actions are not looked at. Vectors of positions are interpolated to another grid.
+
+    Raises:
+        ConfigError: naming `where` and a weight that does not fit.
+    """
+    old = given.state_dict()
+    if given.config.group not in (1, network.config.group):
+        raise ConfigError(
+            f"--init {where}: draws groups of {given.config.group} latent frames, the model groups "
+            f"of {network.config.group}; start from one that draws frame by frame"
+        )
+    grouped = network.config.group > given.config.group
+    new: dict[str, Tensor] = {}
+    for name, own in network.state_dict().items():
+        if name.startswith("autoencoder."):
+            continue
+        if grouped and name.startswith(OF_GROUPS):
+            new[name] = torch.zeros_like(own) if SILENT.search(name) else own
+            continue
+        value = old.get(name)
+        if value is not None and value.shape != own.shape:
+            value = _fitted(name, value, own, given, network, grouped)
+        if value is None:
+            raise ConfigError(f"--init {where}: another model; {name} does not fit")
+        new[name] = value
+    for name in old:
+        if not name.startswith("autoencoder.") and name not in new:
+            raise ConfigError(f"--init {where}: another model; there is no place for its {name}")
+    network.load_state_dict(new, strict=False)
+
+
+def _fitted(
+    name: str, value: Tensor, own: Tensor, given: FrameModel, network: FrameModel, grouped: bool
+) -> Tensor | None:
+    wider = (own.shape[0], value.shape[-1] * network.config.group)
+    if grouped and name == "temporal.action.weight" and own.shape == wider:
+        return F.pad(value, (0, own.shape[1] - value.shape[1]))
+    if name in GRIDS and value.shape[1:] == own.shape[1:]:
+        before, after = _grid(given, name), _grid(network, name)
+        picture = value.T.reshape(1, -1, *before)
+        resized = F.interpolate(picture, after, mode="bicubic", align_corners=False)
+        return resized[0].flatten(1).T
+    return None
+
+
+def _grid(model: FrameModel, name: str) -> tuple[int, int]:
+    ae = model.config.autoencoder
+    patch = model.config.temporal_patch if name == "temporal.bos" else 1
+    return ae.latent_height // patch, ae.latent_width // patch
