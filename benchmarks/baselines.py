@@ -9,8 +9,14 @@ from typing import Any
 from canvasmar_rt.benchmarks.contestants import Contestant, RolloutContestant
 from canvasmar_rt.benchmarks.dfot import DfotContestant, Guidance
 from canvasmar_rt.benchmarks.latency import Make
-from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
+from canvasmar_rt.benchmarks.peers import (
+    EagerContestant,
+    NaiveOnnxContestant,
+    same_size,
+    without_canvas,
+)
 from canvasmar_rt.benchmarks.random_models import need_torch, random_like
+from canvasmar_rt.config import next_group, unified
 from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
@@ -22,6 +28,9 @@ BASELINES = {
     "naive-onnx": "a plain ONNX export run from a Python loop",
     "no-canvas": "the MAR without a canvas, of the same size, random weights; no-canvas:K does K "
     "AR steps",
+    "next-group": "a model that draws two latent frames at once, random weights; next-group:J J",
+    "unified": "a unified masked autoregressive model (MAGI, VideoMAR) of the same size, random "
+    "weights",
     "dfot": "DFoT, scaled as the model is to kinetics600, 50 DDIM steps, conditional guidance",
     "dfot-vanilla": "the same with vanilla history guidance",
 }
@@ -40,7 +49,7 @@ def baselines(
         EngineError: if it needs packages that are not installed.
     """
     for name in names:
-        if name not in BASELINES and not _no_canvas_steps(name):
+        if name not in BASELINES and not _number(name, "no-canvas", "next-group"):
             raise ConfigError(f"no baseline {name!r}; baselines are {', '.join(BASELINES)}")
     if not names:
         return {}
@@ -54,9 +63,16 @@ def baselines(
                 guidance: Guidance = "vanilla" if name == "dfot-vanilla" else "conditional"
                 made: Contestant = DfotContestant(predictor, context, guidance=guidance, **at)
             elif name.startswith("no-canvas"):
-                steps = _no_canvas_steps(name) or predictor.sampling.ar_steps
+                steps = _number(name, "no-canvas") or predictor.sampling.ar_steps
                 plain = without_canvas(predictor, ar_steps=steps, threads=threads)
                 made = RolloutContestant(name, plain, context, **at)
+            elif name.startswith("next-group"):
+                config = next_group(predictor.config, _number(name, "next-group") or 2)
+                groups = same_size(predictor, config, threads=threads)
+                made = RolloutContestant(name, groups, context, **at)
+            elif name == "unified":
+                one = same_size(predictor, unified(predictor.config), threads=threads)
+                made = RolloutContestant(name, one, context, **at)
             elif name == "naive-onnx":
                 made = NaiveOnnxContestant(predictor, context, threads=threads, **at)
             else:
@@ -73,9 +89,15 @@ def baselines(
 
 
 def sweep(
-    predictor: Predictor, text: str, *, seed: int, threads: int | None = None
+    predictor: Predictor,
+    text: str,
+    *,
+    seed: int,
+    threads: int | None = None,
+    beside: bool = False,
 ) -> dict[str, Make]:
-    """Our engine at several values of one option, given as "ar_steps=1,2,4,8".
+    """Our engine at several values of one option, given as "ar_steps=1,2,4,8"; `beside`: also a
+    unified model of the same size with every window of "history=1,2,4,8".
 
     Raises:
         ConfigError: for another option, or values it cannot have.
@@ -90,15 +112,21 @@ def sweep(
             f"--sweep takes {', '.join(SWEEPS)} and values, such as ar_steps=1,2,4,8; got {text!r}"
         )
 
-    def maker(value: int) -> Make:
+    def maker(name: str, value: int) -> Make:
         def make(context: UInt8, batch: int) -> Contestant:
-            there = _variant(predictor, option, value, threads)
-            name = f"{option}={value}"
+            if name.startswith("unified"):
+                config = dataclasses.replace(unified(predictor.config), context_frames=value)
+                there = same_size(predictor, config, threads=threads)
+            else:
+                there = _variant(predictor, option, value, threads)
             return RolloutContestant(name, there, context, batch=batch, seed=seed)
 
         return make
 
-    return {f"{option}={v}": maker(v) for v in values}
+    names = {f"{option}={v}": v for v in values}
+    if beside and option == "history":
+        names |= {f"unified history={v}": v for v in values}
+    return {name: maker(name, value) for name, value in names.items()}
 
 
 def _variant(predictor: Predictor, option: str, value: int, threads: int | None) -> Predictor:
@@ -109,7 +137,7 @@ def _variant(predictor: Predictor, option: str, value: int, threads: int | None)
     return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
 
 
-def _no_canvas_steps(name: str) -> int:
-    """K of "no-canvas:K", or 0."""
-    base, _, steps = name.partition(":")
-    return int(steps) if base == "no-canvas" and steps.isdecimal() else 0
+def _number(name: str, *bases: str) -> int:
+    """K of a name such as "no-canvas:K" of one of `bases`, or 0."""
+    base, _, number = name.partition(":")
+    return int(number) if base in bases and number.isdecimal() else 0

@@ -68,13 +68,15 @@ class RolloutContestant:
 
     def play(self, frames: int) -> Played:
         self._rollout.restore(self._start)
-        ready, decoding, parts = [], [], dict[str, float]()
+        ready, decoding, parts = list[float](), list[float | None](), dict[str, float]()
         begun = time.perf_counter()
-        for _ in range(frames):
+        group = self._rollout.config.group  # the pixels of a group are there at once
+        while len(ready) < frames:
             timings = self._rollout.step().timings
-            ready.append(time.perf_counter() - begun)
+            ready += [time.perf_counter() - begun] * group
             for name, value in timings.items():
                 parts[name] = parts.get(name, 0.0) + value
-            decoding.append(parts.get("decoder"))
+            decoding += [parts.get("decoder")] * group
+        ready, decoding = ready[:frames], decoding[:frames]
         known = None if None in decoding else tuple(float(d or 0.0) for d in decoding)
         return Played(tuple(ready), known, parts)

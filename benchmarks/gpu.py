@@ -48,7 +48,7 @@ from canvasmar_rt.errors import CanvasMarError
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import build, cast
+from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.models.graphs import Graph, graph
 from canvasmar_rt.verify import verify
 
@@ -123,7 +123,7 @@ class Frames:
         self.step = self._programmed
 
     def _eager(self) -> None:
-        config, device = self._model.config, self._model.spatial.mask.device
+        config, device = self._model.config, self._model.device
         noise = sampler.draw_noise(
             config, self._sampling, seed=0, streams=range(self._batch), frame=self._time
         )

@@ -128,8 +128,8 @@ def frame_costs(
     dtype_bytes: int = 4,
     on_chip: int = 0,
 ) -> dict[str, Cost]:
-    """Costs of one latent frame by component, in the order in which they run; `spatial` and `flow`
-    over all AR steps.
+    """Costs of one latent frame, or group of them, by component, in the order in which they run;
+    `spatial` and `flow` over all AR steps.
 
     Args:
         dtype_bytes: of a weight and a hidden activation.
@@ -143,7 +143,8 @@ def frame_costs(
     evaluations = len(flow_plan(sampling).time)
     steps = ar_steps(config.tokens, sampling.ar_steps)
     table = components(config)
-    sizes = {"B": batch, "G": branches, "E": evaluations}
+    each = batch * config.group  # frames that are drawn
+    sizes = {"B": batch, "G": branches, "E": evaluations, "R": each}
 
     def cost(passes: Sequence[_Pass], moved: int) -> Cost:
         return _cost(passes, moved, dtype_bytes, on_chip)
@@ -151,13 +152,18 @@ def frame_costs(
     def once(name: str, work: _Pass) -> Cost:
         return cost([work], _moved(table[name], sizes, dtype_bytes))
 
-    costs = {"temporal": once("temporal", _temporal(config, batch))}
+    costs = {"temporal": once("temporal", _temporal(config, batch)).times(config.group)}
     if config.canvas:
         costs["canvas"] = once("canvas", _canvas(config, batch))
     if "condition" in table:
         costs["condition"] = once("condition", _condition(config, branches * batch))
     costs["spatial"] = cost(
-        [_spatial(config, branches * batch, step) for step in steps],
+        [
+            _drawing(config, batch, branches, step)
+            if config.family == "unified"
+            else _spatial(config, branches * each, step)
+            for step in steps
+        ],
         sum(
             _moved(
                 table["spatial" if step.known else "spatial_first"],
@@ -167,13 +173,14 @@ def frame_costs(
             for step in steps
         ),
     )
-    prepare = [_flow_prepare(config, branches * batch * s.drawn, evaluations) for s in steps]
-    evaluate = [_flow_evaluation(config, batch * s.drawn, branches) for s in steps]
+    prepare = [_flow_prepare(config, branches * each * s.drawn, evaluations) for s in steps]
+    evaluate = [_flow_evaluation(config, each * s.drawn, branches) for s in steps]
     costs["flow"] = cost(prepare, 0) + cost(
         evaluate * evaluations,
         sum(_moved(table["flow"], sizes | {"S": step.drawn}, dtype_bytes) for step in steps),
     )
-    costs["decoder"] = once("decoder", _autoencoder(config.autoencoder, batch, decoder=True))
+    decoder = once("decoder", _autoencoder(config.autoencoder, batch, decoder=True))
+    costs["decoder"] = decoder.times(config.group)
     return costs
 
 
@@ -211,8 +218,24 @@ def _temporal(config: ModelConfig, batch: int) -> _Pass:
     work.linear(batch * tokens, patch, config.dim)
     if config.action_dim:
         work.linear(batch, config.action_dim, config.dim)
-    for _ in range(config.temporal_layers):  # the ring, and this frame
-        work.block(batch, config.dim, [tokens], (config.context_frames + 1) * tokens)
+    keys = (config.context_frames + 1) * tokens  # the ring, and this frame
+    for layer in range(config.temporal_layers):
+        last = layer == config.temporal_layers - 1
+        # of a unified model's last layer only keys and values are wanted
+        unwanted = [0] if last and config.family == "unified" else None
+        work.block(batch, config.dim, [tokens], keys, unwanted)
+    return work
+
+
+def _drawing(config: ModelConfig, batch: int, branches: int, step: ArStep) -> _Pass:
+    """A unified model's pass over the frame being drawn."""
+    work, tokens = _Pass(), config.tokens
+    work.linear(batch * step.known, config.autoencoder.latent_channels, config.dim)
+    for layer in range(config.temporal_layers):
+        last = layer == config.temporal_layers - 1
+        chosen = [step.drawn] if last else None
+        keys = (config.context_frames + 1) * tokens
+        work.block(branches * batch, config.dim, [tokens], keys, chosen)
     return work
 
 
@@ -222,7 +245,11 @@ def _canvas(config: ModelConfig, batch: int) -> _Pass:
     work.linear(batch * config.tokens, channels, config.dim)
     for _ in range(config.canvas_layers):
         work.block(batch, config.dim, [tokens], tokens)
-    work.linear(batch * config.tokens, config.dim, channels + 1)
+    for _ in range(
+        2 * config.group if config.group > 1 else 0
+    ):  # the two layers of each frame's head
+        work.linear(batch * config.tokens, config.dim, config.dim)
+    work.linear(batch * config.group * config.tokens, config.dim, channels + 1)
     return work
 
 
@@ -245,6 +272,10 @@ def _spatial(config: ModelConfig, rows: int, step: ArStep) -> _Pass:
         last = layer == config.spatial_layers - 1
         keys = conditions + masked + step.known
         work.block(rows, config.dim, streams, keys, [step.drawn] if last else None)
+        if layer in config.group_layers:
+            work.linear(rows * config.tokens, config.dim, 3 * config.dim)
+            work.flops += 4 * rows * config.tokens * config.group * config.dim
+            work.linear(rows * config.tokens, config.dim, config.dim)
     return work
 
 

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from canvasmar_rt.benchmarks.contestants import Played
 from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
-from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.config import ModelConfig, SamplingConfig, to_dict
 from canvasmar_rt.engines.base import cuda_index
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, UInt8
 from canvasmar_rt.errors import EngineError
@@ -38,13 +38,13 @@ from canvasmar_rt.schedule import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from canvasmar_rt.models.canvasmar import CanvasMAR
+    from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel
     from canvasmar_rt.models.sampler import State
 
 Dims = tuple[int | str, ...]
 
 
-def _start(model: CanvasMAR, context: UInt8, batch: int) -> State:
+def _start(model: FrameModel, context: UInt8, batch: int) -> State:
     """The reference sampler's state after a context (T, H, W, 3) or (B, T, H, W, 3)."""
     import torch
 
@@ -52,7 +52,7 @@ def _start(model: CanvasMAR, context: UInt8, batch: int) -> State:
 
     clip = context if context.ndim == 5 else context[None]
     frames = torch.tensor(np.broadcast_to(clip, (batch, *clip.shape[1:])))
-    frames = frames.to(model.spatial.mask.device)
+    frames = frames.to(model.device)
     return _own(sampler.start(model, sampler.encode(model, frames)))
 
 
@@ -121,7 +121,7 @@ class EagerContestant:
         import torch
 
         from canvasmar_rt.engines.torch_engine import load_model, torch_device
-        from canvasmar_rt.models.canvasmar import cast
+        from canvasmar_rt.models.families import cast
 
         self.name = "compile" if compile else "eager"
         self._batch, self._seed = batch, seed
@@ -145,16 +145,20 @@ class EagerContestant:
     def _compile_model(self) -> None:
         import torch
 
+        from canvasmar_rt.models.canvasmar import CanvasMAR
+
         m = self._model
         calls: list[tuple[torch.nn.Module, str]] = [
             (m.temporal, "step"),
-            (m.spatial, "forward"),
-            (m.spatial, "condition_keys_values"),
             (m.flow, "embed_time"),
             (m.flow, "embed_condition"),
             (m.flow, "velocity"),
             (m.autoencoder, "decode"),
         ]
+        if isinstance(m, CanvasMAR):
+            calls += [(m.spatial, "forward"), (m.spatial, "condition_keys_values")]
+        else:
+            calls.append((m.temporal, "draw"))
         if m.canvas is not None:
             calls.append((m.canvas, "forward"))
         mode = "default" if self._device.type == "cpu" else "reduce-overhead"
@@ -292,7 +296,8 @@ class NaiveOnnxContestant:
         import torch
 
         from canvasmar_rt.engines.torch_engine import load_model
-        from canvasmar_rt.models.canvasmar import cast
+        from canvasmar_rt.models.canvasmar import CanvasMAR
+        from canvasmar_rt.models.families import cast
 
         self.name = "naive-onnx"
         self._config, self._sampling = predictor.config, sampling or predictor.sampling
@@ -302,8 +307,13 @@ class NaiveOnnxContestant:
             predictor, self._sampling, "onnxruntime, plain", dtype
         )
         model = load_model(predictor.bundle)
+        if not isinstance(model, CanvasMAR):
+            raise EngineError(
+                f"naive-onnx: exports CanvasMAR's networks, and {self._config.name} is another "
+                "family; leave this baseline out"
+            )
         self._start = _as_numpy(_start(model, context, batch), self._config.context_frames)
-        model = cast(model, getattr(torch, dtype))
+        cast(model, getattr(torch, dtype))
         self._mask = model.spatial.mask.detach().float().numpy()
         self._no_temporal = model.spatial.no_temporal.detach().float().numpy()
         n, c = self._config.tokens, self._config.autoencoder.latent_channels
@@ -623,7 +633,7 @@ def _session(path: Path, device: str, threads: int | None) -> ort.InferenceSessi
     return session
 
 
-# -- no canvas
+# -- other models of the same size
 
 
 def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None = None) -> Predictor:
@@ -637,13 +647,7 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
         EngineError: no PyTorch, or an engine that needs more than a bundle.
         ConfigError: more AR steps than tokens.
     """
-    need_torch("the no-canvas MAR")
     model = predictor.config
-    if predictor.engine.name == "tensorrt":
-        raise EngineError(
-            "the no-canvas MAR is exported on the spot and has no TensorRT engines; measure it on "
-            "engine onnxruntime or torch"
-        )
     config = dataclasses.replace(
         model,
         name=f"{model.name}-no-canvas",
@@ -652,4 +656,26 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)
     set_sizes(config.tokens, ar_steps)  # refuses too many before the export does its work
-    return random_like(predictor, config, sampling, threads=threads)
+    return same_size(predictor, config, sampling, threads=threads)
+
+
+def same_size(
+    predictor: Predictor,
+    config: ModelConfig,
+    sampling: SamplingConfig | None = None,
+    *,
+    threads: int | None = None,
+) -> Predictor:
+    """A model exported on the spot to be set beside `predictor`'s, as `without_canvas` does it; the
+    sampling is the predictor's by default.
+
+    Raises:
+        EngineError: no PyTorch, or an engine that needs more than a bundle.
+    """
+    need_torch(f"the model {config.name}")
+    if predictor.engine.name == "tensorrt":
+        raise EngineError(
+            f"{config.name} is exported on the spot and has no TensorRT engines; measure it on "
+            "engine onnxruntime or torch"
+        )
+    return random_like(predictor, config, sampling or predictor.sampling, threads=threads)

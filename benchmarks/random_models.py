@@ -68,7 +68,7 @@ def random_bundle(
     """
     need_torch("a model with random weights")
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-    from canvasmar_rt.models.canvasmar import build
+    from canvasmar_rt.models.families import build
 
     with tempfile.TemporaryDirectory() as work:
         made = export_bundle(

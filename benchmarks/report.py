@@ -103,6 +103,13 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
             f"Time of a clip of {config['frames']} latent frames", under, "ms", batches,
             lines("clip_ms"),
         ),
+        "throughput.png": _curves(
+            "Throughput", under, "pixel frames a second", batches,
+            {
+                n: [row["contestants"][n]["pixel_frames_per_second"] for row in rows]
+                for n in names
+            },
+        ),
         "components.png": _bars(
             "One latent frame", under, "ms / batch",
             {f"batch {row['batch']}": _per(split(row, OURS), row["batch"]) for row in rows},
@@ -110,11 +117,31 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
     }  # fmt: skip
     if swept:
         option = swept[0].partition("=")[0]
-        made[f"{option}.png"] = _bars(
-            f"One latent frame by {option.replace('_', ' ')}", f"{under}, batch {batches[0]}", "ms",
-            {n.partition("=")[2]: split(rows[0], n) for n in swept},
-        )  # fmt: skip
+        under += f", batch {batches[0]}"
+        if any(n.startswith("unified ") for n in swept):
+            made["history.png"] = _history(under, {n: split(rows[0], n) for n in swept})
+        else:
+            made[f"{option}.png"] = _bars(
+                f"One latent frame by {option.replace('_', ' ')}", under, "ms",
+                {n.partition("=")[2]: split(rows[0], n) for n in swept},
+            )  # fmt: skip
     return made
+
+
+def _history(under: str, parts: Mapping[str, Mapping[str, float]]) -> bytes:
+    """PNG: what drawing a frame costs against the latent frames of history, CanvasMAR's spatial
+    part beside that of a unified model."""
+    lines: dict[str, list[float]] = {}
+    for name, split in parts.items():
+        model = "unified" if name.startswith("unified") else "CanvasMAR"
+        for label, wanted in (("spatial part", ("spatial", "condition")), ("whole frame", split)):
+            total = sum(split.get(part, 0.0) for part in wanted)
+            lines.setdefault(f"{model}, {label}", []).append(total)
+    history = sorted({int(name.partition("=")[2]) for name in parts})
+    return _curves(
+        "Cost of a latent frame by its history", under, "ms", history, lines,
+        axis="latent frames of history",
+    )  # fmt: skip
 
 
 def _per(parts: Mapping[str, float], count: int) -> dict[str, float]:
@@ -130,7 +157,13 @@ def where(report: Mapping[str, Any]) -> str:
 
 
 def _curves(
-    title: str, under: str, label: str, x: Sequence[int], lines: Mapping[str, Sequence[float]]
+    title: str,
+    under: str,
+    label: str,
+    x: Sequence[int],
+    lines: Mapping[str, Sequence[float]],
+    *,
+    axis: str = "batch",
 ) -> bytes:
     """PNG of lines against batch, on logarithmic axes."""
     figure, axes = figure_of(title, under)
@@ -145,7 +178,7 @@ def _curves(
     axes.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
     axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xticks(x, labels=[str(v) for v in x])
-    axes.set_xlabel("batch")
+    axes.set_xlabel(axis)
     axes.set_ylabel(label)
     axes.grid(which="both", alpha=0.25)
     axes.legend(frameon=False)

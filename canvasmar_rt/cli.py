@@ -335,8 +335,8 @@ def export(
     _need("export", "export", *TORCH)
     from canvasmar_rt.bundle import BatchRange
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-    from canvasmar_rt.models.canvasmar import build
     from canvasmar_rt.models.checkpoint import load_checkpoint
+    from canvasmar_rt.models.families import build
 
     if source in PRESETS:
         config, base = preset(source)
@@ -420,7 +420,7 @@ def info(
 
 def _preset_info(name: str, as_json: bool) -> None:
     _need("info on a preset", "export", *TORCH)
-    from canvasmar_rt.models.canvasmar import count_parameters
+    from canvasmar_rt.models.families import count_parameters
 
     config, sampling = preset(name)
     counts = count_parameters(config)
@@ -463,7 +463,7 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
         f"{escape(manifest.model.name)}: {escape(manifest.source)}; {manifest.dtype}, weights "
         f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
         f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
-        f"{ae.temporal_compression} frames a step, actions "
+        f"{manifest.model.step_frames} frames a step, actions "
         f"{manifest.model.action_dim or 'none'}, {_steps_text(manifest.sampling)}"
         + (f" (fast: {_steps_text(manifest.fast)})" if manifest.fast else ""),
         highlight=False,
@@ -634,7 +634,10 @@ def bench(
         predictor = Predictor(predictor.engine, sampling)
         others = baselines.baselines(predictor, options.baselines, seed=seed, threads=threads)
         if sweep is not None:
-            others |= baselines.sweep(predictor, sweep, seed=seed, threads=threads)
+            others |= baselines.sweep(
+                predictor, sweep, seed=seed, threads=threads,
+                beside="unified" in options.baselines,
+            )  # fmt: skip
         with stderr_bar(quiet) as bar:
             task = bar.add_task("", total=None)
             measured = run(

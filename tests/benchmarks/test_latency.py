@@ -135,7 +135,8 @@ def test_csv_holds_every_number(measured: dict[str, Any]) -> None:
 
 def test_pictures_are_drawn(measured: dict[str, Any]) -> None:
     pictures = report.pictures(measured)
-    assert set(pictures) == {"first_frame.png", "clip.png", "components.png", "ar_steps.png"}
+    drawn = {"first_frame.png", "clip.png", "throughput.png", "components.png", "ar_steps.png"}
+    assert set(pictures) == drawn
     for png in pictures.values():
         assert np.asarray(Image.open(io.BytesIO(png)).convert("L")).std() > 5
 
@@ -171,6 +172,32 @@ def test_the_window_of_a_preset_can_be_swept(predictor: Predictor) -> None:
     assert isinstance(there, RolloutContestant)
     assert there._rollout.config.context_frames == 3
     assert there.play(1).ready[0] > 0
+
+
+def test_history_beside_a_unified_model(predictor: Predictor) -> None:
+    """Both families at every window, drawn as two curves each."""
+    others = baselines.sweep(predictor, "history=2,3", seed=0, beside=True)
+    assert list(others) == ["history=2", "history=3", "unified history=2", "unified history=3"]
+    measured = bench(predictor, BenchOptions((1,), context=1, frames=1, iterations=1), others)
+    unified = measured["metrics"][0]["contestants"]["unified history=3"]
+    assert "canvas" not in unified["component_ms"]
+    assert unified["component_ms"]["spatial"] > 0
+    assert (
+        np.asarray(
+            Image.open(io.BytesIO(report.pictures(measured)["history.png"])).convert("L")
+        ).std()
+        > 5
+    )
+
+
+def test_a_group_is_there_at_once(predictor: Predictor) -> None:
+    """Three latent frames from groups of two: two steps, the first two ready together."""
+    made = baselines.baselines(predictor, ("next-group:2",), seed=0)["next-group:2"](
+        moving_clip(predictor.config, 2), 1
+    )
+    played = made.play(3)
+    assert len(played.ready) == 3
+    assert played.ready[0] == played.ready[1] < played.ready[2]
 
 
 @pytest.mark.parametrize("text", ["ar_steps", "ar_steps=", "ar_steps=a", "colour=1"])

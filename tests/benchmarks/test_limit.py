@@ -36,7 +36,8 @@ from canvasmar_rt.components import TensorSpec, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR, build, count_parameters
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.schedule import ar_steps, flow_plan, guidance_branches
 from tests.conftest import SAMPLING, VARIANTS, small_config

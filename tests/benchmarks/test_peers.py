@@ -24,7 +24,8 @@ from canvasmar_rt.engines.program import Clock
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.export.exporter import ExportOptions
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR, build, count_parameters
+from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
 from tests.conftest import SAMPLING, VARIANTS
 from tests.test_imports import run
