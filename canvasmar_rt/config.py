@@ -171,7 +171,7 @@ class ModelConfig:
             for name, wanted in only.items():
                 value = getattr(self, name)
                 _require(
-                    value == wanted, f"model: a unified model has {name} {wanted}, got {value!r}"
+                    value == wanted, f"model: a unified model needs {name} {wanted}, got {value!r}"
                 )
         else:
             _require(

@@ -176,9 +176,12 @@ def test_the_window_of_a_preset_can_be_swept(predictor: Predictor) -> None:
 
 def test_history_beside_a_unified_model(predictor: Predictor) -> None:
     """Both families at every window, drawn as two curves each."""
-    others = baselines.sweep(predictor, "history=2,3", seed=0, beside=True)
-    assert list(others) == ["history=2", "history=3", "unified history=2", "unified history=3"]
-    measured = bench(predictor, BenchOptions((1,), context=1, frames=1, iterations=1), others)
+    both = baselines.sweep(predictor, "history=2,3", seed=0, beside=True)
+    assert list(both) == ["history=2", "history=3", "unified history=2", "unified history=3"]
+    others = baselines.sweep(predictor, "history=3", seed=0, beside=True)
+    measured = bench(
+        predictor, BenchOptions(batches=(1,), context=1, frames=1, iterations=1), others
+    )
     unified = measured["metrics"][0]["contestants"]["unified history=3"]
     assert "canvas" not in unified["component_ms"]
     assert unified["component_ms"]["spatial"] > 0
@@ -190,14 +193,16 @@ def test_history_beside_a_unified_model(predictor: Predictor) -> None:
     )
 
 
-def test_a_group_is_there_at_once(predictor: Predictor) -> None:
-    """Three latent frames from groups of two: two steps, the first two ready together."""
-    made = baselines.baselines(predictor, ("next-group:2",), seed=0)["next-group:2"](
-        moving_clip(predictor.config, 2), 1
-    )
-    played = made.play(3)
-    assert len(played.ready) == 3
-    assert played.ready[0] == played.ready[1] < played.ready[2]
+def test_a_group_is_there_at_once(bundles: Callable[[str], Bundle], predictor: Predictor) -> None:
+    """Four latent frames from groups of three: two steps, the first three ready together."""
+    groups = canvasmar_rt.load(bundles("next-group").path, threads=1)
+    context = moving_clip(groups.config, 2)
+    played = RolloutContestant("groups", groups, context, batch=1, seed=0).play(4)
+    assert len(played.ready) == 4
+    assert played.ready[0] == played.ready[2] < played.ready[3]
+    make = baselines.baselines(predictor, ("next-group:2",), seed=0)["next-group:2"]
+    with pytest.raises(ConfigError, match="every fourth spatial layer"):
+        make(context, 1)
 
 
 @pytest.mark.parametrize("text", ["ar_steps", "ar_steps=", "ar_steps=a", "colour=1"])

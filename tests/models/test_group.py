@@ -161,7 +161,7 @@ def test_each_frame_of_a_group_has_a_canvas_head() -> None:
 def test_a_group_that_cannot_be_is_refused(group: int, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         grouped(group=group)
-    with pytest.raises(ConfigError, match="unified model draws one latent frame"):
+    with pytest.raises(ConfigError, match="unified model needs group 1, got 2"):
         unified_config(group=2)
     written = to_dict(grouped())
     assert from_dict(ModelConfig, written) == grouped()

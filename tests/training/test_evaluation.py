@@ -346,7 +346,7 @@ def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> N
 
 def test_models_compared_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
-    out = tmp_path / "compare.json"
+    out = tmp_path / "a" / "compare.json"
     names = f"canvas={runs / 'model'}", f"plain={runs / 'plain'}"
     options = ("--clips", 2, "--frames", 2, "--steps", "1,2", "--seeds", 1)
     report = measured(command, out, "compare", *names, *options)
@@ -356,9 +356,9 @@ def test_models_compared_and_their_plot(command: Run, runs: Path, tmp_path: Path
         report["result"]["models"]["plain"]["weights"]
         != report["result"]["models"]["canvas"]["weights"]
     )
-    alone = measured(command, tmp_path / "one.json", "compare", names[1], *options)
+    alone = measured(command, tmp_path / "b" / "one.json", "compare", names[1], *options)
     assert alone["result"]["curves"]["plain"] == report["result"]["curves"]["plain"]
-    picture = tmp_path / "figure.png"
+    picture = tmp_path / "c" / "figure.png"
     assert command("plot", out, "-o", picture) == (0, "", "")
     with Image.open(picture) as image:
         assert np.asarray(image.convert("L")).std() > 5
