@@ -64,6 +64,9 @@ class TemporalViT(nn.Module):
     """Reads the latent frame before frame i and gives z_t for frame i (sec. 4.1): causal across
     frames, bidirectional within one, 3D rotary positions."""
 
+    reads_out = True
+    """Whether anyone wants z_t; else `step` ends with the last layer's keys and values."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
@@ -150,6 +153,8 @@ class TemporalViT(nn.Module):
             q, k, v = block.qkv(x)
             q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
             new += [k, v]
+            if layer + 1 == len(self.blocks) and not self.reads_out:
+                break
             keys, values = (
                 torch.cat([cache.transpose(0, 1).flatten(1, 2), y], dim=1)
                 for cache, y in zip(caches[2 * layer : 2 * layer + 2], (k, v), strict=True)

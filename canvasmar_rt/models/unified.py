@@ -24,6 +24,8 @@ class UnifiedTransformer(TemporalViT):
     """`TemporalViT` with all tokens of a frame, whose layers also draw the next frame. Time i reads
     latent frame i-1 (the BOS embedding at 0) and frame i is drawn at time i+1."""
 
+    reads_out = False
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.mask = nn.Parameter(torch.randn(config.dim))

@@ -36,11 +36,11 @@ from canvasmar_rt.components import TensorSpec, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasMAR
+from canvasmar_rt.models.families import FAMILIES as MODELS
 from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.schedule import ar_steps, flow_plan, guidance_branches
-from tests.conftest import SAMPLING, VARIANTS, small_config
+from tests.conftest import FAMILIES, SAMPLING, VARIANTS, small_config
 
 XL = DfotConfig(width=1152, layers=28, heads=16, frames=5, grid=(16, 16), channels=16)
 UNGUIDED = dataclasses.replace(SAMPLING, temporal_guidance=1.0, canvas_guidance=1.0)
@@ -62,9 +62,10 @@ def empty(spec: TensorSpec, sizes: dict[str, int]) -> torch.Tensor:
 def counted(config: ModelConfig, sampling: SamplingConfig, batch: int) -> dict[str, int]:
     """FLOPs that PyTorch counts in the graphs of a frame, run without data."""
     with torch.device("meta"):
-        model = CanvasMAR(config).requires_grad_(False)
+        model = MODELS[config.family](config).requires_grad_(False)
     sizes = {
         "B": batch,
+        "R": batch * config.group,
         "G": len(guidance_branches(sampling, has_canvas=config.canvas).weight),
         "E": len(flow_plan(sampling).time),
     }
@@ -80,6 +81,8 @@ def counted(config: ModelConfig, sampling: SamplingConfig, batch: int) -> dict[s
         for name in ("temporal", "canvas", "condition", "decoder", "encoder")
         if name in components(config)
     }
+    for name in ("temporal", "decoder"):  # of a group frame by frame
+        found[name] *= config.group
     steps = ar_steps(config.tokens, sampling.ar_steps)
     found["spatial"] = sum(
         flops("spatial" if s.known else "spatial_first", K=s.known, S=s.drawn, M=s.left)
@@ -96,7 +99,7 @@ def full_size(name: str, batch: int) -> tuple[ModelConfig, SamplingConfig, int]:
 
 
 CASES = {
-    **{name: (config, SAMPLING, 2) for name, config in VARIANTS.items()},
+    **{name: (config, SAMPLING, 2) for name, config in FAMILIES.items()},
     "unguided": (VARIANTS["expert"], UNGUIDED, 1),
     "two branches": (
         VARIANTS["mmdit"], dataclasses.replace(SAMPLING, temporal_guidance=1.0), 1,
@@ -121,9 +124,9 @@ def test_flops_are_those_of_a_counted_run(case: str, monkeypatch: pytest.MonkeyP
     assert predicted == pytest.approx(counted(config, sampling, batch), rel=0.01)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", FAMILIES)
 def test_the_reference_sampler_does_as_much(variant: str) -> None:
-    config = VARIANTS[variant]
+    config = FAMILIES[variant]
     model = build(config)
     state = sampler.start(model, torch.zeros(2, 1, config.tokens, 4))
     noise = sampler.draw_noise(config, SAMPLING, seed=0, streams=range(2), frame=1)
