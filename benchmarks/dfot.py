@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -432,7 +431,7 @@ class DfotContestant:
             )
         self._runner.rewind(self._decoder_start)
         ready, decoding = [], []
-        clock, begun = Clock(), time.perf_counter()
+        clock = Clock()
         self._draw()
         clock.lap("noise")
         self.latents[...] = self._runner.denoise()[:, known:]
@@ -445,7 +444,7 @@ class DfotContestant:
         for i in range(frames):
             self.frames[:, i] = self._runner.decode(self.latents[:, i])
             clock.lap("decoder")
-            ready.append(time.perf_counter() - begun)
+            ready.append(clock.elapsed)
             decoding.append(clock.timings["decoder"])
         return Played(tuple(ready), tuple(decoding), clock.timings)
 
