@@ -24,7 +24,7 @@ from canvasmar_rt.benchmarks.latency import (
     summary,
 )
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.config import preset
+from canvasmar_rt.config import ModelConfig, preset
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
 
@@ -174,14 +174,28 @@ def test_the_window_of_a_preset_can_be_swept(predictor: Predictor) -> None:
     assert there.play(1).ready[0] > 0
 
 
-def test_history_beside_a_unified_model(predictor: Predictor) -> None:
+def test_history_beside_a_unified_model(
+    predictor: Predictor, bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Both families at every window, drawn as two curves each."""
+    asked = []
+
+    def exported(there: Predictor, config: ModelConfig, *_: Any, **__: Any) -> Predictor:
+        asked.append((config.family, config.context_frames, config.temporal_layers))
+        name = "unified" if config.family == "unified" else "expert"
+        return canvasmar_rt.load(bundles(name).path, threads=1)
+
+    monkeypatch.setattr(baselines, "same_size", exported)
+    monkeypatch.setattr(baselines, "random_like", exported)
     both = baselines.sweep(predictor, "history=2,3", seed=0, beside=True)
     assert list(both) == ["history=2", "history=3", "unified history=2", "unified history=3"]
     others = baselines.sweep(predictor, "history=3", seed=0, beside=True)
     measured = bench(
         predictor, BenchOptions(batches=(1,), context=1, frames=1, iterations=1), others
     )
+    model = predictor.config
+    layers = model.temporal_layers + model.canvas_layers + model.spatial_layers
+    assert asked == [("canvasmar", 3, model.temporal_layers), ("unified", 3, layers)]
     unified = measured["metrics"][0]["contestants"]["unified history=3"]
     assert "canvas" not in unified["component_ms"]
     assert unified["component_ms"]["spatial"] > 0
