@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from filelock import FileLock
+from filelock import FileLock, Timeout
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
@@ -113,12 +114,24 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Bundle]
     root = root / "bundles"
     root.mkdir(exist_ok=True)
 
+    def opened(name: str) -> Bundle:
+        if (root / name).exists():
+            return Bundle.open(root / name)
+        model = build(FAMILIES[name], seed=3)
+        return export_bundle(model, SAMPLING, root / name, ExportOptions(seed=5), source="test")
+
     def get(name: str) -> Bundle:
+        try:
+            with FileLock(root / f"{name}.lock", timeout=0):
+                return opened(name)
+        except Timeout:  # another worker is at it: meanwhile one that is still missing
+            for other in FAMILIES:
+                if not (root / other).exists() and other != name:
+                    with contextlib.suppress(Timeout), FileLock(root / f"{other}.lock", timeout=0):
+                        opened(other)
+                        break
         with FileLock(root / f"{name}.lock"):
-            if (root / name).exists():
-                return Bundle.open(root / name)
-            model = build(FAMILIES[name], seed=3)
-            return export_bundle(model, SAMPLING, root / name, ExportOptions(seed=5), source="test")
+            return opened(name)
 
     return get
 
