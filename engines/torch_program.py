@@ -143,7 +143,7 @@ class TorchProgram:
             self._flow = FlowKernel(
                 model.flow,
                 # a level of fewer AR steps may draw them all at once
-                tokens=batch * self._config.tokens,
+                tokens=batch * self._config.group * self._config.tokens,
                 branches=max(len(b["branch_weight"]) for b in self._levels[0].branches.values()),
                 evaluations=len(self._levels[0].fixed["flow_time"]),
                 mode=flow_kernel,
