@@ -12,7 +12,6 @@ from canvasmar_rt.benchmarks.latency import Make
 from canvasmar_rt.benchmarks.peers import (
     EagerContestant,
     NaiveOnnxContestant,
-    same_size,
     without_canvas,
 )
 from canvasmar_rt.benchmarks.random_models import need_torch, random_like
@@ -68,10 +67,10 @@ def baselines(
                 made = RolloutContestant(name, plain, context, **at)
             elif name.startswith("next-group"):
                 config = next_group(predictor.config, _number(name, "next-group") or 2)
-                groups = same_size(predictor, config, threads=threads)
+                groups = random_like(predictor, config, threads=threads)
                 made = RolloutContestant(name, groups, context, **at)
             elif name == "unified":
-                one = same_size(predictor, unified(predictor.config), threads=threads)
+                one = random_like(predictor, unified(predictor.config), threads=threads)
                 made = RolloutContestant(name, one, context, **at)
             elif name == "naive-onnx":
                 made = NaiveOnnxContestant(predictor, context, threads=threads, **at)
@@ -116,7 +115,7 @@ def sweep(
         def make(context: UInt8, batch: int) -> Contestant:
             if name.startswith("unified"):
                 config = dataclasses.replace(unified(predictor.config), context_frames=value)
-                there = same_size(predictor, config, threads=threads)
+                there = random_like(predictor, config, threads=threads)
             else:
                 there = _variant(predictor, option, value, threads)
             return RolloutContestant(name, there, context, batch=batch, seed=seed)
@@ -132,7 +131,7 @@ def sweep(
 def _variant(predictor: Predictor, option: str, value: int, threads: int | None) -> Predictor:
     if option == "history":  # the ring's size is in the graphs
         config = dataclasses.replace(predictor.config, context_frames=value)
-        return random_like(predictor, config, predictor.sampling, threads=threads)
+        return random_like(predictor, config, threads=threads)
     changed: dict[str, Any] = {option: value}
     return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
 

@@ -21,7 +21,7 @@ import onnxruntime as ort
 from canvasmar_rt.benchmarks.contestants import Played
 from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
-from canvasmar_rt.config import ModelConfig, SamplingConfig, to_dict
+from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.engines.base import cuda_index
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, UInt8
 from canvasmar_rt.errors import EngineError
@@ -656,26 +656,4 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)
     set_sizes(config.tokens, ar_steps)  # refuses too many before the export does its work
-    return same_size(predictor, config, sampling, threads=threads)
-
-
-def same_size(
-    predictor: Predictor,
-    config: ModelConfig,
-    sampling: SamplingConfig | None = None,
-    *,
-    threads: int | None = None,
-) -> Predictor:
-    """A model exported on the spot to be set beside `predictor`'s, as `without_canvas` does it; the
-    sampling is the predictor's by default.
-
-    Raises:
-        EngineError: no PyTorch, or an engine that needs more than a bundle.
-    """
-    need_torch(f"the model {config.name}")
-    if predictor.engine.name == "tensorrt":
-        raise EngineError(
-            f"{config.name} is exported on the spot and has no TensorRT engines; measure it on "
-            "engine onnxruntime or torch"
-        )
-    return random_like(predictor, config, sampling or predictor.sampling, threads=threads)
+    return random_like(predictor, config, sampling, threads=threads)

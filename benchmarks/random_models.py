@@ -81,25 +81,30 @@ def random_bundle(
 def random_like(
     predictor: Predictor,
     config: ModelConfig,
-    sampling: SamplingConfig,
+    sampling: SamplingConfig | None = None,
     *,
     threads: int | None = None,
 ) -> Predictor:
     """Another model exported as the predictor's was (dtypes, quantisation, opset, batch and
-    unrolling), on its engine and device. The engine's options are its defaults; `threads` as
-    `canvasmar_rt.load` takes them.
+    unrolling), on its engine and device, with its sampling by default. The engine's options are
+    its defaults; `threads` as `canvasmar_rt.load` takes them.
 
     Raises:
         EngineError: without PyTorch, or on an engine that needs more than a bundle.
     """
-    need_torch("a model with random weights")
+    need_torch(f"the model {config.name}")
     from canvasmar_rt.export.exporter import DTYPES
 
     engine, manifest = predictor.engine, predictor.bundle.manifest
+    if engine.name == "tensorrt":
+        raise EngineError(
+            f"{config.name} is exported on the spot and has no TensorRT engines; measure it on "
+            "engine onnxruntime or torch"
+        )
     short = {long: name for name, (long, _) in DTYPES.items()}
     with random_bundle(
         config,
-        sampling,
+        sampling or predictor.sampling,
         dtype=short[manifest.dtype],
         weights=short[manifest.weights_dtype],
         quantize=manifest.quantization,

@@ -2,15 +2,14 @@
 
 Export writes graphs by this table, engines bind by it, the bundle records it. Symbolic dimensions:
 B batch, G guidance branches, K tokens already drawn, S tokens drawn now, M tokens not drawn yet
-(the S among them first), E evaluations of the flow head; R rows of the flow head, B * J for a model
-that draws groups of J latent frames. All others are fixed numbers.
+(the S among them first), E evaluations of the flow head, R its rows: B, or B * J where groups of J
+latent frames are drawn. All others are fixed numbers.
 
 One latent frame runs: temporal, [canvas], [condition], spatial_first, flow, then spatial and flow
 for every further AR step, decoder. `frame` is all but the decoder in one graph. A next-group model
 has no `frame`; it takes its group apart with `split`, decodes each, and feeds all but the last to
-the temporal step at once. A unified model's
-temporal step gives the keys and values of a complete frame and nothing else; its spatial graphs
-read the ring of them.
+the temporal step at once. A unified model's temporal step gives the keys and values of a complete
+frame and nothing else; its spatial graphs read the ring of them.
 """
 
 from __future__ import annotations

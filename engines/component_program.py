@@ -107,6 +107,9 @@ class ComponentProgram:
         self._told_by_frame = [
             {n: self._told.buffers[f"{n}/{j}"] for n in told} for j in range(c.group)
         ]
+        self._told_hosts = [
+            {n: _host(self._told, f"{n}/{j}") for n in told} for j in range(c.group)
+        ]
         self._noise = self._group(noise_shapes(c, b))
         self.noise = Noise(
             **{k: _host(self._noise, f"{k}_noise") for k in ("flow", "frame", "canvas")},
@@ -365,12 +368,10 @@ class ComponentProgram:
 
     def _tell(self, time: int, action: Float32 | None) -> int:
         """Tell every frame of the step its time; the ring slot of the first."""
-        slots = []
-        for j, told in enumerate(self._told_by_frame):
-            host = {name: x.host for name, x in told.items() if x.host is not None}
-            told_action = action if j == 0 else None
-            slots.append(tell(host, self._config, time + j, self.since, told_action))
-        return slots[0]
+        first, *others = self._told_hosts
+        for j, host in enumerate(others, 1):
+            tell(host, self._config, time + j, self.since, None)
+        return tell(first, self._config, time, self.since, action)
 
     def advance(self, time: int, action: Float32 | None) -> None:
         slot = self._tell(time, action)

@@ -168,7 +168,9 @@ class TorchProgram:
             },
             self._device,
         )
-        self._told = [{n: self._in.tensors[f"{n}/{j}"] for n in told} for j in range(c.group)]
+        frames = range(c.group)
+        self._told = [{n: self._in.tensors[f"{n}/{j}"] for n in told} for j in frames]
+        self._told_hosts = [{n: self._in.host[f"{n}/{j}"] for n in told} for j in frames]
         host = self._in.host
         self.noise = Noise(
             flow=host["flow_noise"],
@@ -251,19 +253,19 @@ class TorchProgram:
             history.copy_(out[f"next_state_{i}"])
         return out["frames" if part == "decoder" else "latent"]
 
-    def _decode(self) -> None:
-        """The latest latent to pixels."""
+    def _decode(self, frame: int = 0) -> None:
+        """The latest latent to pixels, those of `frame` of the step."""
+        t = self._config.autoencoder.temporal_compression
         frames = self._autoencode("decoder", "latent", self._state["latent"])
-        self._out.tensors["frames"][:, -frames.shape[1] :].copy_(frames)
+        self._out.tensors["frames"][:, frame * t : (frame + 1) * t].copy_(frames)
 
     def _take(self) -> None:
         """What was drawn becomes the latest latent, frame by frame, and pixels."""
-        c, t = self._config, self._config.autoencoder.temporal_compression
+        c = self._config
         drawn = self._out.tensors["drawn"].view(self._batch, c.group, c.tokens, -1)
         for j in range(c.group):
             self._state["latent"].copy_(drawn[:, j])
-            frames = self._autoencode("decoder", "latent", self._state["latent"])
-            self._out.tensors["frames"][:, j * t : (j + 1) * t].copy_(frames)
+            self._decode(j)
             if j + 1 < c.group:
                 self._temporal(j + 1)
 
@@ -319,8 +321,7 @@ class TorchProgram:
     # -- the program
 
     def _tell(self, time: int, action: Float32 | None) -> None:
-        for j, names in enumerate(self._told):
-            host = {n: self._in.host[f"{n}/{j}"] for n in names}
+        for j, host in enumerate(self._told_hosts):
             told = action if j == 0 else None
             self._in.host["slot"][j] = tell(host, self._config, time + j, self.since, told)
 

@@ -290,13 +290,10 @@ def _remembered(b: Builder, have: Mapping[str, str]) -> dict[str, str]:
     opens = b.op("Transpose", [opens], perm=[1, 0])
     opens = b.op("Unsqueeze", [opens, b.constant(np.array([2, 3]), "axes")])
     front = b.constant(np.array([0]), "axes")
-    rings = [name for name in have if name.startswith("cache_") and name != "cache_bias"]
+    rings = {n: n.replace("new_", "cache_") for n in have if n.startswith("new_")}
     return {
-        name: b.op(
-            "Where",
-            [opens, b.op("Unsqueeze", [have[name.replace("cache_", "new_")], front]), name],
-        )
-        for name in rings
+        ring: b.op("Where", [opens, b.op("Unsqueeze", [have[new], front]), ring])
+        for new, ring in rings.items()
     }
 
 

@@ -239,10 +239,10 @@ def _frame(model: FrameModel, inputs: Mapping[str, Array], bundle: Bundle) -> di
 
     run("temporal")
     if "history_bias" in have:
-        rings = [n for n in have if n.startswith("cache_") and n != "cache_bias"]
-        for name in rings:
-            have[name] = have[name].copy()
-            have[name][0] = have[name.replace("cache_", "new_")]
+        for new in [n for n in have if n.startswith("new_")]:
+            ring = new.replace("new_", "cache_")
+            have[ring] = have[ring].copy()
+            have[ring][0] = have[new]
     if config.canvas:
         run("canvas")
     if config.condition_attention == "isolated":

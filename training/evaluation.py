@@ -574,18 +574,12 @@ def ablations(
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
     plain, _ = _load_toytable(no_canvas, output, device, threads, None)
     counts = _step_counts(steps)
-
-    def report(result: dict[str, Any]) -> dict[str, Any]:
-        return _report("ablations", model, sampling, result)
-
-    with _ticking("ablations", clips * seeds * len(counts) * len(ABLATIONS), quiet) as tick:
-        result = measure_ablations(
-            model, plain, sampling, steps=counts, seeds=seeds, clips=clips, frames=frames,
-            context=context, batch=batch, tick=tick,
-            before=lambda result: _curves_before(output, report(result)),
-            keep=lambda result: _write_report(output, report(result)),
-        )  # fmt: skip
-    _write(output, "ablations", model, sampling, result, quiet)
+    measure = functools.partial(
+        measure_ablations, model, plain, sampling, steps=counts, seeds=seeds, clips=clips,
+        frames=frames, context=context, batch=batch,
+    )  # fmt: skip
+    points = clips * seeds * len(counts) * len(ABLATIONS)
+    _write_curves(output, "ablations", model, sampling, points, measure, quiet)
 
 
 @app.command()
@@ -628,18 +622,36 @@ def compare(
             for name, (model, _) in loaded.items()
         }
     }
+    measure = functools.partial(
+        measure_curves, loaded, steps=counts, seeds=seeds, clips=clips, frames=frames,
+        context=context, batch=batch, about=about,
+    )  # fmt: skip
+    points = clips * seeds * len(counts) * len(loaded)
+    _write_curves(output, "compare", first, sampling, points, measure, quiet)
+
+
+def _write_curves(
+    output: Path,
+    what: str,
+    model: FrameModel,
+    sampling: SamplingConfig,
+    points: int,
+    measure: Callable[..., dict[str, Any]],
+    quiet: bool,
+) -> None:
+    """Write what `measure` finds, after every point, and go on from what the file holds; `points`
+    are the clips of them all."""
 
     def report(result: dict[str, Any]) -> dict[str, Any]:
-        return _report("compare", first, sampling, result)
+        return _report(what, model, sampling, result)
 
-    with _ticking("compare", clips * seeds * len(counts) * len(loaded), quiet) as tick:
-        result = measure_curves(
-            loaded, steps=counts, seeds=seeds, clips=clips, frames=frames, context=context,
-            batch=batch, about=about, tick=tick,
+    with _ticking(what, points, quiet) as tick:
+        result = measure(
+            tick=tick,
             before=lambda result: _curves_before(output, report(result)),
             keep=lambda result: _write_report(output, report(result)),
-        )  # fmt: skip
-    _write(output, "compare", first, sampling, result, quiet)
+        )
+    _write(output, what, model, sampling, result, quiet)
 
 
 def _step_counts(text: str) -> tuple[int, ...]:

@@ -167,16 +167,11 @@ class CanvasMarLoss(nn.Module):
         hidden, known = hidden_tokens(draws, count * group, tokens, c)
         masked = hidden.shape[1]
         some = masked < tokens
-
-        def each_frame(x: Tensor) -> Tensor:
-            return x.repeat_interleave(group, dim=0) if group > 1 else x
-
-        told: Tensor | list[tuple[Tensor, Tensor]] = each_frame(condition)
-        if self.spatial.isolated:
-            cached = self.spatial.condition_keys_values(condition)
-            told = [(each_frame(key), each_frame(value)) for key, value in cached]
+        cached = (
+            self.spatial.condition_keys_values(condition) if self.spatial.isolated else condition
+        )
         z = self.spatial(
-            told,
+            cached,
             mask_tokens,
             hidden,
             masked,
@@ -262,14 +257,16 @@ class UnifiedLoss(nn.Module):
 
         read, first, moved, given = told_history(self.model_config, c, latents, actions, draws)
         hidden, known = hidden_tokens(draws, count, tokens, c)
-        masked = torch.zeros(batch * count, tokens, 1, device=latents.device)
+        masked = None  # (B, T, N, 1), 1 for the tokens of `read` that are
         if c.teacher == "mtf":
-            masked = masked.scatter(1, hidden[..., None], 1.0)
-            masked = masked.view(batch, count, tokens, 1)
-            masked = torch.cat([torch.zeros_like(masked[:, :1]), masked[:, :-1]], dim=1)
+            drawn_masked = torch.zeros(batch * count, tokens, 1, device=latents.device)
+            drawn_masked = drawn_masked.scatter(1, hidden[..., None], 1.0)
+            drawn_masked = drawn_masked.view(batch, count, tokens, 1)
+            none = torch.zeros_like(drawn_masked[:, :1])
+            masked = torch.cat([none, drawn_masked[:, :-1]], dim=1)
             read = read * (1 - masked)  # whose embedding is the bias
         history = self.temporal.embed_frames(read, first, moved, given)  # (B, T, N, D)
-        if c.teacher == "mtf":
+        if masked is not None:
             history = history + masked * (self.temporal.mask - self.temporal.embed.bias)
         drawn = self.temporal.draw_tokens(batch * count, gather_tokens(target, known), known)
         times = range(0, (frames + 1) * interval, interval)
@@ -352,7 +349,7 @@ def told_history(
     one = (chance[:, 1:] >= config.action_drop / 2).float()
     given = one * (chance[:, :1] >= config.action_drop / 2).float()
     given = given * (1 - first)  # no action leads to the first frame
-    if model.group > 1 and starts is not None:
+    if starts is not None:
         begins = torch.zeros_like(first).index_fill(1, starts, 1.0)
         given = given * begins
     one_action = model.action_dim // model.group

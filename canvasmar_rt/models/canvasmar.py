@@ -326,7 +326,8 @@ class SpatialMAR(nn.Module):
 
         Args:
             condition: (R, P, D) condition tokens, or, for isolated condition attention, their
-                keys and values per layer from `condition_keys_values`.
+                keys and values per layer from `condition_keys_values`; (R/J, P, D) where groups
+                are drawn, whose frames share them.
             canvas_tokens: (R, N, D) z_c or mask embeddings, in raster order.
             mask_index: (R, M) int64, positions not drawn yet, the next set first.
             select: how many of them make up the next set.
@@ -343,9 +344,10 @@ class SpatialMAR(nn.Module):
         last = self.config.spatial_layers - 1
         cached: Sequence[tuple[Tensor, Tensor] | None]
         if isinstance(condition, list):
-            cached, x, p = condition, None, 0
+            cached = [(self._each_frame(k), self._each_frame(v)) for k, v in condition]
+            x, p = None, 0
         else:
-            cached, x, p = [None] * (last + 1), condition, condition.shape[1]
+            cached, x, p = [None] * (last + 1), self._each_frame(condition), condition.shape[1]
         known = 0
         if known_tokens is not None:
             assert known_index is not None
@@ -379,6 +381,12 @@ class SpatialMAR(nn.Module):
                 whole = self.group[str(layer)](x[:, p:], index)
                 x = torch.cat([x[:, :p], whole], dim=1) if p else whole
         return self.norm(x)
+
+    def _each_frame(self, x: Tensor) -> Tensor:
+        """x (R/J, P, D), what the frames of a group share, for each of them: (R, P, D)."""
+        if self.config.group == 1:
+            return x
+        return x[:, None].expand(-1, self.config.group, -1, -1).flatten(0, 1)
 
     def _in_group(self, x: Tensor) -> Tensor:
         """x (R, n, D), rows of a group told which frame they are."""

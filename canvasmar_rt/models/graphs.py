@@ -68,7 +68,7 @@ class TemporalGraph(Graph):
             t["cache_bias"],
             caches,
         )
-        return (z_temporal, *new) if self.component.outputs[0].name == "z_temporal" else (*new,)
+        return (z_temporal, *new) if self.temporal.reads_out else (*new,)
 
 
 class CanvasGraph(Graph):
@@ -110,27 +110,19 @@ class SpatialGraph(Graph):
         self._condition, self._mask = model.condition_tokens, model.mask_tokens
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
-        group = self.config.group
         per_frame = ("z_canvas", "mask_index", "partial", "known_index")
         t = self.named(args)
-        if group > 1:  # frames become rows of the batch
+        if self.config.group > 1:  # frames become rows of the batch
             t |= {name: t[name].flatten(0, 1) for name in per_frame if name in t}
         condition: Tensor | list[tuple[Tensor, Tensor]]
-
-        def each_frame(x: Tensor) -> Tensor:
-            """(G, B, P, D) -> (G*B*J, P, D)"""
-            if group > 1:
-                x = x[:, :, None].expand(-1, -1, group, -1, -1).flatten(1, 2)
-            return x.flatten(0, 1)
-
         if self.spatial.isolated:
-            flat = [each_frame(x) for name, x in t.items() if name.startswith("condition_")]
+            flat = [x.flatten(0, 1) for name, x in t.items() if name.startswith("condition_")]
             condition = list(zip(flat[::2], flat[1::2], strict=True))
             branches = t["condition_key_0"].shape[0]
         else:
             tokens = self._condition(t["z_temporal"], t["temporal_on"])
             branches = tokens.shape[0]
-            condition = each_frame(tokens)
+            condition = tokens.flatten(0, 1)
 
         def rows(x: Tensor) -> Tensor:
             return x[None].expand(branches, *x.shape).flatten(0, 1)

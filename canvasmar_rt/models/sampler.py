@@ -254,17 +254,9 @@ the rest, given the tokens drawn so far."""
 def _canvasmar(
     model: CanvasMAR, z_temporal: Tensor, z_canvas: Tensor, temporal_on: Tensor, canvas_on: Tensor
 ) -> Embed:
-    group = model.config.group
     condition = model.condition_tokens(z_temporal, temporal_on).flatten(0, 1)
     mask = model.mask_tokens(_rows(z_canvas, 2), canvas_on).flatten(0, 1)
-
-    def each_frame(x: Tensor) -> Tensor:
-        return x if group == 1 else x.repeat_interleave(group, dim=0)
-
-    cached: Tensor | list[tuple[Tensor, Tensor]] = each_frame(condition)
-    if model.spatial.isolated:
-        kv = model.spatial.condition_keys_values(condition)
-        cached = [(each_frame(key), each_frame(value)) for key, value in kv]
+    cached = model.spatial.condition_keys_values(condition) if model.spatial.isolated else condition
     rows = len(temporal_on)
 
     def embed(latent: Tensor, drawn: Tensor, rest: Tensor, size: int) -> Tensor:

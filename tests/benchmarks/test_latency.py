@@ -185,7 +185,6 @@ def test_history_beside_a_unified_model(
         name = "unified" if config.family == "unified" else "expert"
         return canvasmar_rt.load(bundles(name).path, threads=1)
 
-    monkeypatch.setattr(baselines, "same_size", exported)
     monkeypatch.setattr(baselines, "random_like", exported)
     both = baselines.sweep(predictor, "history=2,3", seed=0, beside=True)
     assert list(both) == ["history=2", "history=3", "unified history=2", "unified history=3"]

@@ -16,10 +16,11 @@ from torch import Tensor
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import CanvasViT, GroupAttention
+from canvasmar_rt.models.canvasmar import CanvasViT, GroupAttention, SpatialMAR
 from canvasmar_rt.models.families import build
 from tests.conftest import FAMILIES, SAMPLING, small_config, unified_config
-from tests.models.test_spatial import N, config, every_kind, example, make, random, run
+from tests.models import test_spatial
+from tests.models.test_spatial import N, config, every_kind, make, random
 from tests.training.small_runs import Waves
 from tests.training.test_losses import NEVER, Calls, Given, draws, training
 from training.clips import Clips, latent_actions
@@ -84,6 +85,16 @@ def test_frames_that_would_never_meet_are_refused(layers: int, encoder: int) -> 
 
 
 KNOWN, SELECT = 7, 6
+
+
+def example(rows: int) -> tuple[Tensor, ...]:
+    """That of `test_spatial`, the frames of a group sharing a condition."""
+    condition, *others = test_spatial.example(rows=rows)
+    return condition[::J].repeat_interleave(J, 0), *others
+
+
+def run(spatial: SpatialMAR, condition: Tensor, *others: Any) -> Tensor:
+    return test_spatial.run(spatial, condition[::J], *others)
 
 
 @every_kind
