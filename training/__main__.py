@@ -153,7 +153,7 @@ def model(
     if init is None:
         zero_outputs(network)
     else:
-        transfer(load_weights(init)[0], network, str(init))
+        transfer(load_weights(init)[0], network, f"--init {init}")
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
     source: ClipSource
     if latents is None:

@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from canvasmar_rt import __version__, load
 from canvasmar_rt.command import run_command
@@ -39,7 +39,7 @@ from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.families import count_parameters
+from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ToyTableSource, check_length, latent_actions
@@ -57,8 +57,9 @@ from training.stages import (
     reconstruct,
     weights_id,
 )
-from training.toytable_metrics import ToyTableEvaluator, pair_features
+from training.toytable_metrics import METRIC_SIZE, ToyTableEvaluator, pair_features
 from training.trainer import load_weights, progress_bar
+from training.transfer import transfer
 
 app = typer.Typer(
     add_completion=False,
@@ -93,6 +94,15 @@ Sampling = Annotated[
     typer.Option("--set", help="Override a sampling option, name=value; repeat as needed."),
 ]
 
+SetModel = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set-model",
+        help="Run the weights in a model of another window or grid, e.g. context_frames=32, or "
+        "autoencoder.height=96 with autoencoder.width=96.",
+    ),
+]
+
 
 def held_out(first: int, count: int, frames: int, size: int) -> Clips:
     """Held-out clips first ... first + count - 1."""
@@ -106,6 +116,18 @@ def batches(
     size = model.config.autoencoder.height
     for first in range(start, start + clips, batch):
         yield first, held_out(first, min(batch, start + clips - first), frames, size)
+
+
+def as_measured(frames: Tensor) -> Tensor:
+    """uint8 clips (B, T, H, H, 3) at the 64x64 pixels that ToyTable's readings want."""
+    if frames.shape[2] == METRIC_SIZE:
+        return frames
+    pictures = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
+    resized = nn.functional.interpolate(
+        pictures, (METRIC_SIZE, METRIC_SIZE), mode="bilinear", antialias=True
+    )
+    resized = resized.round().clamp(0, 255).to(torch.uint8)
+    return resized.permute(0, 2, 3, 1).reshape(*frames.shape[:2], *resized.shape[2:], 3)
 
 
 def _given(model: FrameModel, context: int) -> int:
@@ -284,10 +306,11 @@ def measure_rollouts(
             use_actions=use_actions,
             predictor=predictor,
         ).frames
-        before, actions = drawn.frames[:, :given], drawn.actions[:, given - 1 :]
-        evaluator.update(before, shown[:, given:], drawn.frames[:, given:], actions)
+        real, shown = as_measured(drawn.frames), as_measured(shown)
+        before, actions = real[:, :given], drawn.actions[:, given - 1 :]
+        evaluator.update(before, shown[:, given:], real[:, given:], actions)
         for (start, end), sides in parts.items():
-            for stats, clip in zip(sides, (drawn.frames, shown), strict=True):
+            for stats, clip in zip(sides, (real, shown), strict=True):
                 window = clip[:, given + start - 1 : given + end]
                 stats.update(pair_features(window).flatten(0, 1))
         tick(len(drawn.frames))
@@ -504,6 +527,7 @@ def rollouts(
     batch: Batch = 32,
     seed: Seed = 0,
     set_: Sampling = None,
+    set_model: SetModel = None,
     engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
@@ -511,8 +535,8 @@ def rollouts(
 ) -> None:
     """Rollouts with and without their actions: gripper error, toys kept, Frechet distance. A model
     that takes no actions is measured without."""
-    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
-    predictor = _predictor(checkpoint, engine, device, threads)
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_, set_model)
+    predictor = _predictor(checkpoint, engine, device, threads, set_model)
     modes = {"with_actions": True} if model.config.action_dim else {}
     modes["without_actions"] = False
     result = {}
@@ -535,14 +559,15 @@ def long(
     batch: Batch = 32,
     seed: Seed = 0,
     set_: Sampling = None,
+    set_model: SetModel = None,
     engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
     """Long rollouts: the last sixteen frames against frames 5 to 20, toys kept, colour, detail."""
-    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
-    predictor = _predictor(checkpoint, engine, device, threads)
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_, set_model)
+    predictor = _predictor(checkpoint, engine, device, threads, set_model)
     if frames < 36:
         raise InputError(f"long rollouts need at least 36 frames, got {frames}")
     with _ticking("long rollouts", clips, quiet) as tick:
@@ -686,11 +711,12 @@ def sheet(
     context: Context = 2,
     seed: Seed = 0,
     set_: Sampling = None,
+    set_model: SetModel = None,
     device: Device = "cpu",
     threads: Threads = None,
 ) -> None:
     """Held-out clips above their continuations."""
-    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_, set_model)
     _check_predicted(model, frames)
     given = _given(model, context)
     drawn = held_out(first, clips, given + frames, model.config.autoencoder.height)
@@ -791,20 +817,47 @@ def _load(
 
 
 def _load_toytable(
-    checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
+    checkpoint: Path,
+    output: Path,
+    device: str,
+    threads: int | None,
+    assignments: list[str] | None,
+    model_assignments: list[str] | None = None,
 ) -> tuple[FrameModel, SamplingConfig]:
     model, sampling = _load(checkpoint, output, device, threads, assignments)
     ae, actions = model.config.autoencoder, model.config.action_dim // model.config.group
-    if (ae.height, ae.width) != (64, 64) or actions not in (0, 2 * ae.temporal_compression):
+    if (ae.height, ae.width) != (METRIC_SIZE, METRIC_SIZE) or actions not in (
+        0, 2 * ae.temporal_compression
+    ):  # fmt: skip
         raise ConfigError(
             f"{checkpoint}: ToyTable has 64x64 pixels and {2 * ae.temporal_compression} numbers of "
             f"action a latent step; the model takes {ae.height}x{ae.width} and {actions}"
         )
+    if model_assignments:
+        config = override(model.config, model_assignments)
+        if config.autoencoder.height != config.autoencoder.width:
+            raise ConfigError(
+                "--set-model: ToyTable is square; give autoencoder.height and autoencoder.width"
+            )
+        network = build(config)
+        transfer(model, network, str(checkpoint), autoencoder=True)
+        set_sizes(config.tokens, sampling.ar_steps)
+        model = network.to(model.device)
     return model, sampling
 
 
-def _predictor(checkpoint: Path, engine: str, device: str, threads: int | None) -> Predictor | None:
-    return load(checkpoint, engine=engine, device=device, threads=threads) if engine else None
+def _predictor(
+    checkpoint: Path,
+    engine: str,
+    device: str,
+    threads: int | None,
+    model_assignments: list[str] | None = None,
+) -> Predictor | None:
+    if not engine:
+        return None
+    if model_assignments:
+        raise ConfigError("--set-model: an engine runs what was exported; leave --engine out")
+    return load(checkpoint, engine=engine, device=device, threads=threads)
 
 
 @contextmanager

@@ -40,7 +40,7 @@ from training.toytable import TOY_HUES, ToyTableConfig, generate, gripper_from_p
 
 METRIC_FILE = Path(__file__).parent / "data" / "toytable_metric.safetensors"
 FEATURES = 64
-_SIZE = 64
+METRIC_SIZE = 64
 _CELLS = 8  # the maps of toys are 8 x 8
 _HIDDEN = 128
 # What the heads tell of a pair of frames: name -> numbers. The last four are what is wrong with
@@ -101,7 +101,7 @@ class MetricNet(nn.Module):
             nn.Conv2d(96, 24, 1),
             nn.SiLU(),
             nn.Flatten(),
-            nn.Linear(24 * (_SIZE // 8) ** 2, FEATURES),
+            nn.Linear(24 * (METRIC_SIZE // 8) ** 2, FEATURES),
         )
         self.heads = nn.Sequential(
             nn.Linear(FEATURES, _HIDDEN), nn.SiLU(), nn.Linear(_HIDDEN, sum(_HEADS.values()))
@@ -166,7 +166,7 @@ def pair_features(frames: Tensor, *, net: MetricNet | None = None, chunk: int = 
     Raises:
         InputError: frames of another type or size, or fewer than two of them.
     """
-    _check_frames(frames, "pair_features", frames=2, size=_SIZE)
+    _check_frames(frames, "pair_features", frames=2, size=METRIC_SIZE)
     net = (net or metric_net()).to(frames.device)
     b, t = frames.shape[:2]
     pairs = torch.stack((frames[:, :-1], frames[:, 1:]), dim=2).flatten(0, 1)
@@ -433,7 +433,7 @@ class ToyTableEvaluator:
             InputError: shapes that do not fit together, or a context that shows no gripper.
         """
         for name, frames in (("context", context), ("predicted", predicted), ("real", real)):
-            _check_frames(frames, f"ToyTable evaluator, {name}", size=_SIZE)
+            _check_frames(frames, f"ToyTable evaluator, {name}", size=METRIC_SIZE)
         t = predicted.shape[1]
         if predicted.shape != real.shape or (self._clips and t != self._frames):
             raise InputError(
@@ -460,7 +460,7 @@ class ToyTableEvaluator:
             }
             features = pair_features(torch.cat((last, frames), dim=1), net=self._net)
             self._stats[side].update(features.flatten(0, 1))
-        sums["frozen"] = actions.cumsum(1).norm(dim=-1).sum() * _SIZE
+        sums["frozen"] = actions.cumsum(1).norm(dim=-1).sum() * METRIC_SIZE
         for name, value in sums.items():
             self._sums[name] = self._sums.get(name, 0) + value.detach().to("cpu", torch.float64)
         self._clips += len(predicted)
@@ -487,7 +487,7 @@ class ToyTableEvaluator:
             return float(s[f"{side} {over}"].sum()) / count if count else None
 
         missing = total - float(s["predicted found"].sum())
-        penalty = missing * _SIZE * MISSING_SHARE_OF_WIDTH
+        penalty = missing * METRIC_SIZE * MISSING_SHARE_OF_WIDTH
         return ToyTableReport(
             clips=clips,
             frames=self._frames,
@@ -757,7 +757,7 @@ def _measure(net: MetricNet, *, seed: int, clips: int, steps: int) -> MetricCard
         return _decode(name, readings[name])
 
     def distance(name: str) -> float:
-        return float((value(name, told) - value(name, true)).norm(dim=-1).mean()) * _SIZE
+        return float((value(name, told) - value(name, true)).norm(dim=-1).mean()) * METRIC_SIZE
 
     def explained(name: str) -> float:
         spread = (true[name] - true[name].mean(0)).square().sum()
@@ -769,7 +769,7 @@ def _measure(net: MetricNet, *, seed: int, clips: int, steps: int) -> MetricCard
         steps=steps,
         gripper_px=distance("gripper"),
         action_px=distance("action"),
-        frozen_action_px=float(value("action", frozen).norm(dim=-1).mean()) * _SIZE,
+        frozen_action_px=float(value("action", frozen).norm(dim=-1).mean()) * METRIC_SIZE,
         count_error=float((told["count"] - true["count"]).abs().mean()),
         occupancy_r2=explained("occupancy"),
         colour_r2=explained("colour"),

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,7 +29,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.tensorboard import SummaryWriter
 
@@ -312,12 +311,7 @@ class Trainer:
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         inputs = self.stage.inputs(clips)
-        # a CPU's fused attention is slow to differentiate; matrix products are not
-        kernels = sdpa_kernel(SDPBackend.MATH) if r.device.type == "cpu" else nullcontext()
-        with (
-            torch.autocast(r.device.type, torch.bfloat16, enabled=c.precision == "bf16"),
-            kernels,
-        ):
+        with torch.autocast(r.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
             total, terms = self.module(*inputs, draws)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)

@@ -23,8 +23,10 @@ GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial
 
 
 @torch.no_grad()
-def transfer(given: FrameModel, network: FrameModel, where: str) -> None:
-    """Put the weights of `given` into `network`, all but the autoencoder's.
+def transfer(
+    given: FrameModel, network: FrameModel, where: str, *, autoencoder: bool = False
+) -> None:
+    """Put the weights of `given` into `network`, the autoencoder's only if asked for.
 
     A model that draws groups starts from one that does not as one that draws all frames of a group
     as it would draw the first: its canvas heads and its attention among frames add nothing, later
@@ -36,13 +38,13 @@ def transfer(given: FrameModel, network: FrameModel, where: str) -> None:
     old = given.state_dict()
     if given.config.group not in (1, network.config.group):
         raise ConfigError(
-            f"--init {where}: draws groups of {given.config.group} latent frames, the model groups "
+            f"{where}: draws groups of {given.config.group} latent frames, the model groups "
             f"of {network.config.group}; start from one that draws frame by frame"
         )
     grouped = network.config.group > given.config.group
     new: dict[str, Tensor] = {}
     for name, own in network.state_dict().items():
-        if name.startswith("autoencoder."):
+        if name.startswith("autoencoder.") and not autoencoder:
             continue
         if grouped and name.startswith(OF_GROUPS):
             new[name] = torch.zeros_like(own) if SILENT.search(name) else own
@@ -51,11 +53,11 @@ def transfer(given: FrameModel, network: FrameModel, where: str) -> None:
         if value is not None and value.shape != own.shape:
             value = _fitted(name, value, own, given, network, grouped)
         if value is None:
-            raise ConfigError(f"--init {where}: another model; {name} does not fit")
+            raise ConfigError(f"{where}: another model; {name} does not fit")
         new[name] = value
     for name in old:
         if not name.startswith("autoencoder.") and name not in new:
-            raise ConfigError(f"--init {where}: another model; there is no place for its {name}")
+            raise ConfigError(f"{where}: another model; there is no place for its {name}")
     network.load_state_dict(new, strict=False)
 
 

@@ -102,7 +102,7 @@ class UnifiedTransformer(TemporalViT):
             history: (B, T, N, D), inputs at times 0..T-1 (frames BOS, 0, .., T-2), clean or not.
             drawn: (B, M, N, D), inputs of the frames being drawn.
             times: (T+1, 2, pairs), rotations of times 0..T.
-            frames: (M,) int64, which frames are drawn, each in 0..T-1.
+            frames: (M,) int64, ascending, which frames are drawn, each in 0..T-1.
             temporal_on: (B, M), 0 for a frame that sees no history.
 
         Returns:
@@ -117,7 +117,10 @@ class UnifiedTransformer(TemporalViT):
         def windows(x: Tensor, now: Tensor) -> Tensor:
             """The last frames up to each of `now` in x (B, T*N, D): (B*len(now), window*N, D)."""
             padded = F.pad(x.reshape(batch, length, -1), (0, 0, window - 1, 0))
-            parts = padded.unfold(1, window, 1)[:, now].transpose(2, 3)
+            # slices, because the gradient of an index or of `unfold` is a slow scatter
+            parts = torch.stack([padded[:, j : j + length] for j in range(window)], dim=2)
+            if len(now) < length:
+                parts = parts[:, now]
             return parts.reshape(batch * len(now), window * tokens, -1)
 
         def bias(visible: Tensor, own: int) -> Tensor:

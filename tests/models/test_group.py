@@ -225,7 +225,7 @@ def test_a_group_starts_as_copies_of_its_first_frame(kind: str) -> None:
 )
 def test_what_does_not_fit_is_named(old: dict[str, Any], new: dict[str, Any], weight: str) -> None:
     given = build(small_config("given", **{"spatial_layers": 6} | old))
-    with pytest.raises(ConfigError, match=rf"--init there: another model; {weight} does not fit"):
+    with pytest.raises(ConfigError, match=rf"there: another model; {weight} does not fit"):
         transfer(given, build(grouped(**new)), "there")
 
 

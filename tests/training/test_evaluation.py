@@ -40,6 +40,7 @@ from training.evaluation import (
     ABLATIONS,
     AlikeDraws,
     app,
+    as_measured,
     held_out,
     measure_ablations,
     measure_losses,
@@ -310,6 +311,45 @@ def test_long(command: Run, runs: Path, tmp_path: Path) -> None:
     )
     assert list(report["result"]["frechet_by_window"]) == ["5-20", "25-40"]
     assert len(report["result"]["colour_ratio_by_frame"]) == 40
+
+
+def test_weights_on_another_grid_and_window(command: Run, runs: Path, tmp_path: Path) -> None:
+    options = ("rollouts", runs / "still", "--clips", 2, "--frames", 4)
+    wide = ("--set-model", "autoencoder.height=96", "--set-model", "autoencoder.width=96",
+            "--set-model", "context_frames=8")  # fmt: skip
+    usual = measured(command, tmp_path / "out.json", *options)
+    report = measured(command, tmp_path / "out.json", *options, *wide)
+    assert report["model"]["autoencoder"]["width"] == 96
+    assert report["model"]["context_frames"] == 8
+    true, own = report["result"]["without_actions"], usual["result"]["without_actions"]
+    # the same world, seen larger: readings are in pixels of 64
+    assert abs(true["frozen_gripper_px"] - own["frozen_gripper_px"]) < 0.1
+    assert true["frechet"] != own["frechet"]
+    output = tmp_path / "refused.json"
+    line = refused(command, output, *options, *wide[:2])
+    assert "ToyTable is square" in line
+    line = refused(command, output, *options, *wide, "--engine", "onnxruntime")
+    assert "an engine runs what was exported" in line
+    line = refused(command, output, *options, "--set-model", "dim=64")
+    assert "another model; temporal.bos does not fit" in line
+
+
+def test_longer_windows_change_nothing_before_they_are_full(
+    command: Run, runs: Path, tmp_path: Path
+) -> None:
+    options = ("rollouts", runs / "model", "--clips", 2, "--frames", 4)
+    usual = measured(command, tmp_path / "out.json", *options)["result"]
+    longer = measured(command, tmp_path / "out.json", *options, "--set-model", "context_frames=9")
+    assert longer["result"] == usual
+
+
+def test_frames_as_they_are_measured() -> None:
+    frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
+    assert as_measured(frames) is frames
+    doubled = frames.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    assert as_measured(doubled).shape == frames.shape
+    even = torch.full((1, 2, 96, 96, 3), 77, dtype=torch.uint8)
+    assert (as_measured(even) == 77).all()
 
 
 def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> None:
