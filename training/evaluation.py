@@ -393,8 +393,9 @@ def measure_curves(
     before: Callable[[dict[str, Any]], dict[str, Any]] = lambda result: {},
     keep: Callable[[dict[str, Any]], None] = lambda result: None,
 ) -> dict[str, Any]:
-    """Frechet distance against AR steps, a curve for each of `models`, which share clips and noise;
-    other arguments as for `measure_ablations`, `about` being what else the result says.
+    """Frechet distance against AR steps, a curve for each of `models`, which share clips and noise,
+    and of a `copy` of the last frame given; other arguments as for `measure_ablations`, `about`
+    being what else the result says.
 
     Raises:
         InputError: if `frames` are not whole latent frames.
@@ -433,6 +434,15 @@ def measure_curves(
             stats.update(features(part.frames))
         return drawn, stats
 
+    def distance_of_copies(seed: int) -> float:
+        """Of the last frame given, again and again."""
+        copies, (drawn, real) = GaussianStats(), truth(seed)
+        for _, part in drawn:
+            last = part.frames[:, given - 1 : given].expand(-1, frames, -1, -1, -1)
+            copies.update(features(torch.cat([part.frames[:, :given], last], dim=1)))
+        return real.distance(copies)
+
+    result["copy"] = sum(map(distance_of_copies, range(seeds))) / seeds
     for (name, k), (network, chosen) in points.items():
         if str(k) in curves[name]:
             tick(clips * seeds)

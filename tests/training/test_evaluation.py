@@ -617,6 +617,7 @@ def test_ablations_compare_the_same_clips(
     for name, curve in result["curves"].items():
         distances = [value for point in curve.values() for value in point["seeds"]]
         assert all((value > 0.1) == (name == "no canvas") for value in distances), name
+    assert result["copy"] == result["curves"]["no canvas"]["1"]["mean"]
 
 
 # Losses
