@@ -67,7 +67,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, heads: int, bias: Tensor | None =
     """Scaled dot-product attention over unsplit q (R, Lq, D), k and v (R, Lk, D); `bias` is added
     to the scores and broadcasts to (R, H, Lq, Lk). It is no parameter: no gradient reaches it."""
     split = split_heads(q, heads), split_heads(k, heads), split_heads(v, heads)
-    if q.requires_grad and q.device.type == "cpu":
+    trained = q.requires_grad and not torch.compiler.is_compiling()  # nor exporting
+    if trained and q.device.type == "cpu":
         out = _CpuAttention.apply(*split, bias)
     else:
         out = F.scaled_dot_product_attention(*split, attn_mask=bias)

@@ -64,7 +64,8 @@ def test_frechet_of_commuting_covariances_is_the_closed_form() -> None:
     m1, m2 = torch.zeros(12), torch.arange(12.0)
     expected = float((m1 - m2).square().sum() + (a.sqrt() - b.sqrt()).square().sum())
     got = frechet_distance(m1, axes * a @ axes.T, m2, axes * b @ axes.T)
-    assert got == pytest.approx(expected, rel=1e-10)
+    # eigenvalues that are zero are known to 1e-16, and their roots enter
+    assert got == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("rank", [40, 24])
