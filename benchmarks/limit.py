@@ -308,7 +308,7 @@ def _flow_evaluation(config: ModelConfig, tokens: int, branches: int) -> _Pass:
 
 
 def _autoencoder(config: AutoencoderConfig, batch: int, *, decoder: bool) -> _Pass:
-    work, widths, kernel = _Pass(), config.widths, config.temporal_kernel
+    work, widths, kernel = _Pass(), config.widths, config.kernel(decoder=decoder)
     pixels = config.height * config.width // config.patch**2
     positions = [batch * pixels // 4**i for i in range(len(widths))]
     patch = 3 * config.temporal_compression * config.patch**2

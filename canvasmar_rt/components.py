@@ -49,7 +49,7 @@ class Component:
 
 def autoencoder_states(config: AutoencoderConfig, *, decoder: bool) -> list[tuple[int, ...]]:
     """Shapes, without batch, of the causal-convolution histories, in the order they are used."""
-    past = config.temporal_kernel - 1
+    past = config.kernel(decoder=decoder) - 1
     if past == 0:
         return []
     sizes = [

@@ -50,7 +50,9 @@ def _require_sizes(config: Any, where: str) -> None:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderConfig:
     """Causal video autoencoder. `patch` pixels a side enter as channels; every further entry of
-    `widths` halves the resolution, so one latent covers `patch * 2**(len(widths)-1)` pixels."""
+    `widths` halves the resolution, so one latent covers `patch * 2**(len(widths)-1)` pixels.
+    A convolution sees `temporal_kernel` latent frames, in the encoder `encoder_kernel` where it is
+    given: with 1 a latent frame is of its own pixels alone, and latents of what stays stay too."""
 
     height: int
     width: int
@@ -60,6 +62,7 @@ class AutoencoderConfig:
     widths: tuple[int, ...] = (64, 128, 256)
     blocks: int = 2
     temporal_kernel: int = 3
+    encoder_kernel: int | None = None
 
     def __post_init__(self) -> None:
         _require_sizes(self, "autoencoder")
@@ -79,6 +82,16 @@ class AutoencoderConfig:
         _require(self.latent_channels >= 1, "autoencoder: latent_channels must be >= 1")
         _require(self.blocks >= 1, "autoencoder: blocks must be >= 1")
         _require(self.temporal_kernel >= 1, "autoencoder: temporal_kernel must be >= 1")
+        _require(
+            self.encoder_kernel is None or self.encoder_kernel >= 1,
+            "autoencoder: encoder_kernel must be >= 1",
+        )
+
+    def kernel(self, *, decoder: bool) -> int:
+        """Latent frames that a convolution of the decoder, or of the encoder, sees."""
+        if decoder or self.encoder_kernel is None:
+            return self.temporal_kernel
+        return self.encoder_kernel
 
     @property
     def spatial_compression(self) -> int:

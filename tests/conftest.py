@@ -74,11 +74,12 @@ VARIANTS = {
         condition_attention="isolated",
         flow=FlowConfig(width=32, blocks=2, modulation="additive"),
         action_dim=0,
+        autoencoder=dataclasses.replace(small_config().autoencoder, encoder_kernel=1),
     ),
     "no-canvas": small_config("no-canvas", norm="shared", canvas=False),
 }
-"""Between them every option of CanvasMAR: norms, condition attention, modulation, actions,
-canvas."""
+"""Between them every option of CanvasMAR: norms, condition attention, modulation, actions, canvas,
+an encoder without history."""
 
 FAMILIES = VARIANTS | {
     "unified": unified_config(),

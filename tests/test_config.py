@@ -251,6 +251,7 @@ def test_not_an_object(data: Any) -> None:
         ("autoencoder.latent_channels", 0, "latent_channels"),
         ("autoencoder.blocks", 0, "blocks"),
         ("autoencoder.temporal_kernel", 0, "temporal_kernel"),
+        ("autoencoder.encoder_kernel", 0, "encoder_kernel"),
         ("autoencoder.widths", [], "widths"),
         ("autoencoder.widths", [12], "widths"),
         ("autoencoder.widths", [-8], "widths"),

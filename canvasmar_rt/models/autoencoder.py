@@ -3,7 +3,7 @@
 Temporal compression is {1, t}: the first latent frame stands for the first pixel frame alone (fed
 as t copies of itself), every later one for t pixel frames. The t frames of a group and patches of
 `patch` pixels enter as channels, so every layer runs at the latent frame rate; causal convolutions
-look back `temporal_kernel - 1` latent frames, and that history is an explicit state. One code path
+look back `kernel - 1` latent frames, and that history is an explicit state. One code path
 serves a whole clip and a stream.
 
 Shapes: B batch, T latent frames, t pixel frames per latent frame, C channels.
@@ -115,7 +115,7 @@ class Encoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        c, widths, kernel = config, config.widths, config.temporal_kernel
+        c, widths, kernel = config, config.widths, config.kernel(decoder=False)
         self.conv_in = CausalConv(3 * c.temporal_compression * c.patch**2, widths[0], kernel)
         self.stages = nn.ModuleList(
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
@@ -146,7 +146,7 @@ class Decoder(nn.Module):
     def __init__(self, config: AutoencoderConfig) -> None:
         super().__init__()
         self.config = config
-        c, widths, kernel = config, config.widths[::-1], config.temporal_kernel
+        c, widths, kernel = config, config.widths[::-1], config.kernel(decoder=True)
         self.conv_in = CausalConv(c.latent_channels, widths[0], kernel)
         self.stages = nn.ModuleList(
             nn.ModuleList(ResBlock(w, kernel) for _ in range(c.blocks)) for w in widths
