@@ -19,13 +19,23 @@ from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build
 from training import stages
-from training.clips import ClipSource, LatentSource, ToyTableSource, check_length, write_latents
+from training.clips import (
+    AheadSource,
+    ClipSource,
+    LatentSource,
+    ToyTableSource,
+    check_length,
+    write_latents,
+)
 from training.config import RECIPES, Recipe, recipe
 from training.datasets import READERS, make_source
 from training.losses import open_skips, zero_outputs
 from training.options import override
-from training.trainer import Trainer, load_weights, process_group, progress_bar
+from training.trainer import Ranks, Trainer, load_weights, process_group, progress_bar
 from training.transfer import transfer
+
+DRAWN_AHEAD = 1024
+"""ToyTable clips that a GPU draws at once."""
 
 app = typer.Typer(
     add_completion=False,
@@ -87,9 +97,11 @@ def autoencoder(
             network,
             chosen.sampling,
             settings,
-            _source(chosen.model, data, root, frames=settings.frames, held_out=True),
+            _source(chosen.model, data, root, ranks, frames=settings.frames, held_out=True),
         )
-        source = _source(chosen.model, data, root, frames=settings.frames, seed=settings.seed)
+        source = _source(
+            chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed
+        )
         described = {"data": _described(data, root)}
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
@@ -110,18 +122,18 @@ def encode(
     """Run a data set through the autoencoder once, to train on its latents many times."""
     _threads(threads)
     model, _ = load_weights(autoencoder)
-    source = _source(model.config, data, root, frames=frames, seed=seed)
     with process_group(device) as ranks, progress_bar("encode", clips, quiet) as advance:
         if ranks.world > 1:
             raise InputError("encode is one process: start it without torchrun")
         model.to(ranks.device)
         write_latents(
-            source,
+            _source(model.config, data, root, ranks, frames=frames, seed=seed),
             lambda pixels: stages.encode_clips(model, pixels),
             output,
             clips=clips,
             temporal_compression=model.config.autoencoder.temporal_compression,
             autoencoder=stages.weights_id(model.autoencoder),
+            batch=16 if ranks.device.type == "cpu" else 512,
             progress=lambda done: advance(done, None),
         )
 
@@ -155,11 +167,8 @@ def model(
     else:
         transfer(load_weights(init)[0], network, f"--init {init}")
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
-    source: ClipSource
-    if latents is None:
-        source = _source(chosen.model, data, root, frames=settings.frames, seed=settings.seed)
-        described["data"] = _described(data, root)
-    else:
+    source: ClipSource | None = None
+    if latents is not None:
         source = LatentSource(latents, seed=settings.seed)
         if source.about["autoencoder"] != described["autoencoder"]:
             raise InputError(
@@ -172,8 +181,13 @@ def model(
             network,
             chosen.sampling,
             settings,
-            _source(chosen.model, data, root, frames=settings.frames, held_out=True),
+            _source(chosen.model, data, root, ranks, frames=settings.frames, held_out=True),
         )
+        if source is None:
+            source = _source(
+                chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed
+            )
+            described["data"] = _described(data, root)
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
 
@@ -191,6 +205,7 @@ def _source(
     config: ModelConfig,
     data: str,
     root: Path | None,
+    ranks: Ranks,
     *,
     frames: int,
     seed: int = 0,
@@ -201,9 +216,15 @@ def _source(
     if data == "toytable":
         if ae.height != ae.width:
             raise ConfigError(f"toytable is square, the model wants {ae.height}x{ae.width}")
-        return ToyTableSource(
-            frames=frames, size=ae.height, seed=stages.HELD_OUT_SEED if held_out else seed * 1000
+        # held-out clips are few, and the same on every machine
+        table = ToyTableSource(
+            frames=frames,
+            size=ae.height,
+            seed=stages.HELD_OUT_SEED if held_out else seed * 1000,
+            device="cpu" if held_out else str(ranks.device),
         )
+        apart = ranks.world > 1  # every rank would draw the others' clips too
+        return table if table.device == "cpu" or apart else AheadSource(table, DRAWN_AHEAD)
     if root is None:
         raise InputError(f"--data {data} needs --root, the directory of the data set")
     return make_source(

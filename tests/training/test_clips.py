@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import typing
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from canvasmar_rt.errors import BundleError, InputError
 from tests.training.small_runs import Waves
 from training.clips import (
+    AheadSource,
     Clips,
     LatentClips,
     LatentSource,
@@ -113,6 +115,30 @@ def test_batches_follow_one_another() -> None:
     found = [indices(b) for b in batches(Indices(), first_step=2, steps=5, batch=3)]
     assert found == [[6, 7, 8], [9, 10, 11], [12, 13, 14]]
     assert not list(batches(Indices(), first_step=5, steps=5, batch=3))
+
+
+def test_blocks_drawn_ahead_hold_the_same_clips() -> None:
+    for dim in (2, 0):
+        source = Waves(action_dim=dim)
+        ahead = AheadSource(source, 4)
+        for first, count in ((0, 3), (3, 3), (6, 2), (1, 10), (11, 1)):
+            got, want = ahead.clips(first, count), source.clips(first, count)
+            assert isinstance(want, Clips)
+            assert torch.equal(got.frames, want.frames)
+            if dim:
+                assert torch.equal(
+                    typing.cast(Tensor, got.actions), typing.cast(Tensor, want.actions)
+                )
+            else:
+                assert got.actions is None
+
+
+def test_each_block_is_drawn_once() -> None:
+    source = Indices()
+    ahead = AheadSource(source, 5)
+    found = [indices(b) for b in batches(ahead, first_step=0, steps=7, batch=3)]
+    assert found == [[3 * i, 3 * i + 1, 3 * i + 2] for i in range(7)]
+    assert source.asked == [(0, 5), (5, 5), (10, 5), (15, 5), (20, 5)]
 
 
 def test_ranks_share_a_batch() -> None:
