@@ -130,6 +130,12 @@ def as_measured(frames: Tensor) -> Tensor:
     return resized.permute(0, 2, 3, 1).reshape(*frames.shape[:2], *resized.shape[2:], 3)
 
 
+def held(frames: Tensor, given: int, count: int) -> Tensor:
+    """The last of the frames given of clips (B, T, ...), again and again: (B, count, ...)."""
+    last = frames[:, given - 1 : given]
+    return last.expand(-1, count, *last.shape[2:])
+
+
 def _given(model: FrameModel, context: int) -> int:
     """Pixel frames of a context of latent frames."""
     return 1 + (context - 1) * model.config.autoencoder.temporal_compression
@@ -250,7 +256,7 @@ def measure_one_step(
         frames = {
             "prediction": shown.frames[:, given:],
             "canvas": shown.canvas,
-            "copy": before[:, -1:].expand(-1, t, -1, -1, -1),
+            "copy": held(before, given, t),
             "autoencoder": reconstruct(model, drawn.frames)[:, given:],
         }
         for name, predicted in frames.items():
@@ -434,30 +440,34 @@ def measure_curves(
             stats.update(features(part.frames))
         return drawn, stats
 
-    def distance_of_copies(seed: int) -> float:
-        """Of the last frame given, again and again."""
-        copies, (drawn, real) = GaussianStats(), truth(seed)
-        for _, part in drawn:
-            last = part.frames[:, given - 1 : given].expand(-1, frames, -1, -1, -1)
-            copies.update(features(torch.cat([part.frames[:, :given], last], dim=1)))
-        return real.distance(copies)
+    def distance(seed: int, predict: Callable[[int, Clips], Tensor]) -> float:
+        """Of what is predicted for the clips of a seed, of which the first's number is given."""
+        predicted, (drawn, real) = GaussianStats(), truth(seed)
+        for first, part in drawn:
+            predicted.update(features(predict(first, part)))
+        return real.distance(predicted)
 
-    result["copy"] = sum(map(distance_of_copies, range(seeds))) / seeds
+    def continued(
+        network: FrameModel, chosen: SamplingConfig, seed: int, first: int, part: Clips
+    ) -> Tensor:
+        shown = continue_clips(
+            network, chosen, part, context=context, seed=seed, first_stream=first
+        )
+        tick(len(part.frames))
+        return shown.frames
+
+    def copied(first: int, part: Clips) -> Tensor:
+        return torch.cat([part.frames[:, :given], held(part.frames, given, frames)], dim=1)
+
+    result["copy"] = sum(distance(seed, copied) for seed in range(seeds)) / seeds
     for (name, k), (network, chosen) in points.items():
         if str(k) in curves[name]:
             tick(clips * seeds)
             continue
-        distances = []
-        for seed in range(seeds):
-            drawn, real = truth(seed)
-            predicted = GaussianStats()
-            for first, part in drawn:
-                shown = continue_clips(
-                    network, chosen, part, context=context, seed=seed, first_stream=first
-                )
-                predicted.update(features(shown.frames))
-                tick(len(part.frames))
-            distances.append(real.distance(predicted))
+        distances = [
+            distance(seed, functools.partial(continued, network, chosen, seed))
+            for seed in range(seeds)
+        ]
         curves[name][str(k)] = {"mean": sum(distances) / seeds, "seeds": distances}
         curves[name] = dict(sorted(curves[name].items(), key=lambda point: int(point[0])))
         keep(result)
@@ -836,9 +846,7 @@ def _load_toytable(
 ) -> tuple[FrameModel, SamplingConfig]:
     model, sampling = _load(checkpoint, output, device, threads, assignments)
     ae, actions = model.config.autoencoder, model.config.action_dim // model.config.group
-    if (ae.height, ae.width) != (METRIC_SIZE, METRIC_SIZE) or actions not in (
-        0, 2 * ae.temporal_compression
-    ):  # fmt: skip
+    if {ae.height, ae.width} != {METRIC_SIZE} or actions not in (0, 2 * ae.temporal_compression):
         raise ConfigError(
             f"{checkpoint}: ToyTable has 64x64 pixels and {2 * ae.temporal_compression} numbers of "
             f"action a latent step; the model takes {ae.height}x{ae.width} and {actions}"
