@@ -27,7 +27,7 @@ from canvasmar_rt.benchmarks.dfot import (
 from canvasmar_rt.engines.memory import Array
 from canvasmar_rt.engines.program import Float32, UInt8
 from canvasmar_rt.engines.torch_engine import TorchEngine
-from canvasmar_rt.engines.torch_program import Parcel
+from canvasmar_rt.engines.torch_program import Parcel, exact_float32
 from canvasmar_rt.export.exporter import to_onnx
 from canvasmar_rt.export.quantize import quantize_products
 from canvasmar_rt.models.layers import Attention, attention, init_weights, rotate
@@ -260,7 +260,7 @@ class TorchRunner:
             self._in.tensors[name].copy_(value)
 
     def _one_frame(self) -> None:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # as in a rollout
+        with exact_float32():  # as in a rollout
             frames, *after = self._decoder(self._latent.tensors["latent"], *self._states)
         self._frames.tensors["frames"].copy_(frames)
         for state, value in zip(self._states, after, strict=True):

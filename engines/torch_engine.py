@@ -15,7 +15,7 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
-from canvasmar_rt.engines.torch_program import TorchProgram
+from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32
 from canvasmar_rt.errors import EngineError
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import load_state
@@ -156,7 +156,7 @@ class TorchEngine:
         out = [_tensor(outputs[s.name]) for s in module.component.outputs]
 
         def run() -> None:
-            with torch.inference_mode():
+            with torch.inference_mode(), exact_float32():
                 made = module(*(x.to(self.device) for x in args))
                 for target, value in zip(out, typed("tuple[Tensor, ...]", made), strict=True):
                     target.copy_(value)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,6 +47,12 @@ if TYPE_CHECKING:
     from canvasmar_rt.engines.flow_kernel import Mode
 
 ALIGNMENT = 64
+
+
+def exact_float32() -> AbstractContextManager[None]:
+    """float32 convolutions without TF32, which cuDNN else takes for them; products take none."""
+    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return flags
 
 
 class Parcel:
@@ -224,7 +231,7 @@ class TorchProgram:
 
     def _run(self, component: str, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self._component(component)
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # exact float32
+        with exact_float32():
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
 
