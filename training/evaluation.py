@@ -34,10 +34,12 @@ from torch import Tensor, nn
 
 from canvasmar_rt import __version__, load
 from canvasmar_rt.command import run_command
-from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.config import AutoencoderConfig, SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
+from canvasmar_rt.models import sampler
+from canvasmar_rt.models.autoencoder import first_frame_group
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
@@ -53,6 +55,7 @@ from training.protocols import context_frames, measure_protocol
 from training.stages import (
     HELD_OUT_SEED,
     continue_clips,
+    decode_clips,
     encode_clips,
     reconstruct,
     weights_id,
@@ -152,25 +155,47 @@ def measure_reconstruction(
 ) -> dict[str, Any]:
     """PSNR of clips through the autoencoder: the mean over all frames, over each frame of a clip
     (one that drifts shows), and that of the mean squared error of all pixels, which the worst
-    frames weigh on.
+    frames weigh on. And the root mean square of how far normalised latents move from one frame to
+    the next where no pixel of their patch changes by more than a grey level, and elsewhere: what
+    stays is the easier to predict the less its latents move.
 
     Raises:
         InputError: if the clips are not 1 + n*t frames long.
     """
     check_length(frames, model.config.autoencoder.temporal_compression)
-    values = []
+    values, moves, stays = [], [], []
     for _, given in batches(model, clips, batch, frames):
-        values.append(psnr(given.frames, reconstruct(model, given.frames)))
+        latents = sampler.encode(model, given.frames.to(model.device))
+        values.append(psnr(given.frames, decode_clips(model, latents)))
+        moves.append(latents.diff(dim=1).square().mean(-1).cpu())
+        stays.append(still_patches(model.config.autoencoder, given.frames))
         tick(len(given.frames))
-    found = torch.cat(values)
+    found, moved, still = torch.cat(values), torch.cat(moves), torch.cat(stays)
     error = 10 ** (-found / 10)  # of each frame, as a share of 255 squared
     return {
         "psnr_db": float(found.mean()),
         "psnr_db_of_mean_error": float(-10 * torch.log10(error.mean())),
         "psnr_db_by_frame": [round(v, 2) for v in found.mean(0).tolist()],
+        "latents": {
+            "still_share": float(still.float().mean()),
+            "still_move": float(moved[still].mean().sqrt()),
+            "other_move": float(moved[~still].mean().sqrt()),
+        },
         "clips": clips,
         "frames": frames,
     }
+
+
+def still_patches(config: AutoencoderConfig, frames: Tensor) -> Tensor:
+    """Where the pixels of two latent frames after each other are alike to a grey level, of uint8
+    clips (B, 1+n*t, H, W, 3): bool (B, n, N)."""
+    t, side = config.temporal_compression, config.spatial_compression
+    groups = first_frame_group(frames, t).short()
+    groups = groups.reshape(len(frames), -1, t, *frames.shape[2:])
+    change = groups.diff(dim=1).abs().amax((2, -1))  # (B, n, H, W)
+    grid = (config.latent_height, side, config.latent_width, side)
+    patches = change.reshape(*change.shape[:2], *grid).amax((3, 5))
+    return (patches <= 1).flatten(2)
 
 
 class AlikeDraws(Draws):

@@ -101,8 +101,13 @@ class AutoencoderStage:
 @torch.inference_mode()
 def reconstruct(model: FrameModel, frames: Tensor) -> Tensor:
     """uint8 clips (B, 1+n*t, H, W, 3) through the autoencoder and back, float32."""
-    latents = sampler.encode(model, frames.to(model.device))
-    state = sampler.empty_state(model, len(frames))
+    return decode_clips(model, sampler.encode(model, frames.to(model.device)))
+
+
+@torch.inference_mode()
+def decode_clips(model: FrameModel, latents: Tensor) -> Tensor:
+    """Normalised latents (B, 1+n, N, C) -> uint8 clips (B, 1+n*t, H, W, 3) on the CPU."""
+    state = sampler.empty_state(model, len(latents))
     output, _ = model.autoencoder.decode(latents, state.decoder)
     return output[:, model.config.autoencoder.temporal_compression - 1 :].cpu()
 

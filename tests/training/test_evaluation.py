@@ -46,6 +46,7 @@ from training.evaluation import (
     measure_losses,
     measure_one_step,
     measure_rollouts,
+    still_patches,
 )
 from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protocol
 from training.options import override
@@ -192,6 +193,20 @@ def test_reconstruction(command: Run, runs: Path, tmp_path: Path) -> None:
     )
     assert report["result"]["psnr_db_by_frame"] == pytest.approx(each.mean(0), abs=0.006)
     assert (report["result"]["clips"], report["result"]["frames"]) == (3, 5)
+    latents = report["result"]["latents"]
+    assert 0 < latents["still_move"] < latents["other_move"]
+    assert 0 < latents["still_share"] < 1
+
+
+def test_patches_are_still_where_no_pixel_changes() -> None:
+    config = tiny().autoencoder
+    frames = torch.full((1, 5, 64, 64, 3), 9, dtype=torch.uint8)  # latent frames of 1, 2, 2
+    frames[0, 2, 13, 40, 1] += 2  # token (1, 5), in the second latent frame and not in the third
+    frames[0, 3, 0, 0] += 1
+    still = still_patches(config, frames)
+    assert still.shape == (1, 2, 64)
+    moving = (~still[0]).nonzero().tolist()
+    assert moving == [[0, 8 + 5], [1, 8 + 5]]
 
 
 def test_a_number_that_is_not_finite_becomes_null(
