@@ -260,7 +260,7 @@ class TorchRunner:
             self._in.tensors[name].copy_(value)
 
     def _one_frame(self) -> None:
-        with exact_float32():  # as in a rollout
+        with exact_float32:  # as in a rollout
             frames, *after = self._decoder(self._latent.tensors["latent"], *self._states)
         self._frames.tensors["frames"].copy_(frames)
         for state, value in zip(self._states, after, strict=True):

@@ -156,7 +156,7 @@ class TorchEngine:
         out = [_tensor(outputs[s.name]) for s in module.component.outputs]
 
         def run() -> None:
-            with torch.inference_mode(), exact_float32():
+            with torch.inference_mode(), exact_float32:
                 made = module(*(x.to(self.device) for x in args))
                 for target, value in zip(out, typed("tuple[Tensor, ...]", made), strict=True):
                     target.copy_(value)

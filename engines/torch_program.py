@@ -7,8 +7,8 @@ included, and everything it gives comes back in one. In between nothing waits fo
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -49,10 +49,29 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 
 
-def exact_float32() -> AbstractContextManager[None]:
-    """float32 convolutions without TF32, which cuDNN else takes for them; products take none."""
-    flags: AbstractContextManager[None] = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
-    return flags
+class ExactFloat32:
+    """float32 convolutions without TF32, which cuDNN else takes for them; products take none.
+    PyTorch has one flag for the process, so threads share it: the first to enter sets it, the last to
+    leave puts it back."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = torch.backends.cudnn.allow_tf32
+                torch.backends.cudnn.allow_tf32 = False
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.backends.cudnn.allow_tf32 = self._before
+
+
+exact_float32 = ExactFloat32()
 
 
 class Parcel:
@@ -231,7 +250,7 @@ class TorchProgram:
 
     def _run(self, component: str, have: Mapping[str, Tensor]) -> dict[str, Tensor]:
         module = self._component(component)
-        with exact_float32():
+        with exact_float32:
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
 
