@@ -51,8 +51,8 @@ ALIGNMENT = 64
 
 class ExactFloat32:
     """float32 convolutions without TF32, which cuDNN else takes for them; products take none.
-    PyTorch has one flag for the process, so threads share it: the first to enter sets it, the last to
-    leave puts it back."""
+    PyTorch has one flag for the process, so threads share it: the first to enter sets it, the last
+    to leave puts it back."""
 
     def __init__(self) -> None:
         self._lock, self._inside, self._before = threading.Lock(), 0, False
