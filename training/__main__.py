@@ -21,6 +21,7 @@ from canvasmar_rt.models.families import build
 from training import stages
 from training.clips import (
     AheadSource,
+    Clips,
     ClipSource,
     LatentSource,
     ToyTableSource,
@@ -32,7 +33,10 @@ from training.datasets import READERS, make_source
 from training.losses import open_skips, zero_outputs
 from training.options import override
 from training.trainer import Ranks, Trainer, load_weights, process_group, progress_bar
-from training.transfer import transfer
+from training.transfer import transfer, translate
+
+FITTED_CLIPS = 64
+"""Held-out clips on which the latents of two autoencoders are fitted to each other."""
 
 DRAWN_AHEAD = 1024
 """ToyTable clips that a GPU draws at once."""
@@ -162,10 +166,16 @@ def model(
     _threads(threads)
     trained, _ = load_weights(autoencoder)
     network = _with_autoencoder(chosen.model, trained, settings.seed)
+    held_out = _source(
+        chosen.model, data, root, Ranks(0, 1, torch.device("cpu")),
+        frames=settings.frames, held_out=True,
+    )  # fmt: skip
     if init is None:
         zero_outputs(network)
     else:
-        transfer(load_weights(init)[0], network, f"--init {init}")
+        given = load_weights(init)[0]
+        _translated(given, network, held_out)
+        transfer(given, network, f"--init {init}")
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
     source: ClipSource | None = None
     if latents is not None:
@@ -177,12 +187,7 @@ def model(
             )
         described["data"] = source.about
     with process_group(device) as ranks:
-        stage = stages.ModelStage(
-            network,
-            chosen.sampling,
-            settings,
-            _source(chosen.model, data, root, ranks, frames=settings.frames, held_out=True),
-        )
+        stage = stages.ModelStage(network, chosen.sampling, settings, held_out)
         if source is None:
             source = _source(
                 chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed
@@ -240,6 +245,21 @@ def _source(
 
 def _described(data: str, root: Path | None) -> dict[str, str]:
     return {"name": data} | ({} if root is None else {"root": str(root)})
+
+
+def _translated(given: FrameModel, network: FrameModel, held_out: ClipSource) -> None:
+    """Where the encoders differ, let `given` read and write the latents of `network`'s."""
+    old, new = given.config.autoencoder, network.config.autoencoder
+    shapes = [
+        (ae.height, ae.width, ae.temporal_compression, ae.latent_height, ae.latent_width)
+        for ae in (old, new)
+    ]
+    encoders = [stages.weights_id(m.autoencoder.encoder) for m in (given, network)]
+    if shapes[0] != shapes[1] or encoders[0] == encoders[1]:
+        return
+    told = held_out.clips(0, FITTED_CLIPS)
+    assert isinstance(told, Clips)
+    translate(given, *(stages.encode_clips(m, told.frames) for m in (given, network)))
 
 
 def _with_autoencoder(config: ModelConfig, trained: FrameModel, seed: int) -> FrameModel:

@@ -87,7 +87,10 @@ class ModelTraining(RunConfig):
     per clip half the time and per latent frame otherwise, so that a model also runs whole clips
     without actions. `history_noise` is the largest deviation of the noise added to each latent
     frame the Temporal ViT reads (not in the paper; MAGI's noise on the clean copies).
-    `flow_repeat` flow times are drawn per token (MAR's multiplier).
+    `own_history` (not in the paper): every step draws a number of passes from 0 to this; in each
+    pass all frames of the clips are predicted from the clips as they stand and take their places as
+    history, which so carries the errors of that many frames drawn one after another. What is to be
+    predicted stays the truth. `flow_repeat` flow times are drawn per token (MAR's multiplier).
 
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or
@@ -105,6 +108,7 @@ class ModelTraining(RunConfig):
     frame_noise: tuple[float, float] = (0.2, 0.6)
     canvas_noise: tuple[float, float] = (0.0, 0.3)
     history_noise: float = 0.0
+    own_history: int = 0
     mask_ratio_min: float = 0.7
     mask_ratio_std: float = 0.25
     flow_repeat: int = 4
@@ -126,6 +130,7 @@ class ModelTraining(RunConfig):
         _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
         _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
         _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
+        _require(self.own_history >= 0, "training: own_history must not be negative")
         _require(self.flow_repeat >= 1, "training: flow_repeat must be at least 1")
 
 

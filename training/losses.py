@@ -10,6 +10,7 @@ Shapes: B clips, T latent frames, N tokens, C channels, P temporal tokens, D mod
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -27,6 +28,9 @@ from canvasmar_rt.schedule import time_rotation
 from training.config import AutoencoderTraining, ModelTraining
 
 Terms = dict[str, Tensor]
+
+OWN_FLOW_STEPS = 3
+"""Euler steps of the predictions that `own_history` trains on."""
 
 
 class Draws:
@@ -140,6 +144,7 @@ class CanvasMarLoss(nn.Module):
         that begin at a frame drawn for the step."""
         c, group = self.config, self.model_config.group
         batch, frames, tokens = latents.shape[:3]
+        history = self._own_history(latents, actions, draws)
         begin = int(draws.shared_uniform() * group) if group > 1 else 0
         count = (frames - begin) // group
         starts = torch.arange(begin, begin + count * group, group, device=latents.device)
@@ -151,13 +156,13 @@ class CanvasMarLoss(nn.Module):
             (drop >= c.canvas_drop + c.both_drop + c.temporal_drop) | (drop < c.canvas_drop)
         ).float()
 
-        z_temporal = self._temporal(latents, actions, starts, draws).flatten(0, 1)  # (B*M, P, D)
+        z_temporal = self._temporal(history, actions, starts, draws).flatten(0, 1)  # (B*M, P, D)
         canvas_terms: Terms = {}
         z_canvas = torch.zeros_like(z_temporal[:1, :1])
         if self.canvas is None:
             canvas_on = torch.zeros_like(canvas_on)
         else:
-            z_canvas, canvas_terms = self._canvas(latents, groups, starts, z_temporal, draws)
+            z_canvas, canvas_terms = self._canvas(history, groups, starts, z_temporal, draws)
             canvas_on = canvas_on * (starts > 0).float().repeat(batch)[:, None, None]  # not at BOS
         condition = temporal_on * z_temporal + (1 - temporal_on) * self.spatial.no_temporal
         canvas_on = canvas_on.repeat_interleave(group, dim=0)
@@ -185,12 +190,54 @@ class CanvasMarLoss(nn.Module):
             total = total + c.canvas_weight * terms["canvas"] + c.static_weight * terms["static"]
         return total, terms
 
+    def _own_history(self, latents: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
+        """What the model sees of clips (B, T, N, C): with `own_history`, its own predictions of all
+        frames but the first."""
+        history = latents
+        if self.config.own_history:
+            passes = int(draws.shared_uniform() * (self.config.own_history + 1))
+            with torch.no_grad():
+                for _ in range(passes):
+                    history = self._predicted(history, actions, draws)
+            torch.clear_autocast_cache()  # of casts that carry no gradient
+        return history
+
+    def _predicted(self, history: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
+        """Clips (B, T, N, C) with every frame but the first drawn from those before it, all of them
+        at once: in one AR step, by `OWN_FLOW_STEPS` of Euler, without guidance, under all
+        actions."""
+        quiet = dataclasses.replace(self.config, action_drop=0.0, history_noise=0.0)
+        frames, tokens = history.shape[1:3]
+        starts = torch.arange(frames, device=history.device)
+        z_temporal = self._temporal(history, actions, starts, draws, quiet).flatten(0, 1)
+        if self.canvas is None:
+            mask_tokens = self.spatial.mask.expand(len(z_temporal), tokens, -1)
+        else:
+            groups = history[:, :, None]
+            mask_tokens, _ = self._canvas(history, groups, starts, z_temporal, draws)
+        cached = (
+            self.spatial.condition_keys_values(z_temporal) if self.spatial.isolated else z_temporal
+        )
+        every = torch.arange(tokens, device=history.device).expand(len(z_temporal), -1)
+        z = self.spatial(cached, mask_tokens, every, tokens)
+        embedded = self.flow.embed_condition(z)
+        times = torch.arange(OWN_FLOW_STEPS, device=history.device) / OWN_FLOW_STEPS
+        x = draws.normal(*history.shape[1:]).flatten(0, 1)
+        for time in self.flow.embed_time(times):
+            x = x + self.flow.velocity(x, time, embedded) / OWN_FLOW_STEPS
+        return torch.cat([history[:, :1], x.view_as(history)[:, 1:]], dim=1)
+
     def _temporal(
-        self, latents: Tensor, actions: Tensor | None, starts: Tensor, draws: Draws
+        self,
+        latents: Tensor,
+        actions: Tensor | None,
+        starts: Tensor,
+        draws: Draws,
+        config: ModelTraining | None = None,
     ) -> Tensor:
         """z_t (B, M, P, D) for the frames `starts` (M,)."""
         read, first, moved, given = told_history(
-            self.model_config, self.config, latents, actions, draws, starts
+            self.model_config, config or self.config, latents, actions, draws, starts
         )
         times = rotations(self.model_config, range(latents.shape[1]), latents.device)
         z_temporal: Tensor = self.temporal(read, first, moved, given, times)
@@ -301,11 +348,15 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
         ConfigError: options that this model's loss does not have.
     """
     if isinstance(model, UnifiedMAR):
+        if config.own_history:
+            raise ConfigError("training: own_history is no option of unified models")
         return UnifiedLoss(model, config)
     for field in ("teacher", "frame_intervals", "lengths"):
         if getattr(config, field) != ModelTraining.__dataclass_fields__[field].default:
             raise ConfigError(f"training: {field} is an option of unified models alone")
     assert isinstance(model, CanvasMAR)
+    if config.own_history and model.config.group > 1:
+        raise ConfigError("training: own_history is an option of models that draw frame by frame")
     return CanvasMarLoss(model, config)
 
 

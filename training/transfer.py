@@ -1,5 +1,5 @@
-"""Starting a model from the weights of another: the same, one that draws frames one by one, or one
-of another resolution."""
+"""Starting a model from the weights of another: the same, one that draws frames one by one, one of
+another resolution, or one on the latents of another autoencoder."""
 
 from __future__ import annotations
 
@@ -17,6 +17,10 @@ OF_GROUPS = ("canvas.heads.", "spatial.frame", "spatial.group.")
 
 SILENT = re.compile(r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$")
 """Of those, what is zero at first, so that they add nothing."""
+
+READERS = ("temporal.embed", "canvas.embed", "spatial.embed", "flow.embed")
+WRITERS = ("canvas.canvas", "flow.out")
+"""Linear layers that read and write latents."""
 
 GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial.decoder_position")
 """Learned vectors of the tokens of a frame, (tokens, D)."""
@@ -59,6 +63,25 @@ def transfer(
         if not name.startswith("autoencoder.") and name not in new:
             raise ConfigError(f"{where}: another model; there is no place for its {name}")
     network.load_state_dict(new, strict=False)
+
+
+@torch.no_grad()
+def translate(given: FrameModel, old_latents: Tensor, latents: Tensor) -> None:
+    """Let a model read and write the latents of another autoencoder: its linear layers that do are
+    multiplied by the maps, fitted by least squares, between `old_latents` (..., C) and `latents`
+    (..., C') of the same clips. The rest of the network starts with what it knows."""
+    old, new = old_latents.flatten(0, -2).double(), latents.flatten(0, -2).double()
+    read = torch.linalg.lstsq(new, old).solution.T  # (C, C'): what reads C channels reads C'
+    write = torch.linalg.lstsq(old, new).solution.T  # (C', C)
+    modules = dict(given.named_modules())
+    for name in READERS:
+        if (layer := modules.get(name)) is not None:
+            weight = layer.weight.double().unflatten(1, (-1, read.shape[0])) @ read
+            layer.weight = torch.nn.Parameter(weight.flatten(1).float())
+    for name in WRITERS:
+        if (layer := modules.get(name)) is not None:
+            layer.weight = torch.nn.Parameter((write @ layer.weight.double()).float())
+            layer.bias = torch.nn.Parameter((write @ layer.bias.double()).float())
 
 
 def _fitted(

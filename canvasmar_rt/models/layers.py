@@ -141,6 +141,9 @@ class Experts(nn.Module):
             return self.experts[0](x)
         condition, mask, known = lengths
         sizes = (condition, mask, known) if len(self.experts) == 3 else (condition + mask, known)
+        if x.requires_grad and not torch.compiler.is_compiling():  # one gradient, not one a slice
+            pieces = zip(self.experts, x.split(sizes, dim=1), strict=True)
+            return torch.cat([expert(y) for expert, y in pieces if y.shape[1]], dim=1)
         parts, start = [], 0
         for expert, size in zip(self.experts, sizes, strict=True):
             if isinstance(size, int) and size == 0:

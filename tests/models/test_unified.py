@@ -16,13 +16,13 @@ from canvasmar_rt.components import MASKED, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.canvasmar import gather_tokens
+from canvasmar_rt.models.canvasmar import CanvasMAR, gather_tokens
 from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.models.unified import UnifiedMAR, UnifiedTransformer
 from canvasmar_rt.schedule import time_rotation
 from tests.conftest import small_config, unified_config
-from training.transfer import transfer
+from training.transfer import transfer, translate
 
 B, T, N, C, D, A, F = 2, 8, 16, 4, 32, 4, 3
 """Clips reach past the window of F frames."""
@@ -282,6 +282,34 @@ def test_a_model_of_another_grid_keeps_its_start() -> None:
     _, sample = sampler.step(network, sampling, sampler.empty_state(network, B), noise)
     assert sample.frames.shape == (B, 2, 24, 32, 3)
     assert sample.latent.isfinite().all()
+
+
+@pytest.mark.parametrize("config", [small_config(), unified_config()], ids=["canvasmar", "unified"])
+def test_a_model_reads_and_writes_the_latents_of_another_autoencoder(config: ModelConfig) -> None:
+    """Where new latents are a linear image of the old ones, layers that read them give what they
+    gave, and layers that write them the image of what they wrote."""
+    channels = config.autoencoder.latent_channels
+    given, image = build(config, seed=3), normal(channels, 2 * channels, seed=5)
+    old, x = normal(B, 3, N, channels), normal(B, config.dim, seed=6)
+    h, action = normal(B, config.flow.width, seed=7), normal(B, 2, config.action_dim, seed=8)
+    told = torch.zeros(B, 2), action, torch.ones(B, 2)
+
+    def readings(latents: Tensor) -> list[Tensor]:
+        parts = [given.temporal.embed_frames(latents[:, :2], *told), given.flow.embed(latents)]
+        if isinstance(given, CanvasMAR):
+            assert given.canvas is not None
+            parts += [given.canvas.embed(latents), given.spatial.embed(latents)]
+        return parts
+
+    def writings() -> list[Tensor]:
+        return [given.flow.out(h)] + ([] if given.canvas is None else [given.canvas.canvas(x)])
+
+    read, written = readings(old), writings()
+    translate(given, old, old @ image)
+    for before, after in zip(read, readings(old @ image), strict=True):
+        torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+    for before, after in zip(written, writings(), strict=True):
+        torch.testing.assert_close(after, before @ image, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,7 @@ from canvasmar_rt.schedule import set_sizes, time_rotation
 from tests.conftest import VARIANTS, small_config
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import (
+    OWN_FLOW_STEPS,
     AutoencoderLoss,
     CanvasMarLoss,
     Draws,
@@ -582,6 +583,76 @@ def test_training_computes_what_sampling_does(name: str, clip: tuple[Tensor, Ten
         loss(latents, actions, given)
     assert torch.equal(unclip(spatial.inputs[2])[:, -1], hidden)
     torch.testing.assert_close(unclip(spatial.output)[:, -1], expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_own_history_is_what_the_sampler_draws(name: str, clip: tuple[Tensor, Tensor]) -> None:
+    """A pass puts in the place of every frame but the first what one AR step draws after the
+    frames before it, whatever is dropped from what is learnt."""
+    config = dataclasses.replace(VARIANTS[name], dim=48, context_frames=T)
+    model, latents = build(config, seed=4), clip[0]
+    actions = clip[1] if config.action_dim else None
+    sampling = SamplingConfig(
+        ar_steps=1, flow_steps=OWN_FLOW_STEPS, temporal_guidance=1.0, canvas_guidance=1.0,
+        frame_noise=0.35, canvas_noise=0.15,
+    )  # fmt: skip
+    noises, expected = [], [latents[:, 0]]
+    for i in range(T):
+        noise = sampler.draw_noise(config, sampling, seed=3, streams=range(B), frame=i)
+        noises.append(dataclasses.replace(noise, flow=noise.frame))  # one shape, one draw
+    for i in range(1, T):
+        before, last = (None, None) if actions is None else (actions[:, : i - 1], actions[:, i - 1])
+        state = sampler.start(model, latents[:, :i], before)
+        expected.append(sampler.step(model, sampling, state, noises[i], last)[1].latent)
+    options = training(
+        own_history=1, action_drop=1.0, history_noise=0.5, frame_noise=(0.35, 0.35),
+        canvas_noise=(0.15, 0.15),
+    )  # fmt: skip
+    loss, temporal = CanvasMarLoss(model, options), Calls(model.temporal)
+    given = Given(
+        0.99,
+        frame=torch.stack([n.frame for n in noises], dim=1),
+        canvas=torch.stack([n.canvas for n in noises], dim=1),
+    )
+    history = loss._own_history(latents, actions, given)
+    torch.testing.assert_close(history, torch.stack(expected, dim=1), atol=2e-5, rtol=1e-4)
+    loss.config = dataclasses.replace(options, history_noise=0.0)
+    loss(latents, actions, given)
+    assert torch.equal(temporal.inputs[0][:, 1:], history[:, :-1])
+
+
+def test_passes_over_the_history_are_counted(clip: tuple[Tensor, Tensor]) -> None:
+    """0, 1, ... passes are equally likely, and each starts from what the last one gave."""
+    loss = model_loss(own_history=3)
+    counts = []
+    loss._predicted = lambda history, *_: history + 1  # type: ignore[method-assign]
+    for step in range(200):
+        history = loss._own_history(*clip, draws(step))
+        counts.append(int((history - clip[0]).mean().round()))
+    assert stats.chisquare(np.bincount(counts, minlength=4)).pvalue > 1e-3
+
+
+def test_own_history_loses_no_gradient(clip: tuple[Tensor, Tensor]) -> None:
+    """What autocast keeps of weights cast without a gradient is not what is learnt with."""
+    loss, gradients = model_loss(own_history=1), []
+    for apart in (False, True):
+        loss.zero_grad()
+        drawn = draws(next(s for s in range(9) if draws(s).shared_uniform() > 0.5))
+        if apart:
+            with torch.autocast("cpu", torch.bfloat16):
+                history = loss._own_history(*clip, drawn)
+            assert not torch.equal(history[:, 1:], clip[0][:, 1:])
+            loss._own_history = lambda *_, history=history: history  # type: ignore
+        with torch.autocast("cpu", torch.bfloat16):
+            total, _ = loss(*clip, drawn)
+        total.backward()
+        gradients.append(
+            {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
+        )
+    assert gradients[0].keys() == gradients[1].keys()
+    assert len(gradients[0]) > 50
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 @pytest.mark.parametrize("modulation", ["joint", "additive"])

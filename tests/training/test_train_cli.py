@@ -24,6 +24,7 @@ from training.__main__ import app
 from training.clips import ToyTableSource
 from training.stages import weights_id
 from training.trainer import latest_checkpoint
+from training.transfer import READERS, WRITERS
 
 SIZES = (
     "autoencoder.height=16", "autoencoder.width=16", "autoencoder.widths=[8,16]",
@@ -177,6 +178,23 @@ def test_a_model_can_start_from_another(autoencoder: Path, tmp_path: Path) -> No
     for name, tensor in load_file(second / "step_00000001" / "training.safetensors").items():
         if name.startswith("weights."):
             torch.testing.assert_close(tensor, given[name.removeprefix("weights.")])
+
+
+def test_a_model_can_start_from_one_of_other_latents(autoencoder: Path, tmp_path: Path) -> None:
+    """Only what reads and writes latents is fitted to those of the other autoencoder."""
+    first, other, second = tmp_path / "first", tmp_path / "other", tmp_path / "second"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    wider = ["--set-model", "autoencoder.latent_channels=24"]
+    run(*AUTOENCODER, *wider, "-o", other, "--until", 1)
+    run(*TRAIN, *wider, "-o", second, "--autoencoder", other, "--init", first, "--until", 1,
+        "--set", "learning_rate=1e-12")  # fmt: skip
+    given, learnt = (load_checkpoint(latest_checkpoint(d))[0].state_dict() for d in (first, second))
+    fitted = {n for n in learnt if given[n].shape != learnt[n].shape}
+    fitted = {n.rsplit(".", 1)[0] for n in fitted if not n.startswith("autoencoder.")}
+    assert fitted == {*READERS, *WRITERS}
+    for name, tensor in learnt.items():
+        if not name.startswith(("autoencoder.", *WRITERS)) and given[name].shape == tensor.shape:
+            torch.testing.assert_close(tensor, given[name], msg=name)
 
 
 def test_progress_is_shown_unless_quiet(autoencoder: Path, tmp_path: Path) -> None:
