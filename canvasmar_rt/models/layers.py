@@ -20,8 +20,10 @@ class LayerNorm(nn.LayerNorm):
     """Layer norm computed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if torch.is_autocast_enabled(x.device.type):  # its kernels keep float32 statistics
-            return super().forward(x)
+        traced = torch.compiler.is_compiling()  # or exporting
+        alike = self.weight is None or self.weight.dtype == x.dtype
+        if torch.is_autocast_enabled(x.device.type) or (alike and not traced):
+            return super().forward(x)  # one kernel, which keeps float32 statistics
         weight = None if self.weight is None else self.weight.float()
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)

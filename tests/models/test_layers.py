@@ -1,4 +1,5 @@
-"""Attention in training against PyTorch's own kernel. Letters as in `canvasmar_rt.config`."""
+"""Attention in training against PyTorch's own kernel, layer norm against float32. Letters as in
+`canvasmar_rt.config`."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from canvasmar_rt.models.layers import attention
+from canvasmar_rt.models.layers import LayerNorm, attention
 
 R, H, D = 3, 2, 16
 
@@ -63,3 +64,23 @@ def test_bfloat16_is_as_near_as_its_precision() -> None:
         assert mine.dtype == torch.bfloat16
         error = (mine.double() - truth).norm() / truth.norm()
         assert error < 0.02
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_layer_norm_rounds_once(dtype: torch.dtype, affine: bool) -> None:
+    """In one kernel as in float32, but for the last bit: also of numbers far from zero, whose
+    variance half precision would lose."""
+    generator = torch.Generator().manual_seed(2)
+    x = (torch.randn(R, 64, generator=generator) + 30).to(dtype)
+    norm = LayerNorm(64, elementwise_affine=affine)
+    for parameter in norm.parameters():
+        torch.nn.init.normal_(parameter, generator=generator)
+    norm.to(dtype)
+    weight, bias = ((p.double() if affine else None) for p in (norm.weight, norm.bias))
+    exact = torch.nn.functional.layer_norm(x.double(), (64,), weight, bias, norm.eps)
+    with torch.no_grad():
+        out = norm(x)
+    assert out.dtype == dtype
+    bits = {torch.float32: 2e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}[dtype]
+    torch.testing.assert_close(out.double(), exact, rtol=bits, atol=1e-4)
