@@ -77,7 +77,8 @@ class Parity:
     """The parity certificate, measured at export against PyTorch float32.
 
     `drift` is the relative difference of the latents of each frame of a rollout under the same
-    noise and token order. Tolerances bound `relative` of a component and every drift value."""
+    noise and token order. Tolerances bound `relative` of a component and every drift value, and
+    `frame_tolerance`, where given, that of the whole-frame graph."""
 
     engine: str
     tolerance: float
@@ -85,6 +86,13 @@ class Parity:
     components: dict[str, Difference]
     drift: tuple[float, ...]
     flipped_orders: int
+    frame_tolerance: float | None = None
+
+    def limit(self, component: str) -> float:
+        """The largest relative difference of a component that passes."""
+        if component == "frame" and self.frame_tolerance is not None:
+            return self.frame_tolerance
+        return self.tolerance
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

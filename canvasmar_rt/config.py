@@ -442,7 +442,13 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
     model = ModelConfig(
         name="toytable",
         autoencoder=AutoencoderConfig(
-            height=64, width=64, temporal_compression=2, patch=4, widths=(64, 128)
+            height=64,
+            width=64,
+            temporal_compression=2,
+            patch=4,
+            widths=(64, 128),
+            latent_channels=32,
+            encoder_kernel=1,
         ),
         flow=FlowConfig(width=256),
         dim=192,

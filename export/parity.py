@@ -32,14 +32,16 @@ from canvasmar_rt.verify import (
     golden_file,
 )
 
-TOLERANCE = {
-    "float32": (1e-4, 1e-3),
-    "float16": (2e-2, 2e-1),
-    "bfloat16": (1e-1, 1.0),
-    "int8": (2e-1, 1.0),
+TOLERANCE: dict[str, tuple[float, float | None, float]] = {
+    "float32": (1e-4, None, 1e-3),
+    "float16": (2e-2, None, 2e-1),
+    "bfloat16": (1e-1, None, 1.0),
+    "int8": (2e-1, 5e-1, 1.0),
 }
-"""Per dtype, or quantisation: tolerance on a component's relative difference, and on each frame of
-the rollout. Rollouts of other noise differ by about 1.5."""
+"""Per dtype, or quantisation: tolerance on a component's relative difference, on the whole-frame
+graph's where it is another one, and on each frame of the rollout. A frame is a hundred evaluations
+one after another, in whose token order 8 bits swap near ties; other noise makes frames, and
+rollouts, differ by about 1.5."""
 
 
 def measure(
@@ -60,7 +62,7 @@ def measure(
     """
     manifest, config = bundle.manifest, bundle.manifest.model
     kind = manifest.dtype if manifest.quantization == "none" else manifest.quantization
-    tolerance, drift_tolerance = TOLERANCE[kind]
+    tolerance, frame_tolerance, drift_tolerance = TOLERANCE[kind]
     engine = create(
         "torch" if manifest.dtype == "bfloat16" else "onnxruntime", bundle, device="cpu"
     )
@@ -96,6 +98,7 @@ def measure(
     return Parity(
         engine=engine.name,
         tolerance=tolerance,
+        frame_tolerance=frame_tolerance,
         drift_tolerance=drift_tolerance,
         components=results,
         drift=drift,
@@ -111,9 +114,9 @@ def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
 def failures(parity: Parity) -> list[str]:
     """Every value of a certificate that is past its tolerance, one line each."""
     found = [
-        f"{name}: relative difference {d.relative:.2e} is past {parity.tolerance:.0e}"
+        f"{name}: relative difference {d.relative:.2e} is past {parity.limit(name):.0e}"
         for name, d in parity.components.items()
-        if not d.relative <= parity.tolerance
+        if not d.relative <= parity.limit(name)
     ]
     found += [
         f"rollout frame {i}: relative difference {d:.2e} is past {parity.drift_tolerance:.0e}"

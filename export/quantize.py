@@ -13,9 +13,10 @@ import numpy as np
 import numpy.typing as npt
 from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
-SMALLEST = 128
+SMALLEST = 160
 """Products with fewer input or output channels stay in float32. Below about 64 the int8 kernel is
-slower than the float one, and what is between are the embeddings of latents and pixels."""
+slower than the float one, and what is between are the embeddings of latents and pixels, little work
+on which every token of every frame after depends."""
 
 
 def quantize_weight(

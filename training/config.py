@@ -186,9 +186,9 @@ def toytable() -> Recipe:
         model=model,
         sampling=sampling,
         autoencoder=AutoencoderTraining(
-            steps=6_000, batch=8, frames=9, learning_rate=2e-3, warmup_steps=100,
-            decay_steps=2_000, weight_decay=0.0, ema_decay=0.995, checkpoint_every=500,
-            sample_every=500,
+            steps=4_500, batch=8, frames=13, optimizer="muon", learning_rate=2e-3,
+            warmup_steps=50, decay_steps=2_200, weight_decay=0.0, ema_decay=0.995,
+            checkpoint_every=500, sample_every=500,
         ),
         training=ModelTraining(
             steps=12_000, batch=8, frames=25, optimizer="muon", learning_rate=2e-3,

@@ -311,7 +311,7 @@ def test_a_clip_is_what_pytorch_makes_of_it(predictor: Predictor, toys: np.ndarr
     contestant = DfotContestant(predictor, toys[:7], batch=2, size="S", guidance=guidance, seed=4)
     model, config = load_model(predictor.bundle), dfot_for(predictor.config, "S")
     latents = sampler.encode(model, torch.from_numpy(toys[None, :7]))
-    noise = chunk_noise((2, 6, 64, 16), seed=4)
+    noise = chunk_noise((2, 6, 64, model.config.autoencoder.latent_channels), seed=4)
     x = torch.cat([latents.expand(2, -1, -1, -1), noise[:, 4:]], dim=1)
     passes = noise if guidance == "vanilla" else None
     x = denoised(build_dfot(config, seed=4), x, schedule(6, 4, guidance), passes)
@@ -352,7 +352,10 @@ def test_an_int8_model_gets_an_int8_baseline() -> None:
     packaged = canvasmar_rt.load("toytable", threads=1)
     manifest = dataclasses.replace(packaged.bundle.manifest, quantization="int8")
     predictor = Predictor(OnnxRuntimeEngine(Bundle(packaged.bundle.path, manifest), threads=1))
-    config, plan = dataclasses.replace(TINY, layers=1), schedule(3, 1, "conditional", steps=4)
+    config, plan = (
+        dataclasses.replace(TINY, layers=1, width=192),
+        schedule(3, 1, "conditional", steps=4),
+    )
     x = torch.randn(1, 3, 8, 4)
     runner = make_runner(predictor, config, "conditional", plan, batch=1, seed=2)
     runner.x[...] = x.numpy()

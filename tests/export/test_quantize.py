@@ -207,7 +207,7 @@ def test_it_is_near_the_float_model_and_says_how_near(bundle: Bundle) -> None:
         assert (0 if exact else 1e-3) <= found.relative < (1e-5 if exact else 1e-1), name
     assert 1e-3 < max(certificate.drift) < 0.3
     card = (bundle.path / "README.md").read_text()
-    assert "from 128 x 128 on, are int8" in card
+    assert "from 160 x 160 on, are int8" in card
     assert "int8 graphs with the float32 model" in card
     assert "operator table was not applied" in card
     assert verify(bundle.path)["flipped_orders"] == certificate.flipped_orders
