@@ -484,3 +484,13 @@ def test_sibling_directories_with_the_same_prefix(made: Path, tmp_path: Path) ->
 def test_batch_ranges(low: int, mid: int, high: int) -> None:
     with pytest.raises(ConfigError, match="batch"):
         BatchRange(minimum=low, optimum=mid, maximum=high)
+
+
+def test_a_whole_frame_may_have_a_tolerance_of_its_own() -> None:
+    parity = Parity(
+        engine="onnxruntime", tolerance=0.2, drift_tolerance=1.0, components={}, drift=(0.0,),
+        flipped_orders=0,
+    )  # fmt: skip
+    assert parity.limit("frame") == parity.limit("flow") == 0.2
+    own = dataclasses.replace(parity, frame_tolerance=0.5)
+    assert (own.limit("frame"), own.limit("flow")) == (0.5, 0.2)

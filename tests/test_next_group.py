@@ -339,7 +339,7 @@ def test_a_model_of_single_frames_is_as_it_was() -> None:
     rollout = predictor.start(black, actions=np.zeros((2, 4), np.float32))
     p = rollout.step(np.zeros(4), decode_canvas=True)
     assert {k: v.shape for k, v in arrays(p).items()} == {
-        "frames": (1, 2, 64, 64, 3), "latent": (1, 64, 16), "canvas": (1, 64, 16),
+        "frames": (1, 2, 64, 64, 3), "latent": (1, 64, 32), "canvas": (1, 64, 32),
         "canvas_frames": (1, 2, 64, 64, 3), "staticness": (1, 8, 8), "order": (1, 64),
     }  # fmt: skip
     assert (p.frame, rollout.frame) == (3, 4)

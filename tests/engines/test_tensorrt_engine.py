@@ -269,7 +269,7 @@ def test_an_engine_of_other_dtypes_is_refused(library: Library, directory: Path)
 
 def test_a_shape_it_was_not_built_for(library: Library, directory: Path) -> None:
     engine = TensorRTEngine(BUNDLE, engine_dir=directory)
-    with pytest.raises(EngineError, match=r"latent is \(5, 64, 16\), the engine takes 1x64x16 to"):
+    with pytest.raises(EngineError, match=r"latent is \(5, 64, 32\), the engine takes 1x64x32 to"):
         bound(engine, "temporal", batch=5)
 
 

@@ -164,7 +164,7 @@ def test_tampering_is_one_clear_error(bundle: Bundle, change: str) -> None:
 def test_an_export_that_fails_parity_leaves_nothing(
     model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(parity.TOLERANCE, "float32", (1e-12, 1e-12))
+    monkeypatch.setitem(parity.TOLERANCE, "float32", (1e-12, None, 1e-12))
     with pytest.raises(ParityError, match=r"export refused: .*is past 1e-12"):
         export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
     assert list(tmp_path.iterdir()) == []

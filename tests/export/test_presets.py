@@ -62,7 +62,7 @@ def test_it_continues_a_clip(bundle: Bundle) -> None:
 
 @pytest.mark.parametrize(
     ("name", "without_autoencoder"),
-    [("bair", 173.4e6), ("ucf101", 538.7e6), ("kinetics600", 737.6e6), ("toytable", 6.276e6)],
+    [("bair", 173.4e6), ("ucf101", 538.7e6), ("kinetics600", 737.6e6), ("toytable", 6.305e6)],
 )
 def test_parameter_counts(name: str, without_autoencoder: float) -> None:
     """Counts of the layers of Table 3; kinetics600 is within 1% of the paper's 733M."""

@@ -23,13 +23,13 @@ from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.export import exporter
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-from canvasmar_rt.export.quantize import quantize_products, quantize_weight
+from canvasmar_rt.export.quantize import SMALLEST, quantize_products, quantize_weight
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.verify import verify
 from tests.conftest import least_config
 
-CONFIG = least_config("wide", flow=FlowConfig(width=128, blocks=1), dim=128)
+CONFIG = least_config("wide", flow=FlowConfig(width=192, blocks=1), dim=192)
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
 Export = Callable[..., Bundle]
@@ -115,14 +115,14 @@ def small_graph(weight: np.ndarray, narrow: np.ndarray) -> ModelProto:
         helper.make_node("Transpose", ["y"], ["t"], perm=[0, 2, 1]),
         helper.make_node("MatMul", ["y", "t"], ["s"], "scores"),
     ]
-    values = {"w": weight, "v": narrow, "b": np.ones(128, np.float32)}
+    values = {"w": weight, "v": narrow, "b": np.ones(192, np.float32)}
     graph = helper.make_graph(
         nodes,
         "small",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", 128])],
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", "L", 192])],
         [
             helper.make_tensor_value_info(name, TensorProto.FLOAT, ["B", "L", last])
-            for name, last in (("y", 128), ("z", 64), ("s", "L"))
+            for name, last in (("y", 192), ("z", 64), ("s", "L"))
         ],
         [numpy_helper.from_array(v, k) for k, v in values.items()],
     )
@@ -131,8 +131,8 @@ def small_graph(weight: np.ndarray, narrow: np.ndarray) -> ModelProto:
 
 def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    weight = (rng.normal(size=(128, 128)) / 128**0.5).astype(np.float32)
-    model = small_graph(weight, rng.normal(size=(128, 64)).astype(np.float32))
+    weight = (rng.normal(size=(192, 192)) / 192**0.5).astype(np.float32)
+    model = small_graph(weight, rng.normal(size=(192, 64)).astype(np.float32))
     before = model.SerializeToString()
     made = quantize_products(model)
     assert model.SerializeToString() == before
@@ -147,7 +147,7 @@ def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
     session = ort.InferenceSession(
         made.SerializeToString(), options, providers=["CPUExecutionProvider"]
     )
-    x = rng.normal(size=(2, 5, 128)).astype(np.float32)
+    x = rng.normal(size=(2, 5, 192)).astype(np.float32)
     y, z, _ = session.run(None, {"x": x})
     want = (x @ weight + 1) @ weight + 1
     assert 1e-3 < np.linalg.norm(y - want) / np.linalg.norm(want) < 2e-2
@@ -161,7 +161,7 @@ def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
 LARGE = {
     name
     for name, tensor in build(CONFIG).state_dict().items()
-    if tensor.ndim == 2 and min(tensor.shape) >= 128 and not name.startswith("flow.time")
+    if tensor.ndim == 2 and min(tensor.shape) >= SMALLEST and not name.startswith("flow.time")
 }
 """Weights of products over tokens; the flow's time is embedded once for all of them."""
 
@@ -185,7 +185,7 @@ def test_every_graph_computes_them_in_int8(bundle: Bundle) -> None:
             for node in every_node(model.graph)
             if node.op_type in ("MatMul", "MatMulInteger") and node.input[1] in sizes
         ]
-        large = [op_type for op_type, dims in products if min(dims) >= 128]
+        large = [op_type for op_type, dims in products if min(dims) >= SMALLEST]
         assert set(large) == (set() if name in ("encoder", "decoder") else {"MatMulInteger"}), name
         gemms = sum(node.op_type == "Gemm" for node in every_node(model.graph))
         assert gemms == {"temporal": 1, "flow": 2, "frame": 1 + 2 * 2}.get(name, 0)
