@@ -132,6 +132,7 @@ def _verified(
         "engine": made.name,
         "device": made.device,
         "tolerance": parity.tolerance,
+        "frame_tolerance": parity.limit("frame"),
         "drift_tolerance": parity.drift_tolerance,
         "components": {},
     }

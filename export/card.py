@@ -30,6 +30,9 @@ def model_card(manifest: Manifest, more: str = "") -> str:
         for k, d in parity.components.items()
     )
     quantized = manifest.quantization == "int8"
+    limits = f"{parity.tolerance:.0e} relative per component,"
+    if parity.frame_tolerance is not None:
+        limits += f" {parity.frame_tolerance:.0e} for the whole frame,"
     return f"""# {config.name}
 
 A canvasmar-rt bundle. Weights: {manifest.source}.
@@ -47,7 +50,7 @@ Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent fram
 
 ## Parity
 
-{parity.engine} against PyTorch float32; tolerance {parity.tolerance:.0e} relative per component,
+{parity.engine} against PyTorch float32; tolerance {limits}
 {parity.drift_tolerance:.0e} per frame of a {len(parity.drift)}-frame rollout (largest
 {max(parity.drift):.2e}; {parity.flipped_orders} frames with a near tie in the token order).
 {INT8_PARITY if quantized else ""}

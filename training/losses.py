@@ -172,11 +172,8 @@ class CanvasMarLoss(nn.Module):
         hidden, known = hidden_tokens(draws, count * group, tokens, c)
         masked = hidden.shape[1]
         some = masked < tokens
-        cached = (
-            self.spatial.condition_keys_values(condition) if self.spatial.isolated else condition
-        )
         z = self.spatial(
-            cached,
+            self.spatial.read_condition(condition),
             mask_tokens,
             hidden,
             masked,
@@ -215,11 +212,8 @@ class CanvasMarLoss(nn.Module):
         else:
             groups = history[:, :, None]
             mask_tokens, _ = self._canvas(history, groups, starts, z_temporal, draws)
-        cached = (
-            self.spatial.condition_keys_values(z_temporal) if self.spatial.isolated else z_temporal
-        )
         every = torch.arange(tokens, device=history.device).expand(len(z_temporal), -1)
-        z = self.spatial(cached, mask_tokens, every, tokens)
+        z = self.spatial(self.spatial.read_condition(z_temporal), mask_tokens, every, tokens)
         embedded = self.flow.embed_condition(z)
         times = torch.arange(OWN_FLOW_STEPS, device=history.device) / OWN_FLOW_STEPS
         x = draws.normal(*history.shape[1:]).flatten(0, 1)

@@ -313,6 +313,11 @@ class SpatialMAR(nn.Module):
             cached.append(kv)
         return cached
 
+    def read_condition(self, condition: Tensor) -> Tensor | list[tuple[Tensor, Tensor]]:
+        """Condition tokens (R, P, D) as `forward` takes them: themselves, or what is computed of
+        isolated ones once a frame."""
+        return self.condition_keys_values(condition) if self.isolated else condition
+
     def forward(
         self,
         condition: Tensor | list[tuple[Tensor, Tensor]],

@@ -256,7 +256,7 @@ def _canvasmar(
 ) -> Embed:
     condition = model.condition_tokens(z_temporal, temporal_on).flatten(0, 1)
     mask = model.mask_tokens(_rows(z_canvas, 2), canvas_on).flatten(0, 1)
-    cached = model.spatial.condition_keys_values(condition) if model.spatial.isolated else condition
+    cached = model.spatial.read_condition(condition)
     rows = len(temporal_on)
 
     def embed(latent: Tensor, drawn: Tensor, rest: Tensor, size: int) -> Tensor:
