@@ -382,14 +382,20 @@ class NaiveOnnxContestant:
         order = np.empty(noise.flow.shape[:2], np.int64)
         generation_order(staticness, noise.order, sampling, order)
         clock.lap("order")
-        latent = self._draw(z_temporal, z_canvas, order, clock)
+        latent = np.zeros_like(noise.flow)
+        if self._config.residual:
+            latent += state.latent
+        self._draw(latent, z_temporal, z_canvas, order, clock)
         pixels, *decoder = self._run("decoder", latent, *state.decoder)
         clock.lap("decoder")
         after = _State(latent=latent, time=state.time + 1, cache=cache, decoder=tuple(decoder))
         return after, pixels
 
-    def _draw(self, z_temporal: Float32, z_canvas: Float32, order: Int64, clock: Clock) -> Float32:
-        """The tokens of a frame, set by set: (B, N, C)."""
+    def _draw(
+        self, latent: Float32, z_temporal: Float32, z_canvas: Float32, order: Int64, clock: Clock
+    ) -> None:
+        """The tokens of a frame, set by set, into `latent` (B, N, C): zeros, or what a residual
+        model adds to."""
         c, noise, plan = self._config, self._noise.flow, flow_plan(self._sampling)
         branches = guidance_branches(self._sampling, has_canvas=c.canvas)
         g, b = len(branches.weight), self._batch
@@ -399,7 +405,6 @@ class NaiveOnnxContestant:
         if c.condition_attention == "isolated":
             (condition,) = self._run("condition", condition)
             clock.lap("condition")
-        latent = np.zeros_like(noise)
         for step in ar_steps(c.tokens, self._sampling.ar_steps):
             drawn, left = order[:, : step.known], order[:, step.known :]
             chosen = left[:, : step.drawn, None]
@@ -419,9 +424,10 @@ class NaiveOnnxContestant:
                 (by_branch,) = self._run("velocity", x, u[None], embedded)
                 last, velocity = velocity, (weight * by_branch).sum(0)
                 x = x + new * velocity + old * last
+            if c.residual:
+                x += np.take_along_axis(latent, chosen, 1)
             np.put_along_axis(latent, chosen, x, 1)
             clock.lap("flow")
-        return latent
 
     def play(self, frames: int) -> Played:
         """See `Contestant`."""
@@ -474,9 +480,10 @@ def _temporal(
     return z_temporal.float(), torch.stack(new).float()
 
 
-def _canvas(model: CanvasMAR, z_temporal: Tensor, latent: Tensor) -> tuple[Tensor, Tensor]:
+def _canvas(model: CanvasMAR, z_temporal: Tensor, noised: Tensor) -> tuple[Tensor, Tensor]:
     assert model.canvas is not None
-    z_canvas, _, staticness = model.canvas(z_temporal.to(model.spatial.mask.dtype), latent)
+    z = z_temporal.to(model.spatial.mask.dtype)
+    z_canvas, _, staticness = model.canvas(z, noised, noised)  # nobody looks at the canvas itself
     return z_canvas.float(), staticness
 
 

@@ -133,6 +133,8 @@ class ModelConfig:
     `fps` is the pixel frame rate of the training data.
 
     `group` latent frames are drawn together (App. B); `action_dim` counts the actions of them all.
+    `residual` models guess and draw what changes from the latest latent frame (zeros before the
+    first), which is added; the paper's draw the frame itself.
 
     A unified model is one transformer of `temporal_layers`; it has neither canvas nor spatial
     layers (`canvas` false, the other counts 0, `norm` shared, `condition_attention` all) and keeps
@@ -155,6 +157,7 @@ class ModelConfig:
     action_dim: int = 0
     canvas: bool = True
     group: int = 1
+    residual: bool = False
     fps: float = 10.0
 
     def __post_init__(self) -> None:
@@ -179,7 +182,7 @@ class ModelConfig:
         if unified:
             only = {
                 "canvas": False, "temporal_patch": 1, "group": 1, "norm": "shared",
-                "condition_attention": "all",
+                "condition_attention": "all", "residual": False,
             }  # fmt: skip
             for name, wanted in only.items():
                 value = getattr(self, name)

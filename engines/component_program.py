@@ -136,7 +136,8 @@ class ComponentProgram:
             "z_temporal": ((b, c.temporal_tokens, c.dim), "hidden"),
             "z_canvas": ((*each, n, c.dim), "hidden"),
         }
-        # the first stays empty; the last step writes the latent frame itself
+        # the first stays empty, or is the latest latent frame that a residual model adds to; the
+        # last step writes the latent frame itself
         work |= {f"partial_{i}": (drawn, "float32") for i in range(min(sampling.ar_steps, 3))}
         if c.group > 1:
             work |= {
@@ -327,6 +328,9 @@ class ComponentProgram:
                 parts.append(("transfer", level.indices.upload))
                 if branches.condition is not None:
                     parts.append(("condition", branches.condition))
+                if self._config.residual:
+                    partial, latent = self._work["partial_0"], self._buffers["latent"]
+                    parts.append(("spatial", self._memory.spread(latent, partial)))
                 for spatial, flow in branches.steps:
                     parts += [("spatial", spatial), ("flow", flow)]
             if self._split is not None:

@@ -116,6 +116,20 @@ class CudaMemory:
         self._transfer("HostToDevice", buffer.address, staged.ctypes.data, buffer.nbytes)
         self.synchronize()
 
+    def spread(self, source: Buffer, target: Buffer) -> Run:
+        rows, size = source.shape[0], source.nbytes // source.shape[0]
+        pitch = target.nbytes // rows
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+
+        def run() -> None:
+            for at in range(target.address, target.address + pitch, size):
+                self._do(
+                    "copying", "Memcpy2DAsync",
+                    at, pitch, source.address, size, size, rows, kind, self.stream,
+                )  # fmt: skip
+
+        return run
+
     def sequence(self, runs: Sequence[Run]) -> Run:
         """The first call does the work run by run, since what libraries set up lazily cannot be
         captured, and then captures it; later calls launch the graph. Runs that cannot be captured

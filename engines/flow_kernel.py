@@ -161,15 +161,17 @@ class FlowKernel:
         branches: int,
         evaluations: int,
         mode: Mode = "staged",
+        residual: bool = False,
         programs: int | None = None,
     ) -> None:
-        """`evaluations` is E of a set. `programs` bounds the programs of a launch: None is as many
-        as there are tiles, or, for a persistent launch, as many as multiprocessors.
+        """`evaluations` is E of a set. Tokens of a `residual` model are added to the partial frame.
+        `programs` bounds the programs of a launch: None is as many as there are tiles, or, for a
+        persistent launch, as many as multiprocessors.
 
         Raises:
             EngineError: more persistent programs than the device can run at once.
         """
-        self._head, self.weights, self.mode = head, pack(head), mode
+        self._head, self.weights, self.mode, self._residual = head, pack(head), mode, residual
         device, dtype = head.out.weight.device, head.out.weight.dtype
         if mode == "persistent":
             # the interpreter runs programs one after the other: more would wait for ever
@@ -213,7 +215,7 @@ class FlowKernel:
             t["branch_weight"],
             out=x,
         )
-        return put_tokens(t["partial"], t["select_index"], x)
+        return put_tokens(t["partial"], t["select_index"], x, add=self._residual)
 
     def flow_tokens(
         self,

@@ -125,6 +125,9 @@ class Memory(Protocol):
         """Overwrite the values, or those at `where`, `STORAGE` dtype and their shape (for
         snapshots)."""
 
+    def spread(self, source: Buffer, target: Buffer) -> Run:
+        """A run that copies (B, ...) to (B, ...), or to all (B, J, ...) of a group."""
+
     def sequence(self, runs: Sequence[Run]) -> Run:
         """One run that does all of `runs` in order; on a GPU a captured graph where possible."""
 
@@ -174,6 +177,18 @@ class HostMemory:
     def write(self, buffer: Buffer, values: Array, where: Index = ()) -> None:
         assert buffer.host is not None
         buffer.host[where] = values
+
+    def spread(self, source: Buffer, target: Buffer) -> Run:
+        assert source.host is not None
+        assert target.host is not None
+        values, to = source.host, target.host
+        if to.ndim > values.ndim:
+            values = values[:, None]
+
+        def run() -> None:
+            np.copyto(to, values)
+
+        return run
 
     def sequence(self, runs: Sequence[Run]) -> Run:
         def run() -> None:

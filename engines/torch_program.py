@@ -172,6 +172,7 @@ class TorchProgram:
                 tokens=batch * self._config.group * self._config.tokens,
                 branches=max(len(b["branch_weight"]) for b in self._levels[0].branches.values()),
                 evaluations=len(self._levels[0].fixed["flow_time"]),
+                residual=self._config.residual,
                 mode=flow_kernel,
             ).component
 
@@ -331,6 +332,9 @@ class TorchProgram:
         if self._config.condition_attention == "isolated":
             have |= self._run("condition", have)
         partial = torch.zeros_like(out["drawn"])
+        if self._config.residual:
+            latent = self._state["latent"]
+            partial = partial + (latent[:, None] if self._config.group > 1 else latent)
         for step in level.steps:
             have |= {f"{kind}_index": order[..., part] for kind, part in step.parts.items()}
             have["partial"] = partial

@@ -168,6 +168,8 @@ def flow(
             b.op("Shape", [x]),
         ],
     )
+    if config.residual:
+        x = b.op("Add", [x, b.op("GatherElements", ["partial", index], axis=1)])
     b.nodes.append(
         helper.make_node(
             "ScatterElements", ["partial", index, x], ["next_partial"], "put_tokens", axis=1
@@ -263,9 +265,9 @@ def whole_frame(
         have.update(run("condition"))
 
     indices = _order(b, have.get("staticness"), sampling, sizes)
-    partial = b.op(
-        "Mul", ["flow_noise", b.constant(np.float32(0.0), "zero")]
-    )  # an all-zero frame of the right batch
+    partial = "latent"
+    if not config.residual:  # an all-zero frame of the right batch
+        partial = b.op("Mul", ["flow_noise", b.constant(np.float32(0.0), "zero")])
     for k in range(len(sizes)):
         step = {
             "select_index": indices[k],

@@ -252,7 +252,7 @@ def _frame(model: FrameModel, inputs: Mapping[str, Array], bundle: Bundle) -> di
         run("condition")
     have["order"] = np.empty((len(have["latent"]), config.tokens), np.int64)
     generation_order(have.get("staticness"), have["order_noise"], sampling, have["order"])
-    have["partial"] = np.zeros_like(have["flow_noise"])
+    have["partial"] = have["latent"] if config.residual else np.zeros_like(have["flow_noise"])
     known = 0
     for size in set_sizes(config.tokens, sampling.ar_steps):
         have["known_index"] = have["order"][:, :known]

@@ -74,16 +74,19 @@ VARIANTS = {
         condition_attention="isolated",
         flow=FlowConfig(width=32, blocks=2, modulation="additive"),
         action_dim=0,
+        residual=True,
         autoencoder=dataclasses.replace(small_config().autoencoder, encoder_kernel=1),
     ),
     "no-canvas": small_config("no-canvas", norm="shared", canvas=False),
 }
 """Between them every option of CanvasMAR: norms, condition attention, modulation, actions, canvas,
-an encoder without history."""
+what is drawn, an encoder without history."""
 
 FAMILIES = VARIANTS | {
     "unified": unified_config(),
-    "next-group": small_config("next-group", group=3, spatial_layers=6, action_dim=6),
+    "next-group": small_config(
+        "next-group", group=3, spatial_layers=6, action_dim=6, residual=True
+    ),
     "next-group-isolated": small_config(
         "next-group-isolated",
         group=2,

@@ -180,7 +180,11 @@ class CanvasMarLoss(nn.Module):
             gather_tokens(target, known) if some else None,
             known if some else None,
         )
-        mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
+        drawn = gather_tokens(target, hidden)
+        if self.model_config.residual:
+            base = _latest(history, starts).repeat_interleave(group, dim=0)
+            drawn = drawn - gather_tokens(base, hidden)
+        mar = flow_loss(self.flow, z, drawn, draws, batch, c)
         terms = {"mar": mar, **canvas_terms}
         total = mar
         if canvas_terms:
@@ -219,6 +223,8 @@ class CanvasMarLoss(nn.Module):
         x = draws.normal(*history.shape[1:]).flatten(0, 1)
         for time in self.flow.embed_time(times):
             x = x + self.flow.velocity(x, time, embedded) / OWN_FLOW_STEPS
+        if self.model_config.residual:
+            x = x + _latest(history, starts)
         return torch.cat([history[:, :1], x.view_as(history)[:, 1:]], dim=1)
 
     def _temporal(
@@ -250,7 +256,9 @@ class CanvasMarLoss(nn.Module):
         low, high = c.frame_noise
         r = (low + (high - low) * draws.uniform(count))[..., None, None]
         noised = read * (1 - r) + draws.normal(*read.shape[1:]) * r
-        z_canvas, canvas, staticness = self.canvas(z_temporal, noised.flatten(0, 1))
+        z_canvas, canvas, staticness = self.canvas(
+            z_temporal, noised.flatten(0, 1), read.flatten(0, 1)
+        )
         after = (canvas.view_as(groups) - groups)[:, starts > 0]
         error = (after**2).sum(-1)  # (B, <=M, J, N), eq. 6
         still = staticness.view(groups.shape[:-1])[:, starts > 0]
@@ -355,6 +363,13 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
 
 
 # -- what the losses share
+
+
+def _latest(history: Tensor, starts: Tensor) -> Tensor:
+    """The frame before each of `starts` (M,) in clips (B, T, N, C), zeros before the first:
+    (B*M, N, C)."""
+    before = history[:, (starts - 1).clamp(min=0)]
+    return (before * (starts > 0)[:, None, None]).flatten(0, 1)
 
 
 def hidden_tokens(

@@ -33,8 +33,11 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     return torch.gather(x, 1, index[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def put_tokens(x: Tensor, index: Tensor, tokens: Tensor) -> Tensor:
-    """x (B, N, C) with `tokens` (B, n, C) at positions `index` (B, n) int64."""
+def put_tokens(x: Tensor, index: Tensor, tokens: Tensor, *, add: bool = False) -> Tensor:
+    """x (B, N, C) with `tokens` (B, n, C) at positions `index` (B, n) int64, added to what is there
+    with `add`."""
+    if add:
+        tokens = tokens + gather_tokens(x, index)
     return torch.scatter(x, 1, index[..., None].expand_as(tokens), tokens)
 
 
@@ -205,13 +208,16 @@ class CanvasViT(nn.Module):
         heads = config.group if config.group > 1 else 0
         self.heads = nn.ModuleList(Mlp(dim, ratio=1) for _ in range(heads))
         self.canvas = nn.Linear(dim, channels)
+        self.residual = config.residual
         self.staticness = nn.Linear(dim, 1)
 
-    def forward(self, z_temporal: Tensor, latent_BNC: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """z_t (B, P, D) and the latest frame, already noised by eq. 11, give the canvas tokens z_c
-        (B, N, D), the canvas (B, N, C), eq. 5, and staticness (B, N) in 0..1, eq. 7; of a group
+    def forward(
+        self, z_temporal: Tensor, noised_BNC: Tensor, latent_BNC: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """z_t (B, P, D) and the latest frame, noised by eq. 11 and as it is, give the canvas tokens
+        z_c (B, N, D), the canvas (B, N, C), eq. 5, and staticness (B, N) in 0..1, eq. 7; of a group
         each is (B, J, N, ...)."""
-        x = self.embed(latent_BNC.to(z_temporal.dtype)) + self.position
+        x = self.embed(noised_BNC.to(z_temporal.dtype)) + self.position
         x = torch.cat([z_temporal, x], dim=1)
         for block in self.blocks:
             x = block(x)
@@ -219,7 +225,10 @@ class CanvasViT(nn.Module):
         if self.heads:
             z_canvas = torch.stack([z_canvas + head(z_canvas) for head in self.heads], dim=1)
         staticness = self.staticness(z_canvas).float().sigmoid()[..., 0]
-        return z_canvas, self.canvas(z_canvas).float(), staticness
+        canvas = self.canvas(z_canvas).float()
+        if self.residual:
+            canvas = canvas + (latent_BNC[:, None] if self.heads else latent_BNC)
+        return z_canvas, canvas, staticness
 
 
 class SpatialBlock(nn.Module):

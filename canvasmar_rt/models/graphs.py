@@ -81,7 +81,7 @@ class CanvasGraph(Graph):
         r, r2 = t["frame_noise_level"], t["canvas_noise_level"]
         noised = t["latent"] * (1 - r) + t["frame_noise"] * r  # eq. 11
         assert self.canvas is not None
-        z_canvas, canvas, staticness = self.canvas(t["z_temporal"], noised)
+        z_canvas, canvas, staticness = self.canvas(t["z_temporal"], noised, t["latent"])
         z_canvas = (z_canvas * (1 - r2) + t["canvas_noise"] * r2).to(z_canvas.dtype)  # eq. 12
         return z_canvas, canvas, staticness
 
@@ -220,7 +220,7 @@ class FlowGraph(Graph):
         velocity = torch.zeros_like(x)
         for time, new, old in zip(times, t["step_new"], t["step_old"], strict=True):
             x, velocity = self.evaluate(x, velocity, time, new, old, condition, t["branch_weight"])
-        return (put_tokens(t["partial"], t["select_index"], x),)
+        return (put_tokens(t["partial"], t["select_index"], x, add=self.config.residual),)
 
 
 class SplitGraph(Graph):

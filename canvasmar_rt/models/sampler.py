@@ -179,7 +179,7 @@ def step(
     if model.canvas is not None and not from_nothing:
         r, r2 = sampling.frame_noise, sampling.canvas_noise
         noised = state.latent * (1 - r) + noise.frame * r
-        z_canvas, canvas, staticness = model.canvas(z_temporal, noised)
+        z_canvas, canvas, staticness = model.canvas(z_temporal, noised, state.latent)
         z_canvas = (z_canvas * (1 - r2) + noise.canvas * r2).to(z_temporal.dtype)
 
     order_np = np.empty(noise.flow.shape[:-1], np.int64)
@@ -207,6 +207,8 @@ def step(
     # from here to the decoder the frames of a group are rows of the batch
     flow, order = _rows(noise.flow, 2), _rows(order, 1)
     latent = torch.zeros_like(flow)
+    if model.config.residual:
+        latent = state.latent.repeat_interleave(model.config.group, dim=0)
     known = 0
     for size in set_sizes(model.config.tokens, sampling.ar_steps):
         drawn, rest = order[:, :known], order[:, known:]
@@ -222,7 +224,7 @@ def step(
             x = x + float(plan.step_new[e]) * velocity
             if plan.step_old[e]:
                 x = x + float(plan.step_old[e]) * last
-        latent = put_tokens(latent, chosen, x)
+        latent = put_tokens(latent, chosen, x, add=model.config.residual)
         known += size
 
     latents = latent.unflatten(0, (len(state.latent), -1))  # (B, J, N, C)

@@ -350,7 +350,10 @@ class Rollout {
     const auto part = [&](std::int64_t first, std::int64_t last) {
       return tensor<std::int64_t>({1, last - first}, {order.begin() + first, order.begin() + last});
     };
-    values_["partial"] = zeros(bundle_.shape("flow", "partial"), kFloat);
+    // A residual model adds what it draws to the latest latent frame.
+    values_["partial"] = bundle_.manifest.at("model").value("residual", false)
+                             ? std::move(values_["latent"])
+                             : zeros(bundle_.shape("flow", "partial"), kFloat);
     std::int64_t known = 0;
     for (int size : schedule::set_sizes(tokens_, sampling_.ar_steps)) {
       values_["select_index"] = part(known, known + size);

@@ -113,6 +113,19 @@ class FakeCuda:
         self.copies.append((size, kind, stream))
         self.do(lambda: ctypes.memmove(target, source, size))
 
+    def doMemcpy2DAsync(
+        self, target: int, pitch: int, source: int, source_pitch: int,
+        width: int, height: int, kind: int, stream: int,
+    ) -> None:  # fmt: skip
+        assert width <= min(pitch, source_pitch)
+
+        def work() -> None:
+            for row in range(height):
+                ctypes.memmove(target + row * pitch, source + row * source_pitch, width)
+
+        self.copies.append((width * height, kind, stream))
+        self.do(work)
+
     def doStreamBeginCapture(self, stream: int, mode: int) -> None:
         assert self.capturing is None
         self.capturing = []

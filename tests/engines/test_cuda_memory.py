@@ -10,7 +10,7 @@ import pytest
 
 from canvasmar_rt.engines import cuda_memory
 from canvasmar_rt.engines.cuda_memory import CudaMemory
-from canvasmar_rt.engines.memory import STORAGE, Buffer
+from canvasmar_rt.engines.memory import STORAGE, HostMemory, Memory
 from canvasmar_rt.errors import EngineError
 from tests.engines.fake_cuda import FakeCuda, cudaError_t
 
@@ -37,11 +37,6 @@ def values(seed: int) -> dict[str, np.ndarray]:
     }
 
 
-def device_copy(memory: CudaMemory, target: Buffer, source: Buffer) -> None:
-    """Work on the device that a kernel would do."""
-    memory._transfer("DeviceToDevice", target.address, source.address, source.nbytes)
-
-
 def round_trip(memory: CudaMemory) -> None:
     group = memory.group(LAYOUT)
     given = values(1)
@@ -56,7 +51,8 @@ def round_trip(memory: CudaMemory) -> None:
     other = memory.group(LAYOUT, mirrored=False)
     for name, buffer in other.buffers.items():
         memory.write(buffer, values(2)[name])
-        device_copy(memory, group.buffers[name], buffer)
+        to = group.buffers[name].address
+        memory._transfer("DeviceToDevice", to, buffer.address, buffer.nbytes)
     group.download()
     memory.synchronize()
     for name, buffer in group.buffers.items():
@@ -69,13 +65,28 @@ def replayed(memory: CudaMemory) -> None:
     group = memory.group({"x": ((4,), "float32")})
     out = memory.group({"x": ((4,), "float32")})
     x, y = group.buffers["x"], out.buffers["x"]
-    run = memory.sequence([group.upload, lambda: device_copy(memory, y, x), out.download])
+    run = memory.sequence([group.upload, memory.spread(x, y), out.download])
     for i in range(4):
         assert x.host is not None
         x.host[:] = i
         run()
         memory.synchronize()
         np.testing.assert_array_equal(y.host, np.full(4, i))
+
+
+def spread_over_groups(memory: Memory) -> None:
+    frames = memory.group({"one": ((2, 3), "float32"), "group": ((2, 4, 3), "float32")}).buffers
+    memory.write(frames["one"], np.arange(6, dtype=np.float32).reshape(2, 3))
+    memory.spread(frames["one"], frames["group"])()
+    for j in range(4):
+        np.testing.assert_array_equal(
+            memory.read(frames["group"])[:, j], memory.read(frames["one"])
+        )
+
+
+def test_a_frame_is_spread_over_a_group(cuda: FakeCuda) -> None:
+    spread_over_groups(CudaMemory())
+    spread_over_groups(HostMemory())
 
 
 def test_values_travel(cuda: FakeCuda) -> None:
@@ -249,4 +260,5 @@ def test_on_a_gpu(capture: bool) -> None:
         pytest.skip(str(error))
     round_trip(memory)
     replayed(memory)
+    spread_over_groups(memory)
     assert memory.graph_off == (None if capture else "switched off")

@@ -155,12 +155,14 @@ def test_each_frame_of_a_group_has_a_canvas_head() -> None:
     vit, single = CanvasViT(config(group=J, spatial_layers=6)), CanvasViT(config())
     single.load_state_dict(vit.state_dict(), strict=False)
     z_t, latent = random(2, 6, 32), random(2, N, 4)
-    z, canvas, staticness = vit(z_t, latent)
-    shared = single(z_t, latent)[0]
+    z, canvas, staticness = vit(z_t, latent, latent)
+    shared = single(z_t, latent, latent)[0]
     want = torch.stack([shared + head(shared) for head in vit.heads], 1)
     assert want.shape == (2, J, N, 32)
     torch.testing.assert_close(z, want)
     torch.testing.assert_close(canvas, vit.canvas(want))
+    vit.residual = True  # to every frame of a group the latest one is added
+    torch.testing.assert_close(vit(z_t, latent, 2 * latent)[1], canvas + 2 * latent[:, None])
     torch.testing.assert_close(staticness, vit.staticness(want)[..., 0].sigmoid())
     assert (canvas[:, 1:] - canvas[:, :1]).abs().amax((0, 2, 3)).min() > 0.1
 

@@ -55,6 +55,7 @@ VARIANTS = {
         norm="mmdit",
         condition_attention="isolated",
         action_dim=2,
+        residual=True,
         flow=FlowConfig(width=24, blocks=2, modulation="additive"),
     ),
     "no-canvas": config(canvas=False, norm="shared", action_dim=2),
@@ -138,7 +139,10 @@ def by_hand(
     z_c, canvas, staticness = None, None, None
     if model.canvas is not None:
         r, r2 = sampling.frame_noise, sampling.canvas_noise
-        z_c, canvas, staticness = model.canvas(z_t, latents[:, -1] * (1 - r) + noise.frame * r)
+        noised = latents[:, -1] * (1 - r) + noise.frame * r
+        z_c, canvas, staticness = model.canvas(z_t, noised, torch.zeros_like(noised))
+        if c.residual:
+            canvas = canvas + latents[:, -1]
         z_c = z_c * (1 - r2) + noise.canvas * r2
 
     sizes = set_sizes(N, sampling.ar_steps)
@@ -192,7 +196,8 @@ def by_hand(
             x = x + v / sampling.flow_steps
         for b in range(batch):
             for s in range(size):
-                latent[b, rest[b, s]] = x[b, s]
+                token = int(rest[b, s])
+                latent[b, token] = x[b, s] + (latents[b, -1, token] if c.residual else 0)
             drawn[b] += rest[b, :size].tolist()
 
     ae = model.autoencoder

@@ -458,7 +458,7 @@ def test_canvas_vit_is_its_definition() -> None:
     vit = model.canvas
     assert vit is not None
     z_t, latent = random(2, P, D, seed=10), random(2, N, C, seed=11)
-    z_c, canvas, staticness = vit(z_t, latent)
+    z_c, canvas, staticness = vit(z_t, latent, latent)
     assert (z_c.shape, canvas.shape, staticness.shape) == ((2, N, D), (2, N, C), (2, N))
     for row in range(2):
         x = torch.cat([z_t[row], vit.embed(latent[row]) + vit.position])
@@ -491,13 +491,13 @@ def test_both_augmentations_are_interpolations() -> None:
     r, r2 = 0.3, 0.2
     got = run_canvas(z_t, latent, eps, torch.tensor(r), eps2, torch.tensor(r2))
     assert model.canvas is not None
-    z_c, canvas, staticness = model.canvas(z_t, latent * (1 - r) + eps * r)
+    z_c, canvas, staticness = model.canvas(z_t, latent * (1 - r) + eps * r, latent)
     torch.testing.assert_close(got[0], z_c * (1 - r2) + eps2 * r2)
     torch.testing.assert_close(got[1], canvas)
     torch.testing.assert_close(got[2], staticness)
     clean = run_canvas(z_t, latent, eps, torch.tensor(0.0), eps2, torch.tensor(0.0))
-    for a, b in zip(clean, model.canvas(z_t, latent), strict=True):
+    for a, b in zip(clean, model.canvas(z_t, latent, latent), strict=True):
         torch.testing.assert_close(a, b)
     noise = run_canvas(z_t, latent, eps, torch.tensor(1.0), eps2, torch.tensor(1.0))
     assert torch.equal(noise[0], eps2)
-    torch.testing.assert_close(noise[1], model.canvas(z_t, eps)[1])
+    torch.testing.assert_close(noise[1], model.canvas(z_t, eps, latent)[1])

@@ -23,6 +23,7 @@ from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
 from canvasmar_rt.schedule import set_sizes, time_rotation
 from tests.conftest import VARIANTS, small_config
+from training import losses
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import (
     OWN_FLOW_STEPS,
@@ -259,6 +260,8 @@ class TrueVelocity:
     the token's embedding, and the noise by inverting x = (1-u)*noise + u*target."""
 
     def __init__(self, loss: CanvasMarLoss, latents: Tensor, scale: float = 1.0) -> None:
+        if loss.model_config.residual:
+            latents = torch.cat([latents[:, :1], latents.diff(dim=1)], dim=1)
         self.tokens, self.scale = latents.flatten(0, 2), scale
         self.times, self.noises = Tensor(), Tensor()
         loss.spatial.register_forward_hook(self._positions)
@@ -653,6 +656,31 @@ def test_own_history_loses_no_gradient(clip: tuple[Tensor, Tensor]) -> None:
     assert len(gradients[0]) > 50
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradient, gradients[1][name], msg=name)
+
+
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_residual_model_learns_what_changes(
+    group: int, clip: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its canvas and its tokens are differences from the frame before the group, which the loss
+    adds to the canvas and takes from the tokens; before the first frame there is none."""
+    config = small_config(residual=True, group=group, spatial_layers=6, action_dim=0)
+    taught = []
+    monkeypatch.setattr(losses, "flow_loss", lambda *args: taught.append(args[2]) or args[1].sum())
+    loss = model_loss(config, mask_ratio_min=1.0, history_noise=0.5)
+    assert loss.canvas is not None
+    nn.init.zeros_(loss.canvas.canvas.weight)
+    nn.init.zeros_(loss.canvas.canvas.bias)
+    spatial = Calls(loss.spatial)
+    step = next(s for s in range(9) if int(draws(s).shared_uniform() * group) == 0)
+    _, terms = loss(clip[0], None, draws(step))
+    groups = clip[0].unflatten(1, (-1, group))  # (B, M, J, N, C)
+    before = torch.cat([torch.zeros(B, 1, 1, N, C), groups[:, :-1, -1:]], dim=1)
+    changes = (groups - before).flatten(0, 2)
+    hidden = spatial.inputs[2]
+    assert torch.equal(taught[0], changes[torch.arange(len(changes))[:, None], hidden])
+    expected = (groups - before)[:, 1:].square().mean()
+    torch.testing.assert_close(terms["canvas"], expected)
 
 
 @pytest.mark.parametrize("modulation", ["joint", "additive"])
