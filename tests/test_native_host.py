@@ -254,7 +254,7 @@ def copy(tmp_path: Path) -> Path:
         (lambda b: (b / "README.md").write_text("?"), "README.md does not match its hash"),
         (lambda b: flip(b / "flow" / "model.safetensors"), "model.safetensors does not match its"),
         (
-            lambda b: edit(b, '"name": "toytable",', '"name": "t", "family": "unified",'),
+            lambda b: edit(b, '"family": "canvasmar"', '"family": "unified"'),
             "draws single frames of CanvasMAR",
         ),
     ],
