@@ -32,14 +32,14 @@ from canvasmar_rt.models.families import build
 from canvasmar_rt.rollout import Predictor
 from tests.training.small_runs import Waves
 from tests.training.test_metrics import Distance, StandIn, save_scripted
-from training import evaluation, protocols, stages
+from training import evaluation, measures, protocols, stages
 from training.clips import Clips
 from training.config import ModelTraining
 from training.datasets import RecordedClips, make_source
-from training.evaluation import (
+from training.evaluation import app
+from training.measures import (
     ABLATIONS,
     AlikeDraws,
-    app,
     as_measured,
     held_out,
     measure_ablations,
@@ -213,7 +213,7 @@ def test_a_number_that_is_not_finite_becomes_null(
     command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        evaluation, "decode_clips", lambda model, latents: held_out(0, len(latents), 3, 64).frames
+        measures, "decode_clips", lambda model, latents: held_out(0, len(latents), 3, 64).frames
     )
     report = measured(command, tmp_path / "out.json", "reconstruction", runs / "model", "--clips",
                       2, "--frames", 3)  # fmt: skip
@@ -441,7 +441,7 @@ def test_interrupted_ablations_go_on(
             raise KeyboardInterrupt
         return stages.continue_clips(*given, **options)
 
-    monkeypatch.setattr(evaluation, "continue_clips", counted)
+    monkeypatch.setattr(measures, "continue_clips", counted)
     few = ("--seeds", 1)
     assert command(*arguments("straight.json", *few)) == (0, "", "")
     straight = json.loads((tmp_path / "straight.json").read_text())
@@ -504,7 +504,7 @@ def test_a_perfect_model_and_a_copy(
     arguments = ("long", runs / "model", "--clips", 6, "--frames", 36, "--batch", 4)
     results = {}
     for predict in (perfect, copied, late):
-        monkeypatch.setattr(evaluation, "continue_clips", predicting(predict))
+        monkeypatch.setattr(measures, "continue_clips", predicting(predict))
         report = measured(command, tmp_path / "out.json", *arguments)
         results[predict.__name__] = report["result"]
     best = results["perfect"]
@@ -525,8 +525,8 @@ def test_a_perfect_model_and_a_copy(
 def test_one_step_is_compared_with_the_next_latent_frame(
     model: CanvasMAR, plain: CanvasMAR, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "continue_clips", predicting(perfect))
-    monkeypatch.setattr(evaluation, "reconstruct", lambda model, frames: frames)
+    monkeypatch.setattr(measures, "continue_clips", predicting(perfect))
+    monkeypatch.setattr(measures, "reconstruct", lambda model, frames: frames)
     options: dict[str, Any] = {"clips": 6, "context": 2, "batch": 4, "seed": 0, "tick": no_tick}
     result = measure_one_step(model, SAMPLING, **options)
     for name in ("prediction", "canvas", "autoencoder"):
@@ -535,7 +535,7 @@ def test_one_step_is_compared_with_the_next_latent_frame(
     assert result["copy"]["frechet"] > 0.1
     assert result["copy"]["gripper_penalised_px"] > 0.5
     assert "canvas" not in measure_one_step(plain, SAMPLING, **options)
-    monkeypatch.setattr(evaluation, "continue_clips", predicting(copied))
+    monkeypatch.setattr(measures, "continue_clips", predicting(copied))
     assert measure_one_step(model, SAMPLING, **options)["prediction"] == result["copy"]
 
 
@@ -548,7 +548,7 @@ def test_windows_are_counted_from_the_first_predicted_frame(
         out[:, given + spoilt - 1] = 0
         return out
 
-    monkeypatch.setattr(evaluation, "continue_clips", predicting(predict))
+    monkeypatch.setattr(measures, "continue_clips", predicting(predict))
     options: dict[str, Any] = {"clips": 2, "frames": 10, "context": 3, "batch": 2, "seed": 0}
     result = measure_rollouts(model, SAMPLING, **options, tick=no_tick, windows=((5, 8),))
     assert (result["frechet_by_window"]["5-8"] > 1) == inside
@@ -568,7 +568,7 @@ def test_a_clip_is_predicted_alike_in_every_batch(
         made.append(shown.frames)
         return shown
 
-    monkeypatch.setattr(evaluation, "continue_clips", spying)
+    monkeypatch.setattr(measures, "continue_clips", spying)
 
     def predictions(batch: int, seed: int) -> tuple[Tensor, dict[str, Any], int]:
         made.clear()
@@ -609,7 +609,7 @@ def test_ablations_compare_the_same_clips(
         predict = copied if network is plain else perfect
         return predicting(predict)(network, sampling, clips, **options)
 
-    monkeypatch.setattr(evaluation, "continue_clips", spying)
+    monkeypatch.setattr(measures, "continue_clips", spying)
     base = dataclasses.replace(SAMPLING, order="maskgit", temporal_guidance=1.3, solver="heun")
     ticks: list[int] = []
     result = measure_ablations(
@@ -699,7 +699,7 @@ def test_losses_are_means_over_clips_in_evaluation_mode(
             assert actions.shape == (len(latents), 8, 4)
             return latents.sum(), {"mean": latents.mean(), "action": actions.mean()}
 
-    monkeypatch.setattr(evaluation, "model_loss", Spy)
+    monkeypatch.setattr(measures, "model_loss", Spy)
     ticks: list[int] = []
     result = measure_losses(model, clips=3, batch=2, tick=ticks.append)
     clips = held_out(0, 3, 17, 64)
