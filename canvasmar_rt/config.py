@@ -182,7 +182,7 @@ class ModelConfig:
         if unified:
             only = {
                 "canvas": False, "temporal_patch": 1, "group": 1, "norm": "shared",
-                "condition_attention": "all", "residual": False,
+                "condition_attention": "all",
             }  # fmt: skip
             for name, wanted in only.items():
                 value = getattr(self, name)

@@ -83,7 +83,7 @@ VARIANTS = {
 what is drawn, an encoder without history."""
 
 FAMILIES = VARIANTS | {
-    "unified": unified_config(),
+    "unified": unified_config(residual=True),
     "next-group": small_config(
         "next-group", group=3, spatial_layers=6, action_dim=6, residual=True
     ),

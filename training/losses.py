@@ -180,11 +180,9 @@ class CanvasMarLoss(nn.Module):
             gather_tokens(target, known) if some else None,
             known if some else None,
         )
-        drawn = gather_tokens(target, hidden)
         if self.model_config.residual:
-            base = _latest(history, starts).repeat_interleave(group, dim=0)
-            drawn = drawn - gather_tokens(base, hidden)
-        mar = flow_loss(self.flow, z, drawn, draws, batch, c)
+            target = target - latest(history, starts).repeat_interleave(group, dim=0)
+        mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
         terms = {"mar": mar, **canvas_terms}
         total = mar
         if canvas_terms:
@@ -224,7 +222,7 @@ class CanvasMarLoss(nn.Module):
         for time in self.flow.embed_time(times):
             x = x + self.flow.velocity(x, time, embedded) / OWN_FLOW_STEPS
         if self.model_config.residual:
-            x = x + _latest(history, starts)
+            x = x + latest(history, starts)
         return torch.cat([history[:, :1], x.view_as(history)[:, 1:]], dim=1)
 
     def _temporal(
@@ -327,6 +325,8 @@ class UnifiedLoss(nn.Module):
             temporal_on,
         )
         z = gather_tokens(z.flatten(0, 1), hidden)
+        if self.model_config.residual:
+            target = target - latest(latents, drawn_frames)
         mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
         return mar, {"mar": mar}
 
@@ -365,7 +365,7 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
 # -- what the losses share
 
 
-def _latest(history: Tensor, starts: Tensor) -> Tensor:
+def latest(history: Tensor, starts: Tensor) -> Tensor:
     """The frame before each of `starts` (M,) in clips (B, T, N, C), zeros before the first:
     (B*M, N, C)."""
     before = history[:, (starts - 1).clamp(min=0)]

@@ -181,11 +181,11 @@ def test_a_hidden_token_tells_later_frames_only_by_its_clean_copy(
 
 
 @pytest.mark.parametrize("teacher", TEACHERS)
-@pytest.mark.parametrize("intervals", [1, 4])
-def test_the_true_velocity_has_no_loss(teacher: Teacher, intervals: int) -> None:
+@pytest.mark.parametrize(("intervals", "residual"), [(1, False), (1, True), (4, True)])
+def test_the_true_velocity_has_no_loss(teacher: Teacher, intervals: int, residual: bool) -> None:
     """Each z meets the target of its own clip, frame and position, also where a step keeps every
-    s-th frame, s frames apart in time."""
-    config = SILENT if intervals > 1 else unified_config()
+    s-th frame, s frames apart in time; of a residual model, what changed since the last kept."""
+    config = unified_config(action_dim=0 if intervals > 1 else A, residual=residual)
     loss = unified_loss(config, teacher=teacher, frame_intervals=intervals)
     kept, met = torch.zeros(()), set()
 
@@ -204,7 +204,8 @@ def test_the_true_velocity_has_no_loss(teacher: Teacher, intervals: int) -> None
         return torch.arange(B * length * N).view(B, length, N, 1)[:, frames]
 
     def velocity(x: Tensor, time: Tensor, z: Tensor) -> Tensor:
-        target = kept.flatten(0, 2)[z[..., 0]]
+        before = torch.cat([torch.zeros_like(kept[:, :1]), kept[:, :-1]], dim=1)
+        target = (kept - before if residual else kept).flatten(0, 2)[z[..., 0]]
         return target - (x - time * target) / (1 - time)
 
     embed = Calls(loss.temporal, "embed_frames")
