@@ -1,5 +1,5 @@
-"""Starting a model from the weights of another: the same, one that draws frames one by one, one of
-another resolution, or one on the latents of another autoencoder."""
+"""Starting a model from the weights of another: the same, one that draws frames one by one, one
+that is not residual, one of another resolution, or one on the latents of another autoencoder."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ READERS = ("temporal.embed", "canvas.embed", "spatial.embed", "flow.embed")
 WRITERS = ("canvas.canvas", "flow.out")
 """Linear layers that read and write latents."""
 
+GUESS = "canvas.canvas."
+"""The layer that writes the canvas."""
+
 GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial.decoder_position")
 """Learned vectors of the tokens of a frame, (tokens, D)."""
 
@@ -34,12 +37,17 @@ def transfer(
 
     A model that draws groups starts from one that does not as one that draws all frames of a group
     as it would draw the first: its canvas heads and its attention among frames add nothing, later
-    actions are not looked at. Vectors of positions are interpolated to another grid.
+    actions are not looked at. Vectors of positions are interpolated to another grid. A residual
+    model that starts from one that draws frames guesses at first that nothing changes.
 
     Raises:
         ConfigError: naming `where` and a weight that does not fit.
     """
     old = given.state_dict()
+    if given.config.residual and not network.config.residual:
+        raise ConfigError(f"{where}: a residual model; add --set-model residual=true")
+    if network.config.residual and not given.config.residual:
+        old |= {name: torch.zeros_like(x) for name, x in old.items() if name.startswith(GUESS)}
     if given.config.group not in (1, network.config.group):
         raise ConfigError(
             f"{where}: draws groups of {given.config.group} latent frames, the model groups "

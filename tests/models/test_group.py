@@ -238,6 +238,20 @@ def test_a_model_of_groups_starts_no_other(group: int) -> None:
         transfer(given, build(small_config(group=group, spatial_layers=6, action_dim=0)), "x")
 
 
+def test_a_residual_model_starts_with_a_copy_as_its_canvas() -> None:
+    """All other weights are those of the model that draws frames, which takes none back."""
+    given, network = build(small_config()), build(small_config(residual=True), seed=2)
+    transfer(given, network, "given")
+    z_t, latest = random(2, 4, 32), random(2, 16, 4)
+    assert torch.equal(network.canvas(z_t, torch.zeros_like(latest), latest)[1], latest)
+    own = network.state_dict()
+    for name, value in given.state_dict().items():
+        if not name.startswith(("autoencoder.", "canvas.canvas.")):
+            assert torch.equal(own[name], value)
+    with pytest.raises(ConfigError, match="given: a residual model; add --set-model residual=true"):
+        transfer(network, given, "given")
+
+
 # -- the loss
 
 
