@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import canvasmar_rt
-from canvasmar_rt.bundle import Bundle, TensorEntry
+from canvasmar_rt.bundle import DEMO_CLIP, Bundle, TensorEntry
 from canvasmar_rt.components import components
 from canvasmar_rt.engines import ENGINES
 from canvasmar_rt.engines.cuda_memory import gpu
@@ -239,6 +239,23 @@ def test_two_threads_share_a_predictor(predictor: Predictor, clip: np.ndarray) -
         thread.join(timeout=60)
     for seed in (1, 2):
         np.testing.assert_array_equal(got[seed], want[seed - 1])
+
+
+def test_the_packaged_model_gives_one_video_on_two_engines() -> None:
+    """From real frames and under their actions; a residual model adds up what engines round."""
+    with np.load(DEMO_CLIP) as demo:
+        frames, actions = demo["frames"], demo["actions"]
+    t = Bundle.open("toytable").manifest.model.autoencoder.temporal_compression
+    rollouts = [
+        canvasmar_rt.load("toytable", engine=engine, threads=1).start(frames[: 1 + t], seed=0)
+        for engine in ("onnxruntime", "torch")
+    ]
+    for i in range(t, len(frames) - t, t):
+        drawn = [r.step(action=actions[i : i + t].ravel()) for r in rollouts]
+        one, two = (r.state().arrays["latent"] for r in rollouts)
+        assert np.linalg.norm(one - two) < 1e-3 * np.linalg.norm(two)
+        assert np.abs(drawn[0].frames.astype(int) - drawn[1].frames).max() <= 1
+    assert i > 16
 
 
 def _rolled(predictor: Predictor, clip: np.ndarray, seed: int) -> list[canvasmar_rt.Prediction]:
