@@ -6,7 +6,7 @@ Notation: B clips, T pixel frames, A action size per pixel frame, t pixel frames
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -120,10 +120,11 @@ class AheadSource:
         parts = [
             (b, slice(max(first - i * size, 0), end - i * size)) for i, b in self._blocks.items()
         ]
-        told = [b.actions[part] for b, part in parts if b.actions is not None]
-        return Clips(
-            frames=torch.cat([b.frames[part] for b, part in parts]),
-            actions=torch.cat(told) if told else None,
+        return _together(
+            [
+                Clips(frames=b.frames[part], actions=None if b.actions is None else b.actions[part])
+                for b, part in parts
+            ]
         )
 
     def _block(self, index: int) -> Clips:
@@ -158,11 +159,25 @@ def latent_actions(actions: Tensor, t: int) -> Tensor:
     return actions.reshape(len(actions), actions.shape[1] // t, t * actions.shape[2])
 
 
+def age(step: int, slot: int, stay: int) -> int:
+    """For how many steps the clip in a slot of the batch has been there; clips come and go a few at
+    a time, each staying for `stay` steps."""
+    return min(step, (step + slot) % stay)
+
+
 def batches(
-    source: ClipSource, *, first_step: int, steps: int, batch: int, rank: int = 0, world: int = 1
+    source: ClipSource,
+    *,
+    first_step: int,
+    steps: int,
+    batch: int,
+    rank: int = 0,
+    world: int = 1,
+    stay: int = 1,
 ) -> Iterator[Clips | LatentClips]:
     """This rank's share of the batches of steps first_step ... steps - 1, the next one being
-    prepared in a thread while the last is used. `batch` counts the clips of all ranks.
+    prepared in a thread while the last is used. `batch` counts the clips of all ranks; a clip
+    stays in its slot for `stay` steps (`age`).
 
     Raises:
         InputError: if `batch` cannot be shared evenly.
@@ -170,9 +185,17 @@ def batches(
     if batch % world:
         raise InputError(f"a batch of {batch} clips cannot be shared by {world} ranks")
     share = batch // world
+    slots = range(rank * share, (rank + 1) * share)
+    held: dict[int, tuple[int, Clips | LatentClips]] = {}  # by slot: a clip's number, and the clip
 
     def prepare(step: int) -> Clips | LatentClips:
-        return source.clips(step * batch + rank * share, share)
+        if stay == 1:
+            return source.clips(step * batch + slots.start, share)
+        for slot in slots:
+            number = (step - age(step, slot, stay)) * batch + slot
+            if slot not in held or held[slot][0] != number:
+                held[slot] = number, source.clips(number, 1)
+        return _together([held[slot][1] for slot in slots])
 
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(prepare, first_step) if first_step < steps else None
@@ -181,6 +204,13 @@ def batches(
             ready = following.result()
             following = pool.submit(prepare, step + 1) if step + 1 < steps else None
             yield ready
+
+
+def _together(parts: Sequence[AnyClips]) -> AnyClips:
+    """One batch of several; all of them have actions, or none has."""
+    columns = {f.name: [getattr(p, f.name) for p in parts] for f in fields(parts[0])}
+    joined: dict[str, Any] = {n: torch.cat(c) for n, c in columns.items() if c[0] is not None}
+    return replace(parts[0], **joined)
 
 
 def to_device(clips: AnyClips, device: torch.device) -> AnyClips:

@@ -87,10 +87,11 @@ class ModelTraining(RunConfig):
     per clip half the time and per latent frame otherwise, so that a model also runs whole clips
     without actions. `history_noise` is the largest deviation of the noise added to each latent
     frame the Temporal ViT reads (not in the paper; MAGI's noise on the clean copies).
-    `own_history` (not in the paper): every step draws a number of passes from 0 to this; in each
-    pass all frames of the clips are predicted from the clips as they stand and take their places as
-    history, which so carries the errors of that many frames drawn one after another. What is to be
-    predicted stays the truth. `flow_repeat` flow times are drawn per token (MAR's multiplier).
+    `own_history` (not in the paper): clips stay in the batch for so many steps more, and after
+    each all their frames but the first are predicted from the clips as they stand and take their
+    places as history, which so carries the errors of that many frames drawn one after another.
+    What is to be predicted stays the truth. `flow_repeat` flow times are drawn per token (MAR's
+    multiplier).
 
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or

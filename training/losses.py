@@ -136,15 +136,20 @@ class CanvasMarLoss(nn.Module):
         self.model_config, self.config = model.config, config
 
     def forward(
-        self, latents: Tensor, actions: Tensor | None, draws: Draws
+        self,
+        latents: Tensor,
+        actions: Tensor | None,
+        draws: Draws,
+        history: Tensor | None = None,
     ) -> tuple[Tensor, Terms]:
         """Normalised latents (B, T, N, C) and actions (B, T-1, A/J) -> the loss and its terms.
 
         Every frame is predicted, frame by frame or, by a model that draws groups of J, in groups
-        that begin at a frame drawn for the step."""
+        that begin at a frame drawn for the step; from `history` (B, T, N, C) where that is not the
+        clips themselves."""
         c, group = self.config, self.model_config.group
         batch, frames, tokens = latents.shape[:3]
-        history = self._own_history(latents, actions, draws)
+        history = latents if history is None else history
         begin = int(draws.shared_uniform() * group) if group > 1 else 0
         count = (frames - begin) // group
         starts = torch.arange(begin, begin + count * group, group, device=latents.device)
@@ -189,19 +194,8 @@ class CanvasMarLoss(nn.Module):
             total = total + c.canvas_weight * terms["canvas"] + c.static_weight * terms["static"]
         return total, terms
 
-    def _own_history(self, latents: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
-        """What the model sees of clips (B, T, N, C): with `own_history`, its own predictions of all
-        frames but the first."""
-        history = latents
-        if self.config.own_history:
-            passes = int(draws.shared_uniform() * (self.config.own_history + 1))
-            with torch.no_grad():
-                for _ in range(passes):
-                    history = self._predicted(history, actions, draws)
-            torch.clear_autocast_cache()  # of casts that carry no gradient
-        return history
-
-    def _predicted(self, history: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
+    @torch.no_grad()
+    def predicted(self, history: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
         """Clips (B, T, N, C) with every frame but the first drawn from those before it, all of them
         at once: in one AR step, by `OWN_FLOW_STEPS` of Euler, without guidance, under all
         actions."""

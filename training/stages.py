@@ -24,7 +24,7 @@ from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.rollout import Predictor
 from training.clips import Clips, ClipSource, LatentClips, latent_actions
 from training.config import AutoencoderTraining, ModelTraining
-from training.losses import AutoencoderLoss, model_loss
+from training.losses import AutoencoderLoss, CanvasMarLoss, Draws, model_loss
 from training.metrics import psnr
 
 HELD_OUT_SEED = 1
@@ -65,10 +65,16 @@ class AutoencoderStage:
         self.held_out = held_out
         model.autoencoder.encoder.requires_grad_(not config.freeze_encoder)
         self.loss: nn.Module = AutoencoderLoss(model.autoencoder, config)
+        self.stay = 1
+        self.carried: Tensor | None = None
 
-    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
+    def inputs(self, clips: Clips | LatentClips, ages: Sequence[int]) -> dict[str, Any]:
+        del ages
         assert isinstance(clips, Clips)
-        return (clips.frames,)
+        return {"frames": clips.frames}
+
+    def advance(self, inputs: dict[str, Any], draws: Draws) -> None:
+        pass
 
     def finish(self) -> None:
         """Measure the latents of held-out clips: their mean and deviation become the scale."""
@@ -140,16 +146,33 @@ class ModelStage:
             )
         model.autoencoder.requires_grad_(False)
         self.loss: nn.Module = model_loss(model, config)
+        self.stay = config.own_history + 1
+        self.carried: Tensor | None = None  # the histories of the batch's clips (B, T, N, C)
 
-    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]:
+    def inputs(self, clips: Clips | LatentClips, ages: Sequence[int]) -> dict[str, Any]:
+        """With `own_history`, clips of age 0 are seen as they are, others as `advance` left
+        them."""
         if isinstance(clips, LatentClips):
-            return clips.latents, clips.actions
-        actions = clips.actions
-        if actions is not None and self.model.config.action_dim:
-            actions = latent_actions(actions, self.model.config.autoencoder.temporal_compression)
+            latents, actions = clips.latents, clips.actions
         else:
-            actions = None
-        return encode_clips(self.model, clips.frames), actions
+            latents, actions = encode_clips(self.model, clips.frames), clips.actions
+            if actions is not None and self.model.config.action_dim:
+                t = self.model.config.autoencoder.temporal_compression
+                actions = latent_actions(actions, t)
+            else:
+                actions = None
+        told = {"latents": latents, "actions": actions}
+        if self.carried is None:
+            return told
+        stayed = torch.tensor([age > 0 for age in ages], device=latents.device)
+        return told | {"history": torch.where(stayed[:, None, None, None], self.carried, latents)}
+
+    def advance(self, inputs: dict[str, Any], draws: Draws) -> None:
+        """After a step: the histories of the next one."""
+        if self.stay > 1:
+            assert isinstance(self.loss, CanvasMarLoss)
+            history = inputs.get("history", inputs["latents"])
+            self.carried = self.loss.predicted(history, inputs["actions"], draws)
 
     def finish(self) -> None:
         pass

@@ -40,12 +40,21 @@ from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.files import replacing, write_file
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
-from training.clips import Clips, ClipSource, LatentClips, batches, check_length, to_device
+from training.clips import (
+    Clips,
+    ClipSource,
+    LatentClips,
+    age,
+    batches,
+    check_length,
+    to_device,
+)
 from training.config import RunConfig
 from training.losses import Draws, Terms
 
 STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
 RUN_FILE, LOG_FILE = "run.json", "log.jsonl"
+CARRIED = "carried"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,18 +129,24 @@ def progress_bar(
 
 
 class Stage(Protocol):
-    """What the loop trains: `loss` is the module whose parameters move; `forward(clips, draws)` of
-    `inputs(...)` gives a scalar and its terms. `sample` returns pictures for the log."""
+    """What the loop trains: `loss` is the module whose parameters move; called with `draws` and the
+    `inputs` of clips that have been in the batch for `ages` steps, of `stay`, it gives a scalar and
+    its terms. After the step they `advance`; `carried`, a row a clip, goes from one step to the
+    next. `sample` returns pictures for the log."""
 
     name: str
     model: FrameModel
     sampling: SamplingConfig
     loss: nn.Module
+    stay: int
+    carried: Tensor | None
 
     @property
     def config(self) -> RunConfig: ...
 
-    def inputs(self, clips: Clips | LatentClips) -> tuple[Any, ...]: ...
+    def inputs(self, clips: Clips | LatentClips, ages: Sequence[int]) -> dict[str, Any]: ...
+
+    def advance(self, inputs: dict[str, Any], draws: Draws) -> None: ...
 
     def finish(self) -> None:
         """Called with the EMA weights in place before a checkpoint is written."""
@@ -279,8 +294,9 @@ class Trainer:
             self._forget_lost_steps()
         writer = SummaryWriter(str(self.directory), purge_step=self.step + 1) if r.main else None
         data = batches(
-            self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world
-        )
+            self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world,
+            stay=self.stage.stay,
+        )  # fmt: skip
         began, before = time.monotonic(), self.seconds
         try:
             quiet = self.quiet or not r.main
@@ -306,13 +322,15 @@ class Trainer:
     def _step(self, clips: Clips | LatentClips) -> Terms:
         c, r = self.config, self.ranks
         share = c.batch // r.world
-        first = self.step * c.batch + r.rank * share
-        draws = Draws(r.device, seed=c.seed, step=self.step, clips=range(first, first + share))
+        slots = range(r.rank * share, (r.rank + 1) * share)
+        clip_keys = [self.step * c.batch + slot for slot in slots]
+        draws = Draws(r.device, seed=c.seed, step=self.step, clips=clip_keys)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
-        inputs = self.stage.inputs(clips)
-        with torch.autocast(r.device.type, torch.bfloat16, enabled=c.precision == "bf16"):
-            total, terms = self.module(*inputs, draws)
+        ages = [age(self.step, slot, self.stage.stay) for slot in slots]
+        inputs = self.stage.inputs(clips, ages)
+        with self._autocast():
+            total, terms = self.module(**inputs, draws=draws)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)
         loss, size = torch.stack([total.detach(), norm]).tolist()
@@ -328,9 +346,16 @@ class Trainer:
                 group["lr"] = c.learning_rate * factor
             optimizer.step()
         self.average.update(self.stage.loss, self.step)
+        with self._autocast():
+            self.stage.advance(inputs, draws)
         return {"loss": total.detach(), "gradient_norm": norm.detach()} | {
             name: value.detach() for name, value in terms.items()
         }
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(
+            self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
+        )
 
     def _log(self, writer: SummaryWriter | None, terms: Terms) -> str:
         values = torch.stack([v.float() for v in terms.values()])
@@ -373,6 +398,7 @@ class Trainer:
 
     def save(self) -> None:
         """Write the checkpoint of this step and drop the oldest ones beyond `keep_checkpoints`."""
+        carried = self._all_carried()
         if self.ranks.main:
             place = self.directory / f"step_{self.step:08d}"
             temporary = Path(tempfile.mkdtemp(dir=self.directory, prefix=".step_"))
@@ -380,7 +406,7 @@ class Trainer:
                 with self._averaged():
                     self.stage.finish()
                     save_checkpoint(temporary, self.stage.model, self.stage.sampling)
-                save_file(self._tensors(), temporary / STATE_FILE)
+                save_file(self._tensors() | carried, temporary / STATE_FILE)
                 progress = {"step": self.step, "seconds": self.seconds}
                 (temporary / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
                 temporary.chmod(0o755)
@@ -405,6 +431,18 @@ class Trainer:
                 out |= {f"optimizer.{name}.{index}.{k}": v for k, v in state.items()}
         return {n: t.detach().cpu().contiguous().clone() for n, t in out.items()}
 
+    def _all_carried(self) -> dict[str, Tensor]:
+        """What the stage carries of the clips of all ranks, if anything."""
+        own = self.stage.carried
+        if own is None:
+            return {}
+        parts = [torch.empty_like(own) for _ in range(self.ranks.world)]
+        if self.ranks.world > 1:
+            dist.all_gather(parts, own)
+        else:
+            parts = [own]
+        return {CARRIED: torch.cat(parts).cpu()}
+
     def _load(self, checkpoint: Path) -> None:
         try:
             tensors = load_file(checkpoint / STATE_FILE)
@@ -415,6 +453,10 @@ class Trainer:
                 f"{checkpoint}: the training state cannot be read ({error}); remove this directory "
                 "to go on from the checkpoint before it"
             ) from None
+        carried = tensors.pop(CARRIED, None)
+        if carried is not None:
+            own = carried.chunk(self.ranks.world)[self.ranks.rank]
+            self.stage.carried = own.to(self.ranks.device)
         state: dict[str, dict[int, dict[str, Tensor]]] = {n: {} for n in self.optimizers}
         parameters = dict(self.stage.loss.named_parameters())
         wanted = {f"{kind}.{n}" for kind in ("weights", "average") for n in parameters}

@@ -72,7 +72,11 @@ def model_stage(**changes: Any) -> ModelStage:
     return ModelStage(model, SAMPLING, ModelTraining(**options | changes), Waves(seed=1))
 
 
-STAGES = {"autoencoder": autoencoder_stage, "model": model_stage}
+def history_stage(**changes: Any) -> ModelStage:
+    return model_stage(own_history=2, **changes)
+
+
+STAGES = {"autoencoder": autoencoder_stage, "model": model_stage, "history": history_stage}
 
 
 def trainer(stage: Any, directory: Path, ranks: Ranks = ONE, **options: Any) -> Trainer:

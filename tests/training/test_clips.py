@@ -152,6 +152,23 @@ def test_ranks_share_a_batch() -> None:
         next(batches(Indices(), first_step=0, steps=1, batch=7, world=2))
 
 
+def test_clips_stay_and_go_one_after_another() -> None:
+    source = Indices()
+    found = [indices(b) for b in batches(source, first_step=0, steps=5, batch=4, stay=3)]
+    assert found == [[0, 1, 2, 3], [0, 1, 6, 3], [0, 9, 6, 3], [12, 9, 6, 15], [12, 9, 18, 15]]
+    assert [first for first, _ in source.asked] == [0, 1, 2, 3, 6, 9, 12, 15, 18]
+    again = [indices(b) for b in batches(Indices(), first_step=3, steps=5, batch=4, stay=3)]
+    assert again == found[3:]
+    shares = [
+        [
+            indices(b)
+            for b in batches(Indices(), first_step=0, steps=5, batch=4, rank=r, world=2, stay=3)
+        ]
+        for r in range(2)
+    ]
+    assert [[*a, *b] for a, b in zip(*shares, strict=True)] == found
+
+
 def test_the_next_batch_is_prepared_while_one_is_used() -> None:
     source = Indices()
     stream = batches(source, first_step=0, steps=3, batch=2)

@@ -608,7 +608,7 @@ def test_own_history_is_what_the_sampler_draws(name: str, clip: tuple[Tensor, Te
         state = sampler.start(model, latents[:, :i], before)
         expected.append(sampler.step(model, sampling, state, noises[i], last)[1].latent)
     options = training(
-        own_history=1, action_drop=1.0, history_noise=0.5, frame_noise=(0.35, 0.35),
+        action_drop=1.0, history_noise=0.5, frame_noise=(0.35, 0.35),
         canvas_noise=(0.15, 0.15),
     )  # fmt: skip
     loss, temporal = CanvasMarLoss(model, options), Calls(model.temporal)
@@ -617,45 +617,11 @@ def test_own_history_is_what_the_sampler_draws(name: str, clip: tuple[Tensor, Te
         frame=torch.stack([n.frame for n in noises], dim=1),
         canvas=torch.stack([n.canvas for n in noises], dim=1),
     )
-    history = loss._own_history(latents, actions, given)
+    history = loss.predicted(latents, actions, given)
     torch.testing.assert_close(history, torch.stack(expected, dim=1), atol=2e-5, rtol=1e-4)
     loss.config = dataclasses.replace(options, history_noise=0.0)
-    loss(latents, actions, given)
+    loss(latents, actions, given, history)
     assert torch.equal(temporal.inputs[0][:, 1:], history[:, :-1])
-
-
-def test_passes_over_the_history_are_counted(clip: tuple[Tensor, Tensor]) -> None:
-    """0, 1, ... passes are equally likely, and each starts from what the last one gave."""
-    loss = model_loss(own_history=3)
-    counts = []
-    loss._predicted = lambda history, *_: history + 1  # type: ignore[method-assign]
-    for step in range(200):
-        history = loss._own_history(*clip, draws(step))
-        counts.append(int((history - clip[0]).mean().round()))
-    assert stats.chisquare(np.bincount(counts, minlength=4)).pvalue > 1e-3
-
-
-def test_own_history_loses_no_gradient(clip: tuple[Tensor, Tensor]) -> None:
-    """What autocast keeps of weights cast without a gradient is not what is learnt with."""
-    loss, gradients = model_loss(own_history=1), []
-    for apart in (False, True):
-        loss.zero_grad()
-        drawn = draws(next(s for s in range(9) if draws(s).shared_uniform() > 0.5))
-        if apart:
-            with torch.autocast("cpu", torch.bfloat16):
-                history = loss._own_history(*clip, drawn)
-            assert not torch.equal(history[:, 1:], clip[0][:, 1:])
-            loss._own_history = lambda *_, history=history: history  # type: ignore
-        with torch.autocast("cpu", torch.bfloat16):
-            total, _ = loss(*clip, drawn)
-        total.backward()
-        gradients.append(
-            {n: p.grad.clone() for n, p in loss.named_parameters() if p.grad is not None}
-        )
-    assert gradients[0].keys() == gradients[1].keys()
-    assert len(gradients[0]) > 50
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradient, gradients[1][name], msg=name)
 
 
 @pytest.mark.parametrize("group", [1, 2])

@@ -73,8 +73,7 @@ def test_a_channel_that_says_nothing_has_a_scale() -> None:
 
 def test_the_autoencoder_is_shown_frames() -> None:
     clips = drawn(2)
-    (frames,) = autoencoder_stage().inputs(clips)
-    assert frames is clips.frames
+    assert autoencoder_stage().inputs(clips, [0, 0]) == {"frames": clips.frames}
 
 
 def test_reconstruct_is_the_streamed_autoencoder(model: CanvasMAR) -> None:
@@ -99,21 +98,23 @@ def test_reconstruct_is_the_streamed_autoencoder(model: CanvasMAR) -> None:
 def test_a_model_is_shown_latents_and_actions_of_latent_steps() -> None:
     stage = model_stage()
     clips = drawn(3)
-    latents, actions = stage.inputs(clips)
+    told = stage.inputs(clips, [0, 0, 0])
+    assert told.keys() == {"latents", "actions"}
+    latents, actions = told["latents"], told["actions"]
     assert clips.actions is not None
     assert torch.equal(actions, latent_actions(clips.actions, 2))
     torch.testing.assert_close(latents, sampler.encode(stage.model, clips.frames), atol=0.1, rtol=0)
     assert not latents.is_inference()  # autograd could not save it
     assert latents.dtype == torch.float32
     stored = LatentClips(latents=latents, actions=actions)
-    assert stage.inputs(stored) == (latents, actions)
+    assert stage.inputs(stored, [0, 0, 0]) == told
 
 
 def test_actions_of_the_data_may_be_left_out() -> None:
     config = ModelTraining(steps=1, batch=1)
     stage = ModelStage(build(small_config(action_dim=0)), SAMPLING, config, Waves())
-    assert stage.inputs(drawn(1))[1] is None
-    assert model_stage().inputs(drawn(1, action_dim=0))[1] is None
+    assert stage.inputs(drawn(1), [0])["actions"] is None
+    assert model_stage().inputs(drawn(1, action_dim=0), [0])["actions"] is None
 
 
 def test_only_the_model_learns() -> None:

@@ -10,7 +10,7 @@ import re
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,14 @@ from tests.training.small_runs import (
     STAGES,
     Waves,
     autoencoder_stage,
+    history_stage,
     logged,
     model_stage,
     trainer,
 )
+from training.clips import Clips, LatentClips
 from training.config import RunConfig
+from training.losses import Draws
 from training.trainer import (
     PROGRESS_FILE,
     RUN_FILE,
@@ -134,7 +137,7 @@ def test_every_weight_has_one_optimizer(name: str, optimizer: str) -> None:
         assert decay == (0.1 if ndim >= 2 else 0.0), parameter
         hidden = (
             re.search(r"blocks\.\d+\.(attn|mlp|qkv|out)\..*weight", parameter)
-            if name == "model"
+            if name != "autoencoder"
             else re.search(r"conv.*\.weight", parameter)
         )
         assert owner == ("muon" if optimizer == "muon" and hidden else "adamw"), parameter
@@ -188,6 +191,27 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert tensors() <= before + 5
 
 
+def test_histories_are_carried_as_long_as_their_clips_stay(tmp_path: Path) -> None:
+    """Every pass starts from what the last one gave; a clip that comes is seen as it is."""
+    stage = history_stage(steps=5)
+    ages = []
+
+    def predicted(history: Tensor, actions: Tensor, given: Draws) -> Tensor:
+        return history + 100
+
+    def shown(clips: Clips | LatentClips, old: Sequence[int]) -> dict[str, Any]:
+        told = inputs(clips, old)
+        gone = told.get("history", told["latents"]) - told["latents"]
+        assert gone.mean((1, 2, 3)).round(decimals=3).tolist() == [100 * x for x in old]
+        ages.append(list(old))
+        return told
+
+    inputs, stage.inputs = stage.inputs, shown  # type: ignore[method-assign]
+    stage.loss.predicted = predicted  # type: ignore[assignment]
+    trainer(stage, tmp_path).run()
+    assert ages == [[0, 0, 0, 0], [1, 1, 0, 1], [2, 0, 1, 2], [0, 1, 2, 0], [1, 2, 0, 1]]
+
+
 # Resuming
 
 
@@ -199,6 +223,7 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
         ("model", "adamw", "fp32"),
         ("model", "muon", "bf16"),
         ("autoencoder", "muon", "fp32"),
+        ("history", "muon", "bf16"),
     ],
 )
 def test_a_resumed_run_is_the_straight_one(
@@ -212,7 +237,8 @@ def test_a_resumed_run_is_the_straight_one(
     straight = saved(tmp_path / "straight", 6)
     assert_same(saved(tmp_path / "parts", 6), straight)
     kinds = {n.partition(".")[0] for n in straight}
-    assert kinds == {"weights", "average", "optimizer"}
+    carried = {"carried"} if name == "history" else set()
+    assert kinds == {"weights", "average", "optimizer"} | carried
     whole, parts = (load_file(tmp_path / d / "step_00000006/model.safetensors") for d in
                     ("straight", "parts"))  # fmt: skip
     assert_same(whole, parts)
@@ -467,21 +493,21 @@ def test_event_files_hold_curves_and_pictures(name: str, tmp_path: Path) -> None
     for term in (
         "loss",
         "gradient_norm",
-        *(("mar", "canvas") if name == "model" else ("l1", "kl")),
+        *(("mar", "canvas") if stage.name == "model" else ("l1", "kl")),
     ):
-        points = events.Scalars(f"{name}/{term}")
+        points = events.Scalars(f"{stage.name}/{term}")
         assert [p.step for p in points] == [2, 4]
         values = [line[term] for line in logged(tmp_path)]
         np.testing.assert_allclose([p.value for p in points], values, rtol=1e-6)
     rate = stage.config.learning_rate
-    rates = [p.value for p in events.Scalars(f"{name}/learning_rate")]
+    rates = [p.value for p in events.Scalars(f"{stage.name}/learning_rate")]
     np.testing.assert_allclose(rates, [rate, rate], rtol=1e-6)
-    pictures = events.Images(f"{name}/samples")
+    pictures = events.Images(f"{stage.name}/samples")
     assert [p.step for p in pictures] == [2, 4]
     with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as film:
         assert film.size == (64, 32)  # four clips in two rows
         assert getattr(film, "n_frames", 1) == 5
-    sheet = tmp_path / "samples" / f"{name}_00000004.png"
+    sheet = tmp_path / "samples" / f"{stage.name}_00000004.png"
     with Image.open(sheet) as picture:
         assert min(picture.size) > 16
     if name == "autoencoder":
