@@ -431,10 +431,11 @@ def flow_loss(
     repeat, frames = config.flow_repeat, len(z) // batch
     shape = (repeat, frames, *target.shape[1:])
     noise = draws.normal(*shape).transpose(0, 1).flatten(1, 2)  # (repeat, R, M, C)
+    times = shape[:-1] if config.flow_time_of == "token" else (repeat, frames, 1)
     if config.flow_time == "uniform":
-        time = draws.uniform(*shape[:-1])
+        time = draws.uniform(*times)
     else:
-        time = draws.normal(*shape[:-1]).sigmoid()
+        time = draws.normal(*times).sigmoid()
     time = time.transpose(0, 1).flatten(1, 2)[..., None]
     x = (1 - time) * noise + time * target
     embedded = flow.embed_time(time.flatten()).reshape(*time.shape[:-1], -1)

@@ -315,6 +315,21 @@ def test_flow_times_may_be_logit_normal(clip: tuple[Tensor, Tensor]) -> None:
     assert stats.kstest(oracle.times.flatten().logit(), "norm").pvalue > 1e-3
 
 
+@pytest.mark.parametrize("kind", ["uniform", "logit-normal"])
+def test_the_tokens_of_a_frame_may_share_their_flow_times(
+    kind: Any, clip: tuple[Tensor, Tensor]
+) -> None:
+    loss = model_loss(flow_time=kind, flow_time_of="frame", flow_repeat=3)
+    oracle = TrueVelocity(loss, clip[0])
+    with torch.no_grad():
+        _, terms = loss(*clip, draws())
+    assert terms["mar"] < 1e-6
+    assert oracle.times.shape == (3, B * T, 1)
+    assert oracle.times.unique().numel() == oracle.times.numel()
+    assert oracle.noises.shape[:2] == (3, B * T)
+    assert stats.kstest(oracle.noises.flatten(), "norm").pvalue > 1e-3
+
+
 def without_spatial(loss: CanvasMarLoss, monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the work that does not matter to what goes in."""
 
