@@ -93,7 +93,7 @@ class ModelTraining(RunConfig):
     places as history, which so carries the errors of that many frames drawn one after another.
     What is to be predicted stays the truth. `flow_repeat` flow times are drawn per token (MAR's
     multiplier), or with `flow_time_of` "frame" for the tokens of a latent frame together: additive
-    modulation then embeds a time a frame, which takes 18% off a step.
+    modulation then embeds a time a frame, which takes an eighth off a step.
 
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or

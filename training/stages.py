@@ -152,15 +152,16 @@ class ModelStage:
     def inputs(self, clips: Clips | LatentClips, ages: Sequence[int]) -> dict[str, Any]:
         """With `own_history`, clips of age 0 are seen as they are, others as `advance` left
         them."""
+        actions = clips.actions
         if isinstance(clips, LatentClips):
-            latents, actions = clips.latents, clips.actions
+            latents = clips.latents
         else:
-            latents, actions = encode_clips(self.model, clips.frames), clips.actions
-            if actions is not None and self.model.config.action_dim:
+            latents = encode_clips(self.model, clips.frames)
+            if not self.model.config.action_dim:
+                actions = None
+            elif actions is not None:
                 t = self.model.config.autoencoder.temporal_compression
                 actions = latent_actions(actions, t)
-            else:
-                actions = None
         told = {"latents": latents, "actions": actions}
         if self.carried is None:
             return told

@@ -436,11 +436,10 @@ class Trainer:
         own = self.stage.carried
         if own is None:
             return {}
-        parts = [torch.empty_like(own) for _ in range(self.ranks.world)]
+        parts = [own]
         if self.ranks.world > 1:
+            parts = [torch.empty_like(own) for _ in range(self.ranks.world)]
             dist.all_gather(parts, own)
-        else:
-            parts = [own]
         return {CARRIED: torch.cat(parts).cpu()}
 
     def _load(self, checkpoint: Path) -> None:
