@@ -1,9 +1,8 @@
 """The losses of both stages, as modules that a data-parallel engine can wrap.
 
-All randomness comes from `Draws`, keyed by (seed, step, clip): a clip is noised alike whatever
-rank or batch it falls into, so two ranks compute what one computes with the doubled batch, and a
-resumed run repeats the interrupted one. What all clips of a step share (the mask ratio) is keyed
-by (seed, step).
+All randomness comes from `Draws`, keyed by (seed, step): every rank draws for the clips of all
+and keeps its own, so two ranks compute what one computes with the doubled batch, and a resumed run
+repeats the interrupted one.
 
 Shapes: B clips, T latent frames, N tokens, C channels, P temporal tokens, D model width.
 """
@@ -12,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -34,31 +33,38 @@ OWN_FLOW_STEPS = 3
 
 
 class Draws:
-    """Random numbers of one training step on one rank, one generator per clip."""
+    """Random numbers of one training step. `batch` counts the clips of all ranks and `rows` are
+    this rank's among them: every rank draws for all and keeps its own, so a step costs a few
+    launches however many clips it has."""
 
-    def __init__(self, device: torch.device, *, seed: int, step: int, clips: Sequence[int]) -> None:
-        def generator(*key: int) -> torch.Generator:
-            state = int(np.random.SeedSequence((seed, step, *key)).generate_state(1, np.uint64)[0])
+    def __init__(
+        self, device: torch.device, *, seed: int, step: int, batch: int, rows: range | None = None
+    ) -> None:
+        def generator(device: torch.device | str, key: int) -> torch.Generator:
+            state = int(np.random.SeedSequence((seed, step, key)).generate_state(1, np.uint64)[0])
             return torch.Generator(device).manual_seed(state >> 1)
 
-        self.device, self.step = device, step
-        self._shared = generator(0)
-        self._clips = [generator(1, clip) for clip in clips]
+        self.device, self.step, self.batch = device, step, batch
+        self.rows = range(batch) if rows is None else rows
+        self._shared = generator("cpu", 0)  # no rank waits for its GPU to know them
+        self._clips = generator(device, 1)
 
-    def _each(self, make: Callable[[torch.Generator], Tensor]) -> Tensor:
-        return torch.stack([make(g) for g in self._clips])
+    def _own(self, drawn: Tensor) -> Tensor:
+        return drawn[self.rows.start : self.rows.stop]
 
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape)."""
-        return self._each(lambda g: torch.randn(shape, generator=g, device=self.device))
+        whole = (self.batch, *shape)
+        return self._own(torch.randn(whole, generator=self._clips, device=self.device))
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) (B, *shape)."""
-        return self._each(lambda g: torch.rand(shape, generator=g, device=self.device))
+        whole = (self.batch, *shape)
+        return self._own(torch.rand(whole, generator=self._clips, device=self.device))
 
     def shared_uniform(self) -> float:
         """One uniform number, the same for every clip of the step."""
-        return float(torch.rand((), generator=self._shared, device=self.device))
+        return float(torch.rand((), generator=self._shared))
 
 
 def mask_ratio(uniform: float, *, low: float, std: float) -> float:

@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -138,16 +138,16 @@ class AlikeDraws(Draws):
     shape and how many like it came before. So a model with a canvas and one without see the same
     masks, times and flow noise."""
 
-    def __init__(self, device: torch.device, *, seed: int, step: int, clips: Sequence[int]) -> None:
-        super().__init__(device, seed=seed, step=step, clips=clips)
-        self._seed, self._step, self._rows = seed, step, clips
+    def __init__(self, device: torch.device, *, seed: int, step: int, batch: int) -> None:
+        super().__init__(device, seed=seed, step=step, batch=batch)
+        self._seed, self._step = seed, step
         self._drawn: Counter[tuple[str, tuple[int, ...]]] = Counter()
 
     def _next(self, kind: str, shape: tuple[int, ...]) -> Draws:
         key = repr((self._seed, kind, shape, self._drawn[kind, shape]))
         self._drawn[kind, shape] += 1
         seed = zlib.crc32(key.encode())
-        return Draws(self.device, seed=seed, step=self._step, clips=self._rows)
+        return Draws(self.device, seed=seed, step=self._step, batch=self.batch)
 
     def normal(self, *shape: int) -> Tensor:
         return self._next("normal", shape).normal(*shape)
@@ -172,7 +172,7 @@ def measure_losses(
         actions = latent_actions(given.actions, t).to(device) if model.config.action_dim else None
         latents = encode_clips(model, given.frames)
         count = len(latents)
-        draws = AlikeDraws(device, seed=0, step=first, clips=range(first, first + count))
+        draws = AlikeDraws(device, seed=0, step=first, batch=count)
         with torch.autocast(device.type, torch.bfloat16):
             terms = loss(latents, actions, draws)[1]
         for name, value in terms.items():

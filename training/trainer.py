@@ -323,8 +323,7 @@ class Trainer:
         c, r = self.config, self.ranks
         share = c.batch // r.world
         slots = range(r.rank * share, (r.rank + 1) * share)
-        clip_keys = [self.step * c.batch + slot for slot in slots]
-        draws = Draws(r.device, seed=c.seed, step=self.step, clips=clip_keys)
+        draws = Draws(r.device, seed=c.seed, step=self.step, batch=c.batch, rows=slots)
         for optimizer in self.optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         ages = [age(self.step, slot, self.stage.stay) for slot in slots]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,8 +49,8 @@ def model_loss(config: ModelConfig | None = None, **changes: Any) -> CanvasMarLo
     return CanvasMarLoss(build(config or small_config(), seed=1), training(**changes))
 
 
-def draws(step: int = 0, clips: Sequence[int] = range(B)) -> Draws:
-    return Draws(CPU, seed=5, step=step, clips=clips)
+def draws(step: int = 0, batch: int = B, rows: range | None = None) -> Draws:
+    return Draws(CPU, seed=5, step=step, batch=batch, rows=rows)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -84,13 +83,14 @@ def unclip(x: Tensor) -> Tensor:
 # Draws
 
 
-def test_a_clip_is_drawn_alike_in_every_batch() -> None:
+def test_ranks_draw_what_one_draws_for_all() -> None:
     def three(d: Draws) -> list[Tensor]:
         return [d.normal(4, 3), d.uniform(5), d.normal()]
 
-    together, alone = three(draws(clips=[7, 8, 9])), three(draws(clips=[8]))
-    for a, b in zip(together, alone, strict=True):
-        assert torch.equal(a[1:2], b)
+    together = three(draws(batch=3))
+    for rows in (range(1), range(1, 3)):
+        for a, b in zip(together, three(draws(batch=3, rows=rows)), strict=True):
+            assert torch.equal(a[rows.start : rows.stop], b)
     assert not torch.equal(together[0][0], together[0][1])
 
 
@@ -98,9 +98,9 @@ def test_every_part_of_the_key_counts() -> None:
     base = draws().normal(8)
     assert torch.equal(draws().normal(8), base)
     for other in (
-        Draws(CPU, seed=6, step=0, clips=range(B)),
-        Draws(CPU, seed=5, step=1, clips=range(B)),
-        Draws(CPU, seed=5, step=0, clips=range(1, B + 1)),
+        Draws(CPU, seed=6, step=0, batch=B),
+        Draws(CPU, seed=5, step=1, batch=B),
+        Draws(CPU, seed=5, step=0, batch=2 * B, rows=range(B, 2 * B)),
     ):
         assert (other.normal(8) != base).all()
 
@@ -114,11 +114,13 @@ def test_draws_have_their_distributions() -> None:
 
 
 def test_the_shared_number_belongs_to_the_step() -> None:
-    first = draws(clips=[0, 1])
+    first = draws(batch=4, rows=range(2))
     first.normal(3)
-    second = draws(clips=[2, 3])
+    second = draws(batch=4, rows=range(2, 4))
     assert first.shared_uniform() == second.shared_uniform()
-    assert torch.equal(first.uniform(2), [d := draws(clips=[0, 1]), d.normal(3), d.uniform(2)][2])
+    assert torch.equal(
+        first.uniform(2), [d := draws(batch=4, rows=range(2)), d.normal(3), d.uniform(2)][2]
+    )
     assert draws(1).shared_uniform() != draws(2).shared_uniform()
 
 
@@ -298,7 +300,7 @@ def test_the_true_velocity_has_no_loss(name: str, clip: tuple[Tensor, Tensor]) -
 
 
 def test_no_velocity_costs_its_square(clip: tuple[Tensor, Tensor]) -> None:
-    loss = model_loss(flow_repeat=8)
+    loss = model_loss(flow_repeat=32)
     oracle = TrueVelocity(loss, clip[0], scale=0.0)
     with torch.no_grad():
         _, terms = loss(*clip, draws())
@@ -348,7 +350,7 @@ def test_guidance_drops_have_their_chances(monkeypatch: pytest.MonkeyPatch) -> N
     steps = 20
     with torch.no_grad():
         for step in range(steps):
-            loss(latents, None, draws(step, range(clips)))
+            loss(latents, None, draws(step, clips))
             temporal_off = (calls.inputs[0] == loss.spatial.no_temporal).all(-1)
             canvas_off = (calls.inputs[1] == loss.spatial.mask).all(-1)
             assert (temporal_off == temporal_off[:, :1]).all()  # a frame as a whole
@@ -409,7 +411,7 @@ def test_actions_are_dropped_for_clips_and_for_steps(monkeypatch: pytest.MonkeyP
     latents, actions, given = normal(clips, T, N, C), normal(clips, T - 1, A), []
     with torch.no_grad():
         for step in range(steps):
-            loss(latents, actions, draws(step, range(clips)))
+            loss(latents, actions, draws(step, clips))
             assert not calls.inputs[3][:, 0].any()
             given.append(calls.inputs[3][:, 1:])
     told = torch.cat(given)
@@ -505,8 +507,11 @@ def test_a_hidden_token_can_be_anything(clip: tuple[Tensor, Tensor]) -> None:
 def test_a_batch_is_the_mean_of_its_clips() -> None:
     latents, actions = normal(4, T, N, C), normal(4, T - 1, A)
     loss = model_loss()
-    whole, terms = loss(latents, actions, draws(clips=range(4)))
-    halves = [loss(latents[i : i + 2], actions[i : i + 2], draws(clips=[i, i + 1])) for i in (0, 2)]
+    whole, terms = loss(latents, actions, draws(batch=4))
+    halves = [
+        loss(latents[i : i + 2], actions[i : i + 2], draws(batch=4, rows=range(i, i + 2)))
+        for i in (0, 2)
+    ]
     torch.testing.assert_close(whole, (halves[0][0] + halves[1][0]) / 2)
     for name, value in terms.items():
         torch.testing.assert_close(value, (halves[0][1][name] + halves[1][1][name]) / 2)
@@ -546,7 +551,7 @@ class Given(Draws):
     """Draws that give chosen numbers, told apart by their shape, and the rest by chance."""
 
     def __init__(self, shared: float, **given: Tensor) -> None:
-        super().__init__(CPU, seed=0, step=0, clips=range(B))
+        super().__init__(CPU, seed=0, step=0, batch=B)
         self.shared, self.given = shared, {tuple(t.shape[1:]): t for t in given.values()}
 
     def normal(self, *shape: int) -> Tensor:
@@ -695,12 +700,12 @@ def test_autoencoder_terms_are_their_formulas(
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (2, 5, 16, 16, 3), generator=generator, dtype=torch.uint8)
     encoder, decoder = Calls(autoencoder.encoder), Calls(autoencoder.decoder)
-    total, terms = AutoencoderLoss(autoencoder, config)(frames, draws(clips=[0, 1]))
+    total, terms = AutoencoderLoss(autoencoder, config)(frames, draws(batch=2))
 
     grouped = frames[:, [0, 0, 1, 2, 3, 4]].double() / 127.5 - 1  # the first frame stands alone
     torch.testing.assert_close(encoder.inputs[0].double(), grouped, atol=1e-6, rtol=0)
     mean, logvar = encoder.output[:2]
-    noise = draws(clips=[0, 1]).normal(*mean.shape[1:])
+    noise = draws(batch=2).normal(*mean.shape[1:])
     torch.testing.assert_close(decoder.inputs[0], mean + torch.exp(logvar / 2) * noise)
     posterior = torch.distributions.Normal(mean, torch.exp(logvar / 2))
     prior = torch.distributions.Normal(0.0, 1.0)
@@ -729,7 +734,7 @@ def test_an_autoencoder_starts_linear() -> None:
     with torch.no_grad():
         for values in (40, 90, 130):  # 130 = 40 + 90
             frames = torch.full((1, 3, 16, 16, 3), values, dtype=torch.uint8)
-            loss(frames, draws(clips=[0]))
+            loss(frames, draws(batch=1))
             means.append(calls.output[0])
     # affine: with grey at -1 + x/127.5, f(40) - f(90) scales as the difference of the inputs
     slope, other = (means[1] - means[0]) / 50, (means[2] - means[1]) / 40
