@@ -262,6 +262,7 @@ class SpatialBlock(nn.Module):
             values = torch.cat([condition[1], v], dim=1)
         if select is not None:
             start = lengths[0]
+            torch._check(start + select <= x.shape[1])  # torch 2.11 cannot trace a slice without
             q, x = q[:, start : start + select], x[:, start : start + select]
             lengths = (0, select, 0)
         x = x + self.out(attention(q, keys, values, self.heads), lengths)

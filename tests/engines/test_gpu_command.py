@@ -71,6 +71,27 @@ def test_a_part_that_fails_does_not_end_the_others(
     assert report["soak"] == {"frames": 1}
 
 
+@pytest.mark.parametrize("hangs", [False, True])
+def test_tests_that_are_stopped_leave_what_they_found(
+    hangs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  gpu\n  tensorrt\n")
+    (tmp_path / "tests").mkdir()
+    (tmp_path / "tests/test_some.py").write_text(
+        "import time, pytest\npytestmark = pytest.mark.gpu\n"
+        "def test_good(): pass\ndef test_bad(): assert False, 'why'\n"
+        f"def test_slow(): time.sleep({600 if hangs else 0})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    found = gpu.gpu_tests(seconds=25 if hangs else 300)
+    assert found["passed"] == (1 if hangs else 2)
+    assert found["failed"] == 1
+    assert found["did_not_pass"] == ["tests/test_some.py::test_bad"]
+    assert "test_bad" in found["output"]
+    assert found.get("stopped_after_seconds") == (25 if hangs else None)
+    assert found.get("exit_status") == (None if hangs else 1)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_without_a_gpu_it_says_so(tmp_path: Path) -> None:
     with pytest.raises(EngineError, match="doctor"):
