@@ -61,7 +61,7 @@ def draw_ablations(result: Any, panels: _Panels = _PANELS) -> bytes:
     except ImportError:
         raise ConfigError("plot needs matplotlib: pip install 'canvasmar-rt[train]'") from None
 
-    size = 4.5 * len(panels) if len(panels) > 1 else 6.0
+    size = 4.5 * len(panels) if len(panels) > 1 else 8.0  # one of many lines: beside its legend
     figure = Figure(figsize=(size, 4.0), dpi=200, layout=ConstrainedLayoutEngine(wspace=0.06))
     seeds = 0
     for place, (title, lines) in enumerate(panels.items()):
@@ -101,7 +101,10 @@ def draw_ablations(result: Any, panels: _Panels = _PANELS) -> bytes:
         axes.grid(color="#dddddd", linewidth=0.8)
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=10, frameon=False)
+        if len(panels) > 1:
+            axes.legend(fontsize=10, frameon=False)
+        else:
+            axes.legend(fontsize=10, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     bars = f"; bars: least and greatest of {seeds} sets" if seeds > 1 else ""
     figure.supxlabel(
         f"{result['clips']} held-out clips a point, {result['frames']} predicted frames each{bars}",
