@@ -45,22 +45,19 @@ class Draws:
             return torch.Generator(device).manual_seed(state >> 1)
 
         self.device, self.step, self.batch = device, step, batch
-        self.rows = range(batch) if rows is None else rows
+        self._rows = slice(None) if rows is None else slice(rows.start, rows.stop)
         self._shared = generator("cpu", 0)  # no rank waits for its GPU to know them
         self._clips = generator(device, 1)
 
-    def _own(self, drawn: Tensor) -> Tensor:
-        return drawn[self.rows.start : self.rows.stop]
-
     def normal(self, *shape: int) -> Tensor:
         """Standard normal numbers (B, *shape)."""
-        whole = (self.batch, *shape)
-        return self._own(torch.randn(whole, generator=self._clips, device=self.device))
+        whole = torch.randn((self.batch, *shape), generator=self._clips, device=self.device)
+        return whole[self._rows]
 
     def uniform(self, *shape: int) -> Tensor:
         """Uniform numbers in [0, 1) (B, *shape)."""
-        whole = (self.batch, *shape)
-        return self._own(torch.rand(whole, generator=self._clips, device=self.device))
+        whole = torch.rand((self.batch, *shape), generator=self._clips, device=self.device)
+        return whole[self._rows]
 
     def shared_uniform(self) -> float:
         """One uniform number, the same for every clip of the step."""

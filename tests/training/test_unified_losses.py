@@ -39,8 +39,8 @@ def unified_loss(config: ModelConfig | None = None, **changes: Any) -> UnifiedLo
     return loss
 
 
-def draws(step: int = 0, batch: int = B) -> Draws:
-    return Draws(CPU, seed=5, step=step, batch=batch)
+def draws(step: int = 0) -> Draws:
+    return Draws(CPU, seed=5, step=step, batch=B)
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
