@@ -60,3 +60,30 @@ def test_figure_3_is_the_measured_one() -> None:
         cells = [f"{points[k]['mean']:.2f}" for k in ("1", "2", "4", "8")]
         row = next(line for line in CARD.splitlines() if line.startswith(f"| {labels[name]} |"))
         assert row.replace("*", "").split(" | ")[1:] == [*cells[:3], f"{cells[3]} |"]
+
+
+def test_the_sampling_table_is_measured_as_it_says() -> None:
+    """Every row's files were sampled as the row says, and hold its numbers."""
+    lines = CARD.split("## How it samples")[1].split("## ")[0].splitlines()
+    rows = [line.replace("*", "").strip("| ").split(" | ") for line in lines if line[:1] == "|"][2:]
+    assert len(rows) >= 5
+    for row in rows:
+        ar, flow, scales = int(row[0]), int(row[1].split()[0]), row[2].split(" (")[0]
+        w_t, w_s = map(float, scales.split(", "))
+        name = f"k{ar}e{flow}w{10 * w_s:.0f}t{10 * w_t:.0f}"
+        if "default" in row[1]:
+            name = "default"
+        for kind in ("sampling", "long"):
+            path = ROOT / "training" / "results" / f"toytable_{kind}_{name}.json"
+            sampling = json.loads(path.read_text())["sampling"]
+            assert (sampling["ar_steps"], sampling["flow_steps"]) == (ar, flow), path.name
+            assert (sampling["temporal_guidance"], sampling["canvas_guidance"]) == (w_t, w_s)
+        short, long = result(f"sampling_{name}")["with_actions"], result(f"long_{name}")
+        first, last = (long["frechet_by_window"][w] for w in ("5-20", "85-100"))
+        assert row[3:] == [
+            f"{short['frechet']:.1f}",
+            f"{short['gripper_penalised_px']:.1f}",
+            f"{first:.1f}, {last:.0f}",
+            f"{long['toys_kept']:.0%}",
+            f"{long['all_toys_kept']:.0%}",
+        ]
