@@ -112,6 +112,9 @@ def predict_clip(
         max_frames=length + options.frames,
         min_frames=length,
     )
+    notes = list(clip.notes)
+    if config.action_dim and not options.actions and _holds_actions(source):
+        notes.append("the clip's actions are not used; --actions predicts under them")
     context = clip.frames[:length]
     steps, group = math.ceil(options.frames / config.step_frames), config.group
     known = (length - 1) // t
@@ -152,7 +155,7 @@ def predict_clip(
         "context_frames": length,
         "predicted_frames": options.frames,
         "latent_frames": steps * group,
-        "notes": list(clip.notes),
+        "notes": notes,
         "context_seconds": round(context_seconds, 4),
         "seconds_per_latent_frame": round(seconds[len(seconds) // 2] / group, 4),
     }
@@ -174,6 +177,14 @@ def _targets(source: Path, output: Path) -> tuple[Path, Path]:
     if output.suffix == ".png":  # frames by themselves, so that the folder is a clip again
         output = output.with_suffix("") / output.name
     return output, sheet
+
+
+def _holds_actions(source: Path) -> bool:
+    """Of a clip that was read: whether it is an .npz with an array named 'actions'."""
+    if source.suffix != ".npz":
+        return False
+    with zipfile.ZipFile(source) as archive:
+        return "actions.npy" in archive.namelist()
 
 
 def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:

@@ -69,6 +69,13 @@ def test_predict_with_every_option(tmp_path: Path) -> None:
     assert (tmp_path / "out" / "future_sheet.png").is_file()
 
 
+@pytest.mark.parametrize("actions", [False, True])
+def test_predict_says_that_a_clips_actions_are_not_used(actions: bool, tmp_path: Path) -> None:
+    told = ["--actions"] if actions else []
+    done = run("predict", DEMO_CLIP, "-o", "x.mp4", "--frames", 2, *told, cwd=tmp_path)
+    assert ("actions are not used; --actions" in done.stderr) != actions
+
+
 def test_same_seed_same_file(tmp_path: Path) -> None:
     for name in ("a", "b"):
         run("demo", "-o", f"{name}.mp4", "--seed", 3, "--quiet", cwd=tmp_path)
