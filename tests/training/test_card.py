@@ -10,9 +10,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CARD = (ROOT / "docs" / "toytable.md").read_text()
 
 
+def report(name: str, model: str = "toytable") -> dict[str, Any]:
+    return dict(json.loads((ROOT / "training" / "results" / f"{model}_{name}.json").read_text()))
+
+
 def result(name: str) -> dict[str, Any]:
-    report = json.loads((ROOT / "training" / "results" / f"toytable_{name}.json").read_text())
-    return dict(report["result"])
+    return dict(report(name)["result"])
 
 
 def test_the_figures_are_the_committed_ones() -> None:
@@ -38,11 +41,7 @@ def test_the_figures_are_the_committed_ones() -> None:
 
 def test_all_figures_are_of_one_model() -> None:
     names = ("one_step", "rollouts", "long", "reconstruction")
-    reports = [
-        json.loads((ROOT / "training" / "results" / f"toytable_{n}.json").read_text())
-        for n in names
-    ]
-    assert len({r["weights"] for r in reports}) == 1
+    assert len({report(name)["weights"] for name in names}) == 1
 
 
 def test_figure_3_is_the_measured_one() -> None:
@@ -70,13 +69,11 @@ def test_the_sampling_table_is_measured_as_it_says() -> None:
     for row in rows:
         ar, flow, scales = int(row[0]), int(row[1].split()[0]), row[2].split(" (")[0]
         w_t, w_s = map(float, scales.split(", "))
-        name = f"k{ar}e{flow}w{10 * w_s:.0f}t{10 * w_t:.0f}"
-        if "default" in row[1]:
-            name = "default"
+        measured = f"k{ar}e{flow}w{10 * w_s:.0f}t{10 * w_t:.0f}"
+        name = "default" if "default" in row[1] else measured
         for kind in ("sampling", "long"):
-            path = ROOT / "training" / "results" / f"toytable_{kind}_{name}.json"
-            sampling = json.loads(path.read_text())["sampling"]
-            assert (sampling["ar_steps"], sampling["flow_steps"]) == (ar, flow), path.name
+            sampling = report(f"{kind}_{name}")["sampling"]
+            assert (sampling["ar_steps"], sampling["flow_steps"]) == (ar, flow), name
             assert (sampling["temporal_guidance"], sampling["canvas_guidance"]) == (w_t, w_s)
         short, long = result(f"sampling_{name}")["with_actions"], result(f"long_{name}")
         first, last = (long["frechet_by_window"][w] for w in ("5-20", "85-100"))
@@ -87,3 +84,38 @@ def test_the_sampling_table_is_measured_as_it_says() -> None:
             f"{long['toys_kept']:.0%}",
             f"{long['all_toys_kept']:.0%}",
         ]
+
+
+def test_the_card_of_next_2_quotes_the_committed_figures() -> None:
+    def row(label: str, cells: list[str]) -> str:
+        return f"| {label} | {' | '.join(cells)} |"
+
+    models = ("next_2", "next_2_500", "toytable")
+    short, long = ([report(n, m)["result"] for m in models] for n in ("rollouts", "long"))
+    with_actions = [r["with_actions"] for r in short]
+    windows = [r["frechet_by_window"] for r in long]
+    rows = [
+        row(
+            "16-frame rollouts, 256 clips: Fréchet distance with actions",
+            [f"{r['frechet']:.2f}" for r in with_actions],
+        ),
+        row(
+            "gripper error where it is found; found in",
+            [f"{r['gripper_px']:.1f} px; {1 - r['gripper_missing']:.0%}" for r in with_actions],
+        ),
+        row("toys kept", [f"{r['toys_kept']:.0%}" for r in with_actions]),
+        row(
+            "Fréchet distance without actions",
+            [f"{r['without_actions']['frechet']:.1f}" for r in short],
+        ),
+        row(
+            "100-frame rollouts, 64 clips: frames 5-20, 85-100",
+            [f"{w['5-20']:.1f}, {w['85-100']:.0f}" for w in windows],
+        ),
+        row(
+            "toys kept after 100 frames; all kept",
+            [f"{r['toys_kept']:.0%}; {r['all_toys_kept']:.0%}" for r in long],
+        ),
+    ]
+    card = (ROOT / "docs" / "toytable_next_2.md").read_text()
+    assert [line for line in rows if line not in card] == []
