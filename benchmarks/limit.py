@@ -156,7 +156,7 @@ def frame_costs(
     if config.canvas:
         costs["canvas"] = once("canvas", _canvas(config, batch))
     if "condition" in table:
-        costs["condition"] = once("condition", _condition(config, branches * batch))
+        costs["condition"] = once("condition", _condition(config, batch + 1))
     costs["spatial"] = cost(
         [
             _drawing(config, batch, branches, step)
@@ -245,6 +245,9 @@ def _canvas(config: ModelConfig, batch: int) -> _Pass:
     work.linear(batch * config.tokens, channels, config.dim)
     for _ in range(config.canvas_layers):
         work.block(batch, config.dim, [tokens], tokens)
+        if config.canvas_conv:
+            work.conv(batch * config.tokens, config.dim, config.canvas_conv)
+            work.conv(batch * config.tokens, config.canvas_conv, config.dim)
     for _ in range(
         2 * config.group if config.group > 1 else 0
     ):  # the two layers of each frame's head

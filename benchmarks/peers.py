@@ -659,6 +659,7 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
         model,
         name=f"{model.name}-no-canvas",
         canvas=False,
+        canvas_conv=0,
         temporal_layers=model.temporal_layers + model.canvas_layers,
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)

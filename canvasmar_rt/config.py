@@ -134,7 +134,8 @@ class ModelConfig:
 
     `group` latent frames are drawn together (App. B); `action_dim` counts the actions of them all.
     `residual` models guess and draw what changes from the latest latent frame (zeros before the
-    first), which is added; the paper's draw the frame itself.
+    first), which is added; the paper's draw the frame itself. `canvas_conv` is the width of two
+    convolutions over the grid of tokens after each block of the Canvas ViT; 0, the paper's: none.
 
     A unified model is one transformer of `temporal_layers`; it has neither canvas nor spatial
     layers (`canvas` false, the other counts 0, `norm` shared, `condition_attention` all) and keeps
@@ -158,6 +159,7 @@ class ModelConfig:
     canvas: bool = True
     group: int = 1
     residual: bool = False
+    canvas_conv: int = 0
     fps: float = 10.0
 
     def __post_init__(self) -> None:
@@ -201,6 +203,8 @@ class ModelConfig:
             f"model: unknown condition_attention {self.condition_attention!r}",
         )
         _require(self.action_dim >= 0, "model: action_dim must be >= 0")
+        _require(self.canvas_conv >= 0, "model: canvas_conv must be >= 0")
+        _require(self.canvas or not self.canvas_conv, "model: canvas_conv needs a canvas")
         _require(1 <= self.group <= 64, f"model: group must lie in 1..64, got {self.group}")
         _require(
             self.action_dim % self.group == 0,
@@ -483,6 +487,7 @@ def unified(model: ModelConfig) -> ModelConfig:
         norm="shared",
         condition_attention="all",
         canvas=False,
+        canvas_conv=0,
     )
 
 

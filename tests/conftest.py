@@ -75,6 +75,7 @@ VARIANTS = {
         flow=FlowConfig(width=32, blocks=2, modulation="additive"),
         action_dim=0,
         residual=True,
+        canvas_conv=24,
         autoencoder=dataclasses.replace(small_config().autoencoder, encoder_kernel=1),
     ),
     "no-canvas": small_config("no-canvas", norm="shared", canvas=False),

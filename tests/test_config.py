@@ -149,7 +149,9 @@ def test_round_trip_of_what_no_preset_uses() -> None:
         fps=29.97,
     )
     sampling = SamplingConfig(ar_steps=1, solver="ab2", order="random", temperature=0.0)
-    assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(model)))) == model
+    moving = dataclasses.replace(model, canvas=True, canvas_conv=8)
+    for made in (model, moving):
+        assert from_dict(ModelConfig, json.loads(json.dumps(to_dict(made)))) == made
     assert from_dict(SamplingConfig, json.loads(json.dumps(to_dict(sampling)))) == sampling
 
 
@@ -242,6 +244,7 @@ def test_not_an_object(data: Any) -> None:
         ("temporal_patch", 0, "temporal_patch"),
         ("temporal_patch", 3, "temporal_patch"),
         ("action_dim", -1, "action_dim"),
+        ("canvas_conv", -1, "canvas_conv"),
         ("fps", 0, "fps"),
         ("fps", float("nan"), "fps"),
         ("autoencoder.height", 0, "height"),
@@ -272,6 +275,12 @@ def test_bad_model_values_are_named(path: str, value: Any, word: str) -> None:
     with pytest.raises(ConfigError, match=word) as caught:
         from_dict(ModelConfig, edited(preset("bair")[0], path, value), "model")
     assert "\n" not in str(caught.value)
+
+
+def test_convolutions_of_a_canvas_need_one() -> None:
+    data = edited(preset("bair")[0], "canvas", False)
+    with pytest.raises(ConfigError, match="canvas_conv needs a canvas"):
+        from_dict(ModelConfig, data | {"canvas_conv": 8}, "model")
 
 
 def test_no_widths_with_patch_one() -> None:

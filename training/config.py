@@ -95,6 +95,9 @@ class ModelTraining(RunConfig):
     multiplier), or with `flow_time_of` "frame" for the tokens of a latent frame together: additive
     modulation then embeds a time a frame, which takes an eighth off a step.
 
+    `mar_weight` multiplies L_MAR; with 0 the Temporal ViT and the Canvas ViT learn alone, at a
+    third of the time, and the others keep their weights.
+
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or
     clean frames before the one masked frame that ends the clip ("next-frame", VideoMAR).
@@ -102,6 +105,7 @@ class ModelTraining(RunConfig):
     dynamic intervals). `lengths`: latent frames of the clips, each for an equal share of the steps
     (VideoMAR's short-to-long curriculum; empty: whole clips)."""
 
+    mar_weight: float = 1.0
     canvas_weight: float = 0.1
     static_weight: float = 0.1
     canvas_drop: float = 0.05
@@ -134,6 +138,7 @@ class ModelTraining(RunConfig):
         _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
         _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
         _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
+        _require(self.mar_weight >= 0, "training: mar_weight must not be negative")
         _require(self.own_history >= 0, "training: own_history must not be negative")
         _require(self.flow_repeat >= 1, "training: flow_repeat must be at least 1")
 

@@ -137,6 +137,8 @@ class CanvasMarLoss(nn.Module):
         self.temporal, self.canvas = model.temporal, model.canvas
         self.spatial, self.flow = model.spatial, model.flow
         self.model_config, self.config = model.config, config
+        for part in (self.spatial, self.flow):
+            part.requires_grad_(config.mar_weight > 0)
 
     def forward(
         self,
@@ -172,6 +174,14 @@ class CanvasMarLoss(nn.Module):
         else:
             z_canvas, canvas_terms = self._canvas(history, groups, starts, z_temporal, draws)
             canvas_on = canvas_on * (starts > 0).float().repeat(batch)[:, None, None]  # not at BOS
+        guess = sum(
+            weight * canvas_terms[name]
+            for name, weight in (("canvas", c.canvas_weight), ("static", c.static_weight))
+            if canvas_terms
+        )
+        if not c.mar_weight:
+            assert isinstance(guess, Tensor)
+            return guess, canvas_terms
         condition = temporal_on * z_temporal + (1 - temporal_on) * self.spatial.no_temporal
         canvas_on = canvas_on.repeat_interleave(group, dim=0)
         mask_tokens = canvas_on * z_canvas + (1 - canvas_on) * self.spatial.mask
@@ -191,11 +201,7 @@ class CanvasMarLoss(nn.Module):
         if self.model_config.residual:
             target = target - latest(history, starts).repeat_interleave(group, dim=0)
         mar = flow_loss(self.flow, z, gather_tokens(target, hidden), draws, batch, c)
-        terms = {"mar": mar, **canvas_terms}
-        total = mar
-        if canvas_terms:
-            total = total + c.canvas_weight * terms["canvas"] + c.static_weight * terms["static"]
-        return total, terms
+        return c.mar_weight * mar + guess, {"mar": mar, **canvas_terms}
 
     @torch.no_grad()
     def predicted(self, history: Tensor, actions: Tensor | None, draws: Draws) -> Tensor:
@@ -347,9 +353,12 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
         ConfigError: options that this model's loss does not have.
     """
     if isinstance(model, UnifiedMAR):
-        if config.own_history:
-            raise ConfigError("training: own_history is no option of unified models")
+        for field, wanted in (("own_history", 0), ("mar_weight", 1.0)):
+            if getattr(config, field) != wanted:
+                raise ConfigError(f"training: {field} is no option of unified models")
         return UnifiedLoss(model, config)
+    if not (config.mar_weight or model.config.canvas):
+        raise ConfigError("training: without L_MAR (mar_weight 0) a model needs a canvas to learn")
     for field in ("teacher", "frame_intervals", "lengths"):
         if getattr(config, field) != ModelTraining.__dataclass_fields__[field].default:
             raise ConfigError(f"training: {field} is an option of unified models alone")

@@ -15,7 +15,10 @@ from canvasmar_rt.models.canvasmar import FrameModel
 OF_GROUPS = ("canvas.heads.", "spatial.frame", "spatial.group.")
 """Weights that only models have that draw groups."""
 
-SILENT = re.compile(r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$")
+CONVOLUTIONS = "canvas.convs."
+"""Weights that only models have whose canvas has convolutions."""
+
+SILENT = re.compile(r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$|\.conv2\.\w+$")
 """Of those, what is zero at first, so that they add nothing."""
 
 READERS = ("temporal.embed", "canvas.embed", "spatial.embed", "flow.embed")
@@ -37,8 +40,9 @@ def transfer(
 
     A model that draws groups starts from one that does not as one that draws all frames of a group
     as it would draw the first: its canvas heads and its attention among frames add nothing, later
-    actions are not looked at. Vectors of positions are interpolated to another grid. A residual
-    model that starts from one that draws frames guesses at first that nothing changes.
+    actions are not looked at. Vectors of positions are interpolated to another grid. Convolutions
+    of the canvas, if `given` has none, add nothing at first. A residual model that starts from one
+    that draws frames guesses at first that nothing changes.
 
     Raises:
         ConfigError: naming `where` and a weight that does not fit.
@@ -58,7 +62,8 @@ def transfer(
     for name, own in network.state_dict().items():
         if name.startswith("autoencoder.") and not autoencoder:
             continue
-        if grouped and name.startswith(OF_GROUPS):
+        added = name.startswith(CONVOLUTIONS) and not given.config.canvas_conv
+        if added or (grouped and name.startswith(OF_GROUPS)):
             new[name] = torch.zeros_like(own) if SILENT.search(name) else own
             continue
         value = old.get(name)

@@ -192,6 +192,25 @@ class TemporalViT(nn.Module):
         return self.norm(x).unflatten(1, (frames, -1))
 
 
+class GridConv(nn.Module):
+    """Two 3x3 convolutions over the tokens of a frame as a picture, added to them (not in the
+    paper): what moves goes to the neighbouring tokens."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        ae, width = config.autoencoder, config.canvas_conv
+        self.grid = (ae.latent_height, ae.latent_width)
+        self.norm = LayerNorm(config.dim)
+        self.conv1 = nn.Conv2d(config.dim, width, 3, padding=1)
+        self.conv2 = nn.Conv2d(width, config.dim, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        picture = self.norm(x).transpose(1, 2).unflatten(2, self.grid)
+        moved: Tensor = self.conv2(F.silu(self.conv1(picture)))
+        return x + moved.flatten(2).transpose(1, 2)
+
+
 class CanvasViT(nn.Module):
     """Guesses the next frame in one pass from z_t and the most recent frame (sec. 4.2), or the next
     J, each from a two-layer perceptron of its own (App. B)."""
@@ -204,6 +223,8 @@ class CanvasViT(nn.Module):
         self.blocks = nn.ModuleList(
             VitBlock(dim, config.heads) for _ in range(config.canvas_layers)
         )
+        convs = config.canvas_layers if config.canvas_conv else 0
+        self.convs = nn.ModuleList(GridConv(config) for _ in range(convs))
         self.norm = LayerNorm(dim)
         heads = config.group if config.group > 1 else 0
         self.heads = nn.ModuleList(Mlp(dim, ratio=1) for _ in range(heads))
@@ -219,9 +240,12 @@ class CanvasViT(nn.Module):
         each is (B, J, N, ...)."""
         x = self.embed(noised_BNC.to(z_temporal.dtype)) + self.position
         x = torch.cat([z_temporal, x], dim=1)
-        for block in self.blocks:
+        p = z_temporal.shape[1]
+        for i, block in enumerate(self.blocks):
             x = block(x)
-        z_canvas = self.norm(x[:, z_temporal.shape[1] :])
+            if self.convs:
+                x = torch.cat([x[:, :p], self.convs[i](x[:, p:])], dim=1)
+        z_canvas = self.norm(x[:, p:])
         if self.heads:
             z_canvas = torch.stack([z_canvas + head(z_canvas) for head in self.heads], dim=1)
         staticness = self.staticness(z_canvas).float().sigmoid()[..., 0]

@@ -87,17 +87,27 @@ class CanvasGraph(Graph):
 
 
 class ConditionGraph(Graph):
+    """Keys and values of z_t once for all guidance branches that see it; those of the others are
+    constants, which an engine computes when it loads."""
+
     def __init__(self, model: CanvasMAR) -> None:
         super().__init__(model, "condition")
         self.spatial = model.spatial
-        self._condition = model.condition_tokens
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         t = self.named(args)
-        condition = self._condition(t["z_temporal"], t["temporal_on"])
-        branches = condition.shape[:2]
-        cached = self.spatial.condition_keys_values(condition.flatten(0, 1))
-        return tuple(x.unflatten(0, branches) for kv in cached for x in kv)
+        z_temporal = t["z_temporal"]
+        hidden = self.spatial.no_temporal.expand(1, *z_temporal.shape[1:])
+        on = t["temporal_on"].to(z_temporal.dtype)[:, None, None, None]
+        return tuple(
+            on * seen + (1 - on) * unseen
+            for branches in zip(
+                self.spatial.condition_keys_values(z_temporal),
+                self.spatial.condition_keys_values(hidden),
+                strict=True,
+            )
+            for seen, unseen in zip(*branches, strict=True)
+        )
 
 
 class SpatialGraph(Graph):

@@ -137,6 +137,15 @@ def test_the_reference_sampler_does_as_much(variant: str) -> None:
     with counting() as once:
         model.flow.embed_time(torch.zeros(SAMPLING.flow_steps))
     total -= (SAMPLING.ar_steps - 1) * once.get_total_flops()
+    if config.condition_attention == "isolated":
+        # and the keys of the condition once for all branches, the sampler in each
+        branches = len(guidance_branches(SAMPLING, has_canvas=config.canvas).weight)
+        z_temporal = torch.zeros(2, config.temporal_tokens, config.dim)
+        with counting() as shared:
+            graph(model, "condition")(z_temporal, torch.ones(branches))
+        with counting() as each:
+            model.spatial.condition_keys_values(z_temporal.repeat(branches, 1, 1))
+        total += each.get_total_flops() - shared.get_total_flops()
     assert total == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 

@@ -252,6 +252,25 @@ def test_a_residual_model_starts_with_a_copy_as_its_canvas() -> None:
         transfer(network, given, "given")
 
 
+@pytest.mark.parametrize("group", [1, 3])
+def test_convolutions_of_the_canvas_add_nothing_at_first(group: int) -> None:
+    drawn = {"group": group, "spatial_layers": 6, "action_dim": 0}
+    given = build(small_config(**drawn))
+    network = build(small_config(**drawn, canvas_conv=24), seed=2)
+    assert len(network.canvas.convs) == network.config.canvas_layers
+    example = random(2, 4, 32), random(2, 16, 4), random(2, 16, 4)
+    transfer(given, network, "given")
+    for got, want in zip(network.canvas(*example), given.canvas(*example), strict=True):
+        assert torch.equal(got, want)
+    again = build(network.config, seed=3)
+    network.canvas.convs[0].conv2.weight.data.fill_(0.5)
+    transfer(network, again, "network")
+    for got, want in zip(again.canvas(*example), network.canvas(*example), strict=True):
+        assert torch.equal(got, want)
+    with pytest.raises(ConfigError, match=r"there is no place for its canvas\.convs"):
+        transfer(network, given, "given")
+
+
 # -- the loss
 
 

@@ -453,8 +453,20 @@ def test_without_a_canvas_every_mask_token_is_the_mask_embedding() -> None:
 # -- canvas
 
 
-def test_canvas_vit_is_its_definition() -> None:
-    model = make("expert")
+def convolved(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """3x3 over tokens (N, .) in raster order on the grid of 4x6, which is surrounded by zeros."""
+    grid = F.pad(x.unflatten(0, (4, 6)), (0, 0, 1, 1, 1, 1))
+    out = sum(
+        grid[dy : dy + 4, dx : dx + 6] @ conv.weight[:, :, dy, dx].T
+        for dy, dx in itertools.product(range(3), repeat=2)
+    )
+    assert isinstance(out, Tensor)
+    return (out + conv.bias).flatten(0, 1)
+
+
+@pytest.mark.parametrize("width", [0, 20])
+def test_canvas_vit_is_its_definition(width: int) -> None:
+    model = make("expert", canvas_conv=width)
     vit = model.canvas
     assert vit is not None
     z_t, latent = random(2, P, D, seed=10), random(2, N, C, seed=11)
@@ -462,7 +474,7 @@ def test_canvas_vit_is_its_definition() -> None:
     assert (z_c.shape, canvas.shape, staticness.shape) == ((2, N, D), (2, N, C), (2, N))
     for row in range(2):
         x = torch.cat([z_t[row], vit.embed(latent[row]) + vit.position])
-        for block in vit.blocks:
+        for layer, block in enumerate(vit.blocks):
             q, k, v = block.attn.qkv(
                 F.layer_norm(x, (D,), block.norm1.weight, block.norm1.bias)
             ).chunk(3, -1)
@@ -472,6 +484,11 @@ def test_canvas_vit_is_its_definition() -> None:
             x = x + block.attn.out(torch.cat(heads, -1))
             h = F.layer_norm(x, (D,), block.norm2.weight, block.norm2.bias)
             x = x + block.mlp[2](F.gelu(block.mlp[0](h)))
+            if width:
+                conv = vit.convs[layer]
+                h = F.layer_norm(x[P:], (D,), conv.norm.weight, conv.norm.bias)
+                h = convolved(conv.conv2, F.silu(convolved(conv.conv1, h)))
+                x = torch.cat([x[:P], x[P:] + h])
         z = F.layer_norm(x[P:], (D,), vit.norm.weight, vit.norm.bias)
         torch.testing.assert_close(z_c[row], z, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(canvas[row], vit.canvas(z), rtol=1e-4, atol=1e-5)

@@ -16,12 +16,13 @@ from scipy import stats
 from torch import Tensor, nn
 
 from canvasmar_rt.config import FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.autoencoder import Autoencoder
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
 from canvasmar_rt.schedule import set_sizes, time_rotation
-from tests.conftest import VARIANTS, small_config
+from tests.conftest import FAMILIES, VARIANTS, small_config
 from training import losses
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import (
@@ -171,6 +172,28 @@ def test_total_is_the_weighted_sum(clip: tuple[Tensor, Tensor]) -> None:
     torch.testing.assert_close(total, expected)
     total, terms = model_loss(canvas_weight=3.0, static_weight=0.0)(*clip, draws())
     torch.testing.assert_close(total, terms["mar"] + 3 * terms["canvas"])
+    total, terms = model_loss(mar_weight=2.0)(*clip, draws())
+    torch.testing.assert_close(total - expected, terms["mar"])
+
+
+def test_without_l_mar_the_canvas_learns_alone(clip: tuple[Tensor, Tensor]) -> None:
+    whole, loss = model_loss(), model_loss(mar_weight=0.0)
+    _, wanted = whole(*clip, draws())
+    total, terms = loss(*clip, draws())
+    assert set(terms) == {"canvas", "static"}
+    for name, value in terms.items():
+        assert torch.equal(value, wanted[name])
+    torch.testing.assert_close(total, 0.1 * terms["canvas"] + 0.1 * terms["static"])
+    total.backward()
+    learning = {name.split(".")[0] for name, p in loss.named_parameters() if p.grad is not None}
+    assert learning == {"temporal", "canvas"}
+    assert not any(p.requires_grad for p in (*loss.spatial.parameters(), *loss.flow.parameters()))
+
+
+def test_without_l_mar_and_canvas_nothing_would_learn() -> None:
+    for model in (VARIANTS["no-canvas"], FAMILIES["unified"]):
+        with pytest.raises(ConfigError, match="mar_weight"):
+            losses.model_loss(build(model), training(mar_weight=0.0))
 
 
 def test_canvas_and_staticness_are_their_equations(clip: tuple[Tensor, Tensor]) -> None:
