@@ -1,13 +1,19 @@
-"""Print the README's benchmark table from the committed measurements.
+"""Write the tables of the README and of docs/benchmarks.md from the committed measurements.
 
-python -m scripts.readme_table
+    python -m scripts.benchmark_tables
+
+A table follows a comment that names the report, or `all`.
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+TABLE = re.compile(r"<!-- (\w+) -->\n((?:\|.*\n)+)")
 OTHERS = (
     ("eager-paper", "clip"), ("eager", "clip"), ("compile", "clip"), ("naive-onnx", "clip"),
     ("dfot", "first_frame"), ("dfot", "clip"),
@@ -20,7 +26,43 @@ def reports(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
     return {name: report for name, report in found.items() if "timed_boundary" in report}
 
 
-def table() -> str:
+def filled(page: str) -> str:
+    """The page with its tables written anew."""
+    return TABLE.sub(lambda found: f"<!-- {found[1]} -->\n{table(found[1])}\n", page)
+
+
+def table(name: str) -> str:
+    """The Markdown table of one report, or of all."""
+    return overview() if name == "all" else systems(reports()[name])
+
+
+def systems(report: dict[str, Any]) -> str:
+    """One row a batch size and system of a report."""
+    rows = [
+        "| batch | system | frame, ms (p50 / p95 / p99) | clip, ms | pixel frames/s "
+        "| its clip / ours |",
+        "|---|---|---|---|---|---|",
+    ]
+    for m in report["metrics"]:
+        for name, system in m["contestants"].items():
+            frame, over = system["frame_ms"], m["over_ours"].get(name)
+            rows.append(
+                f"| {m['batch']} | {name} | {frame['p50']:.0f} / {frame['p95']:.0f} / "
+                f"{frame['p99']:.0f} | {system['clip_ms']['p50']:.0f} | "
+                f"{system['pixel_frames_per_second']:.0f} | {spread(over)} |"
+            )
+    return "\n".join(rows)
+
+
+def spread(over: dict[str, Any] | None) -> str:
+    """Their clip over ours: the median and what nine of ten turns lie within."""
+    if over is None:
+        return ""
+    clip = over["clip"]
+    return f"{clip['median']:.2f} ({clip['p5']:.2f} to {clip['p95']:.2f})"
+
+
+def overview() -> str:
     """Markdown: one row a model and batch size, in the order of the files' names; measurements
     beside none of `OTHERS` are left out."""
     rows = [
@@ -59,4 +101,5 @@ def ratio(over: dict[str, Any] | None, what: str) -> str:
 
 
 if __name__ == "__main__":
-    print(table())
+    for page in PAGES:
+        page.write_text(filled(page.read_text()))
