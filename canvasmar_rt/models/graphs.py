@@ -87,8 +87,8 @@ class CanvasGraph(Graph):
 
 
 class ConditionGraph(Graph):
-    """Keys and values of z_t once for all guidance branches that see it; those of the others are
-    constants, which an engine computes when it loads."""
+    """Keys and values of z_t and, as one row more of the batch, of what branches that do not see it
+    read instead: once for all guidance branches."""
 
     def __init__(self, model: CanvasMAR) -> None:
         super().__init__(model, "condition")
@@ -97,17 +97,10 @@ class ConditionGraph(Graph):
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         t = self.named(args)
         z_temporal = t["z_temporal"]
-        hidden = self.spatial.no_temporal.expand(1, *z_temporal.shape[1:])
+        unseen = self.spatial.no_temporal.expand(1, *z_temporal.shape[1:])
+        cached = self.spatial.condition_keys_values(torch.cat([unseen, z_temporal]))
         on = t["temporal_on"].to(z_temporal.dtype)[:, None, None, None]
-        return tuple(
-            on * seen + (1 - on) * unseen
-            for branches in zip(
-                self.spatial.condition_keys_values(z_temporal),
-                self.spatial.condition_keys_values(hidden),
-                strict=True,
-            )
-            for seen, unseen in zip(*branches, strict=True)
-        )
+        return tuple(on * x[1:] + (1 - on) * x[:1] for kv in cached for x in kv)
 
 
 class SpatialGraph(Graph):
