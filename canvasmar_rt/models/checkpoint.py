@@ -38,9 +38,10 @@ def load_checkpoint(directory: Path) -> tuple[FrameModel, SamplingConfig]:
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
+            within = sorted(path.parent for path in directory.glob(f"*/{CONFIG_FILE}"))
             raise BundleError(
                 f"{directory}: no {name}; a checkpoint is a directory with {CONFIG_FILE} and "
-                f"{WEIGHTS_FILE}"
+                f"{WEIGHTS_FILE}" + (f", as {within[-1]} is" if within else "")
             )
     try:
         data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))

@@ -125,6 +125,13 @@ def test_no_directory(tmp_path: Path) -> None:
     assert "no config.json" in refused(BundleError, lambda: load_checkpoint(tmp_path / "none"))
 
 
+def test_a_run_is_told_its_last_checkpoint(tmp_path: Path, model: CanvasMAR) -> None:
+    for step in (900, 1000):
+        save_checkpoint(tmp_path / "run" / f"step_{step:08d}", model, SAMPLING)
+    message = refused(BundleError, lambda: load_checkpoint(tmp_path / "run"))
+    assert message.endswith(f"as {tmp_path / 'run' / 'step_00001000'} is")
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
