@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -32,6 +33,7 @@ from canvasmar_rt.benchmarks.limit import (
     measured_ms,
     predict,
 )
+from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.components import TensorSpec, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
@@ -122,6 +124,26 @@ def test_flops_are_those_of_a_counted_run(case: str, monkeypatch: pytest.MonkeyP
     predicted = {name: cost.flops for name, cost in costs.items()}
     predicted["encoder"] = encoder_cost(config, batch=batch).flops
     assert predicted == pytest.approx(counted(config, sampling, batch), rel=0.01)
+
+
+@pytest.mark.parametrize("name", ["kinetics600", "bair", "toytable"])
+def test_the_page_tells_what_is_predicted(name: str) -> None:
+    """Its rows are the committed JSON, and that is what the model gives today."""
+    root = Path(__file__).resolve().parents[2]
+    report = json.loads((root / f"benchmarks/results/predicted/limit_{name}.json").read_text())
+    rows = (root / "docs" / "limit.md").read_text().split(f"| `{name}` | 1 |")[1].splitlines()[:2]
+    told = [[float(x) for x in re.findall(r"[0-9.]+", row)] for row in rows]
+    told[1] = told[1][1:]  # the batch
+    manifest = Bundle.open("toytable").manifest
+    known = {"toytable": (manifest.model, manifest.sampling)}
+    config, sampling = known[name] if name in known else preset(name)
+    for batch, numbers in zip((1, 32), told, strict=True):
+        found = [p for p in report["predictions"] if p["batch"] == batch]
+        costs = frame_costs(config, sampling, batch=batch).values()
+        assert {p["frame"]["flops"] for p in found} == {sum(cost.flops for cost in costs)}
+        parts = [part for p in found for part in (p["frame"], p["components"]["flow"])]
+        times = [part["predicted_ms"] for part in parts]
+        assert numbers == pytest.approx(times, rel=0.006)
 
 
 @pytest.mark.parametrize("variant", FAMILIES)
