@@ -95,8 +95,8 @@ class ModelTraining(RunConfig):
     multiplier), or with `flow_time_of` "frame" for the tokens of a latent frame together: additive
     modulation then embeds a time a frame, which takes an eighth off a step.
 
-    `mar_weight` multiplies L_MAR; with 0 the Temporal ViT and the Canvas ViT learn alone, at a
-    third of the time, and the others keep their weights.
+    `mar_weight` multiplies L_MAR; with 0 the Temporal ViT and the Canvas ViT learn alone, in less
+    time, and the others keep their weights.
 
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or

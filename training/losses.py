@@ -137,8 +137,9 @@ class CanvasMarLoss(nn.Module):
         self.temporal, self.canvas = model.temporal, model.canvas
         self.spatial, self.flow = model.spatial, model.flow
         self.model_config, self.config = model.config, config
-        for part in (self.spatial, self.flow):
-            part.requires_grad_(config.mar_weight > 0)
+        if not config.mar_weight:
+            for part in (self.spatial, self.flow):
+                part.requires_grad_(False)
 
     def forward(
         self,
@@ -174,11 +175,8 @@ class CanvasMarLoss(nn.Module):
         else:
             z_canvas, canvas_terms = self._canvas(history, groups, starts, z_temporal, draws)
             canvas_on = canvas_on * (starts > 0).float().repeat(batch)[:, None, None]  # not at BOS
-        guess = sum(
-            weight * canvas_terms[name]
-            for name, weight in (("canvas", c.canvas_weight), ("static", c.static_weight))
-            if canvas_terms
-        )
+        weights = {"canvas": c.canvas_weight, "static": c.static_weight}
+        guess = sum(weights[name] * term for name, term in canvas_terms.items())
         if not c.mar_weight:
             assert isinstance(guess, Tensor)
             return guess, canvas_terms

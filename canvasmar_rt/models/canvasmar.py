@@ -517,6 +517,13 @@ class FrameModel(nn.Module):
         return self.flow.out.weight.dtype
 
 
+def in_branches(on: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
+    """`seen` (R, n, D) in the guidance branches where `on` (G,) is 1, `hidden`, which broadcasts
+    against it, in the others: (G, R, n, D)."""
+    on = on.to(seen.dtype)[:, None, None, None]
+    return on * seen + (1 - on) * hidden
+
+
 class CanvasMAR(FrameModel):
     """The whole model; `canvas` is None for the no-canvas baseline."""
 
@@ -533,11 +540,9 @@ class CanvasMAR(FrameModel):
     def condition_tokens(self, z_temporal: Tensor, temporal_on: Tensor) -> Tensor:
         """z_t (B, P, D), or the learned vector where a branch does not see it, `temporal_on` (G,)
         being 0: (G, B, P, D)."""
-        on = temporal_on.to(z_temporal.dtype)[:, None, None, None]
-        return on * z_temporal + (1 - on) * self.spatial.no_temporal
+        return in_branches(temporal_on, z_temporal, self.spatial.no_temporal)
 
     def mask_tokens(self, z_canvas: Tensor, canvas_on: Tensor) -> Tensor:
         """z_c (R, N, D), already noised by eq. 12, or the mask embedding where a branch does not
         see it: (G, R, N, D)."""
-        on = canvas_on.to(z_canvas.dtype)[:, None, None, None]
-        return on * z_canvas + (1 - on) * self.spatial.mask
+        return in_branches(canvas_on, z_canvas, self.spatial.mask)

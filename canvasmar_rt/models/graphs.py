@@ -13,7 +13,13 @@ from torch import Tensor, nn
 
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.errors import ConfigError
-from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel, gather_tokens, put_tokens
+from canvasmar_rt.models.canvasmar import (
+    CanvasMAR,
+    FrameModel,
+    gather_tokens,
+    in_branches,
+    put_tokens,
+)
 from canvasmar_rt.models.unified import UnifiedMAR
 
 
@@ -99,8 +105,7 @@ class ConditionGraph(Graph):
         z_temporal = t["z_temporal"]
         unseen = self.spatial.no_temporal.expand(1, *z_temporal.shape[1:])
         cached = self.spatial.condition_keys_values(torch.cat([unseen, z_temporal]))
-        on = t["temporal_on"].to(z_temporal.dtype)[:, None, None, None]
-        return tuple(on * x[1:] + (1 - on) * x[:1] for kv in cached for x in kv)
+        return tuple(in_branches(t["temporal_on"], x[1:], x[:1]) for kv in cached for x in kv)
 
 
 class SpatialGraph(Graph):

@@ -76,46 +76,62 @@ def test_the_sampling_table_is_measured_as_it_says() -> None:
             assert (sampling["ar_steps"], sampling["flow_steps"]) == (ar, flow), name
             assert (sampling["temporal_guidance"], sampling["canvas_guidance"]) == (w_t, w_s)
         short, long = result(f"sampling_{name}")["with_actions"], result(f"long_{name}")
-        first, last = (long["frechet_by_window"][w] for w in ("5-20", "85-100"))
         assert row[3:] == [
             f"{short['frechet']:.1f}",
             f"{short['gripper_penalised_px']:.1f}",
-            f"{first:.1f}, {last:.0f}",
+            windows(long),
             f"{long['toys_kept']:.0%}",
             f"{long['all_toys_kept']:.0%}",
         ]
 
 
 def test_the_card_of_next_2_quotes_the_committed_figures() -> None:
-    def row(label: str, cells: list[str]) -> str:
-        return f"| {label} | {' | '.join(cells)} |"
-
     models = ("next_2", "next_2_500", "toytable")
     short, long = ([report(n, m)["result"] for m in models] for n in ("rollouts", "long"))
-    with_actions = [r["with_actions"] for r in short]
-    windows = [r["frechet_by_window"] for r in long]
-    rows = [
-        row(
-            "16-frame rollouts, 256 clips: Fréchet distance with actions",
-            [f"{r['frechet']:.2f}" for r in with_actions],
-        ),
-        row(
-            "gripper error where it is found; found in",
-            [f"{r['gripper_px']:.1f} px; {1 - r['gripper_missing']:.0%}" for r in with_actions],
-        ),
-        row("toys kept", [f"{r['toys_kept']:.0%}" for r in with_actions]),
-        row(
-            "Fréchet distance without actions",
-            [f"{r['without_actions']['frechet']:.1f}" for r in short],
-        ),
-        row(
-            "100-frame rollouts, 64 clips: frames 5-20, 85-100",
-            [f"{w['5-20']:.1f}, {w['85-100']:.0f}" for w in windows],
-        ),
-        row(
-            "toys kept after 100 frames; all kept",
-            [f"{r['toys_kept']:.0%}; {r['all_toys_kept']:.0%}" for r in long],
-        ),
-    ]
-    card = (ROOT / "docs" / "toytable_next_2.md").read_text()
-    assert [line for line in rows if line not in card] == []
+    pairs = [(r["with_actions"], r["without_actions"]) for r in short]
+    rows = {
+        "16-frame rollouts, 256 clips: Fréchet distance with actions": [
+            f"{told['frechet']:.2f}" for told, _ in pairs
+        ],
+        "gripper error where it is found; found in": [
+            f"{told['gripper_px']:.1f} px; {1 - told['gripper_missing']:.0%}" for told, _ in pairs
+        ],
+        "toys kept": [f"{told['toys_kept']:.0%}" for told, _ in pairs],
+        "Fréchet distance without actions": [f"{untold['frechet']:.1f}" for _, untold in pairs],
+        "100-frame rollouts, 64 clips: frames 5-20, 85-100": [windows(r) for r in long],
+        "toys kept after 100 frames; all kept": [
+            f"{r['toys_kept']:.0%}; {r['all_toys_kept']:.0%}" for r in long
+        ],
+    }
+    assert missing(rows, "toytable_next_2.md") == []
+
+
+def test_what_convolutions_are_worth_is_the_committed_result() -> None:
+    rows = {}
+    for label, losses, short, long in (
+        ("`g1`", "g1_losses", "sampling_k1e4w15t12", "long_k1e4w15t12"),
+        ("with `canvas_conv`", *(f"canvas_conv_{n}" for n in ("losses", "rollouts", "long"))),
+    ):
+        lost, told, hundred = result(losses), result(short)["with_actions"], result(long)
+        rows[label] = [
+            f"{lost['canvas']:.3f}",
+            f"{lost['mar']:.3f}",
+            f"{told['frechet']:.1f}",
+            windows(hundred),
+            f"{told['gripper_penalised_px']:.1f} px",
+            f"{hundred['toys_kept']:.0%}; {hundred['all_toys_kept']:.0%}",
+        ]
+    assert missing(rows, "training.md") == []
+
+
+def windows(long: dict[str, Any]) -> str:
+    """Fréchet distances of the first and the last frames."""
+    first, last = (long["frechet_by_window"][w] for w in ("5-20", "85-100"))
+    return f"{first:.1f}, {last:.0f}"
+
+
+def missing(rows: dict[str, list[str]], page: str) -> list[str]:
+    """Rows of a table, label and cells, that a page of the docs does not show."""
+    shown = (ROOT / "docs" / page).read_text().replace("**", "")
+    lines = [f"| {label} | {' | '.join(cells)} |" for label, cells in rows.items()]
+    return [line for line in lines if line not in shown]
