@@ -27,6 +27,8 @@ Array = npt.NDArray[Any]
 
 MEASURED_FRAMES = 40
 """Of each rung of the ladder, at warm-up."""
+LATEST = 2**62
+"""Of a clock: frames may be counted on from it in 64 bits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -184,7 +186,11 @@ class Rollout:
         self._levels: tuple[SamplingConfig | None, ...] = (sampling,)
         self._deadlines: Deadlines | None = None
         _check_key("seed and stream", seed, *streams)
-        _check_key("clock", clock)
+        if not isinstance(clock, (int, np.integer)) or not 0 <= clock < LATEST:
+            raise ConfigError(
+                f"clock must be an integer in [0, 2**62), got {clock!r}; to be seated, a context "
+                "may have no more latent frames than the batch has come to"
+            )
         self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
         self._program.since[:] = clock
 
@@ -479,8 +485,9 @@ class Rollout:
         """Whether the observation replaces a prediction, which was decoded already."""
         if self._unobserved > 1:
             raise StateError(
-                f"observe: {self._unobserved} latent frames were predicted since a real one; "
-                "imagine on fork() and observe on the parent, or start a new rollout"
+                "observe: more than one latent frame was predicted since a real one, or of some "
+                "videos of the batch one and of a newly seated one none; imagine on fork() and "
+                "observe on the parent, seat() after observe(), or start a new rollout"
             )
         if self._unobserved and action is not None:
             raise InputError("observe: the step being replaced already had its action")
@@ -579,7 +586,8 @@ class Rollout:
         self._program.load(state.arrays, row)
         self._program.since[row] = state.since[0]
         self._streams = (*self._streams[:row], state.streams[0], *self._streams[row + 1 :])
-        self._unobserved = max(self._unobserved, state.unobserved)
+        if self._unobserved != state.unobserved:  # an observation would replace it in some rows
+            self._unobserved = max(self._unobserved, state.unobserved, 2)
         self._encoder_current = self._encoder_current and state.encoder_current
 
     def reset(self, seed: int | None = None) -> None:
@@ -602,21 +610,25 @@ class Rollout:
 
         Args:
             into: an earlier fork of the same size to use again, so that a loop which forks at every
-                tick makes and binds no new rollout.
+                tick makes and binds no new rollout. Its latency table stays; a new fork has none.
 
         Raises:
             InputError: if B*n is more than the bundle was exported for.
+            ConfigError: streams that are no 64-bit keys.
             StateError: if `into` is of another bundle or batch size, or this rollout holds half a
                 frame.
         """
         b = len(self._streams)
         limit = self.predictor.bundle.manifest.batch.maximum
-        if n < 1 or b * n > limit:
+        if not isinstance(n, (int, np.integer)) or n < 1 or b * n > limit:
             raise InputError(f"fork: {n} futures of {b} videos; 1..{limit // b} are possible")
         own = tuple(s + j * b for s in self._streams for j in range(n))
         if streams is not None and len(streams) != b * n:
             raise InputError(f"fork: expected {b * n} streams, got {len(streams)}")
         chosen = own if streams is None else tuple(streams)
+        _check_key("fork: streams", *chosen)
+        if into is self:
+            raise StateError("fork: `into` is an earlier fork, not the rollout itself")
         copied = {
             k: np.repeat(v, n, axis=1 if k.startswith("cache_") else 0)
             for k, v in self._program.snapshot().items()

@@ -173,8 +173,9 @@ class ComponentProgram:
         return _Level(sampling, steps, fixed, self._group(layout))
 
     def add_level(self, sampling: SamplingConfig) -> None:
-        self._levels.append(self._level(sampling))
-        self._branches_of(self._levels[-1], self._config.canvas)
+        level = self._level(sampling)
+        self._branches_of(level, self._config.canvas)  # which an engine may refuse
+        self._levels.append(level)
 
     def _constants(self, values: Mapping[str, Array]) -> Mapping[str, Buffer]:
         group = self._group({k: (v.shape, "float32") for k, v in values.items()})

@@ -10,11 +10,21 @@ import dataclasses
 import importlib
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 
-from canvasmar_rt.engines.memory import STORAGE, Array, Buffer, Index, Layout, Run
+from canvasmar_rt.engines.memory import (
+    STORAGE,
+    UNDISTURBED,
+    Array,
+    Buffer,
+    Index,
+    Layout,
+    Run,
+    capturing,
+)
 from canvasmar_rt.errors import EngineError
 
 ALIGNMENT = 256
@@ -47,7 +57,8 @@ def gpu(index: int = 0) -> Gpu:
 
 
 class CudaMemory:
-    """See `canvasmar_rt.engines.memory.Memory`. One non-blocking stream; not for two threads.
+    """See `canvasmar_rt.engines.memory.Memory`. One non-blocking stream; not for two threads,
+    unless it is `shared`: then they take turns, also with whatever holds `UNDISTURBED`.
 
     device_index, device: 0 and "cuda:0".
     stream: handle of the stream everything is enqueued on.
@@ -58,12 +69,15 @@ class CudaMemory:
         EngineError: no cuda-python, no driver, or no such GPU.
     """
 
-    def __init__(self, device_index: int = 0, *, capture: bool = True) -> None:
+    def __init__(
+        self, device_index: int = 0, *, capture: bool = True, shared: bool = False
+    ) -> None:
         self._cuda = _runtime()
         _require_gpu(self._cuda, device_index)
         self.device_index, self.device = device_index, f"cuda:{device_index}"
         self.graph_off: str | None = None if capture else SWITCHED_OFF
         self._capture = capture
+        self._turn: AbstractContextManager[Any] = UNDISTURBED if shared else nullcontext()
         self.activate()
         stream = self._do("creating a stream", "StreamCreateWithFlags", 1)  # non-blocking
         self.stream = int(stream)
@@ -155,7 +169,8 @@ class CudaMemory:
             each()
             if not tried:
                 self.synchronize()
-                graph = self._captured(each)
+                with capturing():
+                    graph = self._captured(each)
                 tried = True
 
         return launch
@@ -195,7 +210,8 @@ class CudaMemory:
         self._do("copying", "MemcpyAsync", target, source, size, kind, self.stream)
 
     def _allocated(self, function: str, size: int, *more: int) -> int:
-        result = getattr(self._cuda, f"cuda{function}")(size, *more)
+        with UNDISTURBED:
+            result = getattr(self._cuda, f"cuda{function}")(size, *more)
         if result[0] == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
             self._cuda.cudaGetLastError()
             where = self.device if function == "Malloc" else "the host, in pinned memory"
@@ -206,7 +222,8 @@ class CudaMemory:
         return int(_checked(self._cuda, "allocating memory", result))
 
     def _do(self, what: str, function: str, *arguments: Any) -> Any:
-        return _checked(self._cuda, what, getattr(self._cuda, f"cuda{function}")(*arguments))
+        with self._turn:
+            return _checked(self._cuda, what, getattr(self._cuda, f"cuda{function}")(*arguments))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -234,7 +251,12 @@ class _Owned:
 
     def __init__(self, handle: Any, release: Callable[[Any], object]) -> None:
         self.handle = handle
-        weakref.finalize(self, release, handle).atexit = False
+        weakref.finalize(self, _undisturbed, release, handle).atexit = False
+
+
+def _undisturbed(release: Callable[[Any], object], handle: Any) -> None:
+    with UNDISTURBED:
+        release(handle)
 
 
 class _Pinned(_Owned):

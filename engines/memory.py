@@ -8,8 +8,11 @@ nothing is ever copied.
 from __future__ import annotations
 
 import dataclasses
+import gc
 import math
-from collections.abc import Callable, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 import numpy as np
@@ -31,6 +34,25 @@ STORAGE: dict[str, np.dtype[Any]] = {
     "uint8": np.dtype(np.uint8),
 }
 """How the host holds values of a dtype."""
+
+
+UNDISTURBED = threading.RLock()
+"""Held while work is captured as a CUDA graph, and by what must not happen meanwhile on any thread:
+another capture, or allocating and freeing device memory."""
+
+
+@contextmanager
+def capturing() -> Iterator[None]:
+    """Capture a CUDA graph inside: alone in the process, and with no garbage collected, since what
+    is freed during a capture ends it."""
+    with UNDISTURBED:
+        was_on = gc.isenabled()
+        gc.disable()
+        try:
+            yield
+        finally:
+            if was_on:
+                gc.enable()
 
 
 def to_storage(values: Array, dtype: str) -> Array:

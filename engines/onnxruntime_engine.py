@@ -14,7 +14,15 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.component_program import ComponentProgram
-from canvasmar_rt.engines.memory import STORAGE, Buffer, HostMemory, Memory, Run
+from canvasmar_rt.engines.memory import (
+    STORAGE,
+    UNDISTURBED,
+    Buffer,
+    HostMemory,
+    Memory,
+    Run,
+    capturing,
+)
 from canvasmar_rt.errors import BundleError, EngineError
 
 if TYPE_CHECKING:
@@ -35,8 +43,9 @@ class OnnxRuntimeEngine:
 
     On a GPU they run on one stream in device memory, through ONNX Runtime's CUDA kernels or, with
     `provider="tensorrt-rtx"`, NVIDIA's plugin for GeForce cards. With `cuda_graph` every bound run
-    of a graph without loops is captured at its first call and replayed from then on (CUDA kernels
-    only)."""
+    of a graph without loops is captured at its first call on a thread and replayed from then on
+    (CUDA kernels only). ONNX Runtime keeps what was captured as long as the engine lives, and can
+    neither capture nor replay on two threads at once: rollouts on several take turns."""
 
     name = "onnxruntime"
     OPTIONS = MappingProxyType({"cuda_graph": bool, "provider": str})
@@ -63,6 +72,8 @@ class OnnxRuntimeEngine:
         self._provider = PROVIDERS[kind]
         if device == "cpu":
             _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
+        if device != "cpu":
+            ort.preload_dlls()  # CUDA's libraries from pip packages, where there are any
         self._plugin = _rtx_device(index) if kind == "tensorrt-rtx" else None
         if self._plugin is None and self._provider not in ort.get_available_providers():
             raise EngineError(
@@ -74,8 +85,7 @@ class OnnxRuntimeEngine:
         if device != "cpu":
             from canvasmar_rt.engines.cuda_memory import CudaMemory
 
-            ort.preload_dlls(cudnn=False)  # CUDA's libraries from pip packages, where there are any
-            self._cuda = CudaMemory(index, capture=False)
+            self._cuda = CudaMemory(index, capture=False, shared=True)
         self._cuda_graph = cuda_graph
         self._graph_ids = itertools.count(1)
         self._lock = threading.Lock()
@@ -144,7 +154,7 @@ class OnnxRuntimeEngine:
 
     def _open(self, component: str, settings: Mapping[str, str]) -> ort.InferenceSession:
         options = ort.SessionOptions()
-        options.log_severity_level = 3
+        options.log_severity_level = 4  # what is refused is said in our own error
         if self._threads is not None:
             options.intra_op_num_threads = self._threads
         # Sessions of one frame run in turn: a pool that spins after its run takes the cores from
@@ -160,8 +170,10 @@ class OnnxRuntimeEngine:
         try:
             session = ort.InferenceSession(str(self.bundle.file(component)), options, **chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class
+            told = " ".join(str(error).split())
             raise EngineError(
-                f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {error}"
+                f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {told}; copy or "
+                "export the bundle again"
             ) from None
         if session.get_providers()[0] != self._provider:
             raise EngineError(
@@ -215,7 +227,17 @@ class OnnxRuntimeEngine:
             except Exception as error:  # onnxruntime's exceptions share no base class
                 raise EngineError(f"{component}: ONNX Runtime failed: {error}") from None
 
-        return run
+        if self._cuda is None:
+            return run
+        captured: set[int] = set()
+
+        def run_in_turn() -> None:
+            thread = threading.get_ident()
+            with UNDISTURBED if thread in captured else capturing():
+                run()
+            captured.add(thread)
+
+        return run_in_turn
 
 
 def _rtx_device(index: int) -> Any:

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Literal
 
 from canvasmar_rt.bundle import BatchRange, Bundle
+from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.deadline import ladder
 from canvasmar_rt.engines.cuda_memory import Gpu, gpu
 from canvasmar_rt.engines.tensorrt_cache import (
     SCHEMA_VERSION,
@@ -112,31 +114,43 @@ def build_engines(
 
 
 def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Profile] | None:
-    """Shapes of a component's inputs in the bundle's sampling defaults, for those whose shape is
-    not fixed; None where no frame runs the component (`spatial` where there is one AR step).
+    """Shapes of a component's inputs, for those whose shape is not fixed, in the sampling a rollout
+    takes by default and what the bundle's other profile and deadlines (`ladder`) may take instead;
+    None where no frame runs the component (`spatial` where there is one AR step).
 
     Guidance branches G may be 1 to 3, as guidance scales change; set sizes S, M and K are those of
-    the AR steps, tuned for the step that draws most tokens."""
+    the AR steps. Tuned for the default's number of evaluations and its step that draws most
+    tokens; the whole frame takes the bundle's sampling and no other."""
     manifest = bundle.manifest
-    steps = [
-        {"S": step.drawn, "M": step.left, "K": step.known}
-        for step in ar_steps(manifest.model.tokens, manifest.sampling.ar_steps)
-    ]
-    if component == "spatial_first":
-        steps = steps[:1]
-    elif component == "spatial":
-        steps = steps[1:]
+    default = manifest.profile()
+    taken = [default]
+    if component == OPTIONAL:
+        default = manifest.sampling
+        taken = [default]
+    else:
+        for sampling in (default, manifest.sampling):
+            taken += ladder(sampling, unrolled=manifest.unrolled)
+
+    def drawn(sampling: SamplingConfig) -> list[dict[str, int]]:
+        steps = [
+            {"S": step.drawn, "M": step.left, "K": step.known}
+            for step in ar_steps(manifest.model.tokens, sampling.ar_steps)
+        ]
+        at = {"spatial_first": slice(1), "spatial": slice(1, None)}
+        return steps[at.get(component, slice(None))]
+
+    steps = [step for sampling in taken for step in drawn(sampling)]
     if not steps:
         return None
-    busiest = max(steps, key=lambda step: step["S"])
-    branches = guidance_branches(manifest.sampling, has_canvas=manifest.model.canvas)
-    evaluations = len(flow_plan(manifest.sampling).time)
+    busiest = max(drawn(default) or steps, key=lambda step: step["S"])
+    branches = guidance_branches(default, has_canvas=manifest.model.canvas)
+    evaluations = [len(flow_plan(sampling).time) for sampling in taken]
     ranges = {
         "B": (batch.minimum, batch.optimum, batch.maximum),
         "R": tuple(n * manifest.model.group for n in (batch.minimum, batch.optimum, batch.maximum)),
         "G": (1, len(branches.weight), 3),
-        "E": (evaluations,) * 3,
-        "AR": (manifest.sampling.ar_steps,) * 3,
+        "E": (min(evaluations), evaluations[0], max(evaluations)),
+        "AR": (default.ar_steps,) * 3,
     }
     for symbol in ("S", "M", "K"):
         sizes = [step[symbol] for step in steps]

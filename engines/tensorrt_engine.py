@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -85,7 +85,8 @@ class TensorRTEngine:
     @property
     def graph_off(self) -> dict[str, str]:
         """By memory in use, why its work is not launched as CUDA graphs; empty where it is."""
-        reasons = [m.graph_off for m in self._memories]
+        with self._lock:
+            reasons = [m.graph_off for m in self._memories]
         return {f"rollout {i}": r for i, r in enumerate(reasons) if r is not None}
 
     def program(self, *, batch: int, sampling: SamplingConfig) -> ComponentProgram:
@@ -93,7 +94,8 @@ class TensorRTEngine:
 
     def memory(self) -> CudaMemory:
         memory = CudaMemory(self._index, capture=self._cuda_graph)
-        self._memories.add(memory)
+        with self._lock:
+            self._memories.add(memory)
         return memory
 
     def bind(
@@ -114,16 +116,25 @@ class TensorRTEngine:
             if not done:
                 raise EngineError(f"{component}: TensorRT failed at {what}: {log.taken()}")
 
+        def attempt(what: str, call: Callable[..., object], *arguments: object) -> object:
+            try:
+                return call(*arguments)
+            except RuntimeError as error:  # where the bindings do not return False
+                told = log.taken() or error
+                raise EngineError(f"{component}: TensorRT failed at {what}: {told}") from None
+
         context = engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if context is None:
             raise EngineError(f"{component}: TensorRT made no context: {log.taken()}")
-        require(context.set_optimization_profile_async(0, memory.stream), "choosing the profile")
+        what = "choosing the profile"
+        require(attempt(what, context.set_optimization_profile_async, 0, memory.stream), what)
         for name in metadata.source.profiles:
-            require(context.set_input_shape(name, inputs[name].shape), f"the shape of {name}")
-        unknown = context.infer_shapes()
-        require(not unknown, f"the shapes that {', '.join(unknown)} decide")
+            what = f"the shape of {name}"
+            require(attempt(what, context.set_input_shape, name, inputs[name].shape), what)
+        unknown = attempt("inferring shapes", context.infer_shapes)
+        require(not unknown, f"the shapes that {unknown} decide")
         for name, buffer in {**inputs, **outputs}.items():
             shape = sizes(context.get_tensor_shape(name))
             require(shape == buffer.shape, f"{name}: it has {shape}, the buffer {buffer.shape}")

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from canvasmar_rt.config import SamplingConfig
-from canvasmar_rt.engines.memory import STORAGE, Array
+from canvasmar_rt.engines.memory import STORAGE, Array, capturing
 from canvasmar_rt.engines.program import (
     Clock,
     Drawn,
@@ -44,7 +44,7 @@ from canvasmar_rt.schedule import (
 )
 
 if TYPE_CHECKING:
-    from canvasmar_rt.engines.flow_kernel import Mode
+    from canvasmar_rt.engines.flow_kernel import FlowKernel, Mode
 
 ALIGNMENT = 64
 
@@ -159,14 +159,12 @@ class TorchProgram:
         self._capture = graphs and self._device.type == "cuda"
         self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
         self._graphs: dict[tuple[Any, ...], Any] = {}
-        self._flow: Callable[[Mapping[str, Tensor]], Tensor] = lambda have: self._run("flow", have)[
-            "next_partial"
-        ]
+        self._flow_kernel: FlowKernel | None = None
         self._allocate(sampling)
         if flow_kernel is not None:
             from canvasmar_rt.engines.flow_kernel import FlowKernel
 
-            self._flow = FlowKernel(
+            self._flow_kernel = FlowKernel(
                 model.flow,
                 # a level of fewer AR steps may draw them all at once
                 tokens=batch * self._config.group * self._config.tokens,
@@ -174,7 +172,7 @@ class TorchProgram:
                 evaluations=len(self._levels[0].fixed["flow_time"]),
                 residual=self._config.residual,
                 mode=flow_kernel,
-            ).component
+            )
 
     def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
@@ -254,6 +252,11 @@ class TorchProgram:
         with exact_float32:
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
+
+    def _flow(self, have: Mapping[str, Tensor]) -> Tensor:
+        if self._flow_kernel is not None:
+            return self._flow_kernel.component(have)
+        return self._run("flow", have)["next_partial"]
 
     def _temporal(self, frame: int = 0) -> None:
         """The Temporal ViT on the latest latent, told what `frame` of the step is; the ring moves
@@ -450,18 +453,20 @@ class TorchProgram:
         return replay
 
     def _capture_graph(self, work: Callable[[], None]) -> Any:
-        kept = {name: tensor.clone() for name, tensor in self._state.items()}
         graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode():
+        # of a group, frames after the first leave z_temporal behind
+        changed = [*self._state.values(), *self._work.values()]
+        with torch.inference_mode(), capturing():
             with torch.cuda.stream(self._stream):
+                kept = [tensor.clone() for tensor in changed]
                 for _ in range(2):  # libraries choose and load their kernels
                     work()
             self._stream.synchronize()
             with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
                 work()
             with torch.cuda.stream(self._stream):
-                for name, tensor in kept.items():
-                    self._state[name].copy_(tensor)
+                for tensor, before in zip(changed, kept, strict=True):
+                    tensor.copy_(before)
             self._stream.synchronize()
         return graph
 
@@ -477,18 +482,17 @@ class TorchProgram:
         return {name: _to_numpy(tensor) for name, tensor in self._state.items()}
 
     def load(self, arrays: Mapping[str, Array], row: int | None = None) -> None:
-        self._wait()
-        for name, values in arrays.items():
-            target = self._state[name]
-            if row is not None:
-                target, values = target[row_index(name, row)], values[row_index(name, 0)]
-            given = torch.from_numpy(np.ascontiguousarray(values))
-            if target.dtype == torch.bfloat16:
-                given = given.view(torch.bfloat16)
-            with torch.inference_mode():
+        def run() -> None:
+            for name, values in arrays.items():
+                target = self._state[name]
+                if row is not None:
+                    target, values = target[row_index(name, row)], values[row_index(name, 0)]
+                given = torch.from_numpy(np.ascontiguousarray(values))
+                if target.dtype == torch.bfloat16:
+                    given = given.view(torch.bfloat16)
                 target.copy_(given)
-        if self._stream is not None:
-            torch.cuda.synchronize(self._device)
+
+        self._do(run)
 
     def warmup(self) -> None:
         kept = self.snapshot()

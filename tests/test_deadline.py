@@ -12,7 +12,7 @@ import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.deadline import HICCUP_FRAMES, MARGIN, PACE_FRAMES, Deadlines, Timed, ladder
-from canvasmar_rt.errors import ConfigError, InputError, StateError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError
 from canvasmar_rt.rollout import Predictor, Rollout
 
 PAPER = SamplingConfig(ar_steps=4, flow_steps=30)
@@ -194,6 +194,44 @@ def test_videos_come_and_go_in_a_batch(predictor: Predictor, clip: np.ndarray) -
     np.testing.assert_allclose(fork.step().latent[::2], want.latent, atol=1e-4)
 
 
+def test_a_newcomer_among_predictions_is_not_observed(
+    predictor: Predictor, clip: np.ndarray
+) -> None:
+    """It would lose the last frame of its context to what replaces the others' prediction."""
+    shared = predictor.start(clip, seed=9, batch=2)
+    shared.step()
+    newcomer = predictor.start(clip, seed=9, stream=7, clock=1)
+    shared.seat(1, newcomer.state())
+    real = np.stack([clip[-predictor.config.autoencoder.temporal_compression :]] * 2)
+    copied = predictor.start(clip, seed=9, batch=2)
+    copied.restore(shared.state())
+    for rollout in (shared, copied):
+        with pytest.raises(StateError, match="newly seated"):
+            rollout.observe(real)
+    fresh = predictor.start(clip, seed=9, batch=2)
+    fresh.seat(1, predictor.start(clip, seed=9, stream=7).state())
+    fresh.observe(real)
+
+
+def test_levels_an_engine_refuses_leave_the_rollout_as_it_was(
+    predictor: Predictor, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rollout = predictor.start(clip, seed=9)
+
+    def refuse(*_: object) -> None:
+        raise EngineError("flow: the engine takes other shapes")
+
+    program = rollout._program
+    last = "_bind_branches" if hasattr(program, "_bind_branches") else "_constants"
+    with monkeypatch.context() as engine:
+        engine.setattr(program, last, refuse)
+        with pytest.raises(EngineError, match="other shapes"):
+            rollout.warmup(deadlines=True)
+    rollout.warmup()
+    want = predictor.start(clip, seed=9).step().latent
+    np.testing.assert_array_equal(rollout.step().latent, want)
+
+
 def test_the_clock_does_not_matter_to_what_was_seen(predictor: Predictor, clip: np.ndarray) -> None:
     """Times enter the model by their differences: the canvas, before any noise of the frame's own
     order, is the same a million frames later."""
@@ -216,7 +254,8 @@ def test_a_seat_that_does_not_fit_is_refused(predictor: Predictor, clip: np.ndar
         shared.seat(2, alone(predictor, clip, 0, clock=0).state())
     with pytest.raises(StateError, match="at least one latent frame"):
         shared.seat(0, predictor.start(seed=9, clock=shared.frame).state())
-    with pytest.raises(ConfigError, match="clock"):
-        predictor.start(clip, clock=-1)
+    for clock in (-1, 2**63, 0.5):
+        with pytest.raises(ConfigError, match="no more latent frames than the batch"):
+            predictor.start(clip, clock=clock)  # type: ignore[arg-type]
     for name, values in shared.state().arrays.items():
         np.testing.assert_array_equal(values, before.arrays[name])

@@ -18,7 +18,7 @@ def test_the_test_command_is_what_ci_runs() -> None:
     commands = re.findall(r"^    (pip install .*)$", README, re.MULTILINE)
     assert len(commands) == 2
     assert commands[1] in (ROOT / ".ci" / "run").read_text().splitlines()
-    assert commands[0] == "pip install . && canvasmar-rt demo"
+    assert commands[0] == "pip install -e . && canvasmar-rt demo"
 
 
 def test_the_python_example_runs(tmp_path: Path) -> None:

@@ -139,7 +139,7 @@ def test_observing_real_frames_equals_starting_from_them(
 def test_observe_after_several_predictions_is_refused(rollout: Rollout, clip: np.ndarray) -> None:
     rollout.step()
     rollout.step()
-    with pytest.raises(StateError, match=r"2 latent frames.*fork"):
+    with pytest.raises(StateError, match=r"more than one latent frame.*fork"):
         rollout.observe(clip[:2])
 
 
@@ -334,6 +334,16 @@ def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: 
         rollout.fork(2, streams=[1])
     with pytest.raises(StateError, match="another batch"):
         rollout.restore(predictor.start(batch=2).state())
+    with pytest.raises(InputError, match=r"2\.0 futures"):
+        rollout.fork(2.0)  # type: ignore[arg-type]
+    again = rollout.fork(2)
+    before = latents(rollout.fork(2), 2)
+    for streams in ([-1, 3], [1.5, 3]):
+        with pytest.raises(ConfigError, match="fork: streams"):
+            rollout.fork(2, streams=streams, into=again)  # type: ignore[arg-type]
+    with pytest.raises(StateError, match="not the rollout itself"):
+        rollout.fork(1, into=rollout)
+    np.testing.assert_array_equal(latents(again, 2), before)
 
 
 def test_an_engine_that_returns_nan_is_an_error(predictor: Predictor, clip: np.ndarray) -> None:

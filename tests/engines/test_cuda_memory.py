@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import gc
 import sys
+import threading
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 
 from canvasmar_rt.engines import cuda_memory
 from canvasmar_rt.engines.cuda_memory import CudaMemory
-from canvasmar_rt.engines.memory import STORAGE, HostMemory, Memory
+from canvasmar_rt.engines.memory import (
+    STORAGE,
+    UNDISTURBED,
+    HostMemory,
+    Memory,
+    capturing,
+)
 from canvasmar_rt.errors import EngineError
 from tests.engines.fake_cuda import FakeCuda, cudaError_t
 
@@ -249,6 +257,48 @@ def test_no_gpu_no_driver_no_package(cuda: FakeCuda, monkeypatch: pytest.MonkeyP
 def test_the_gpu_is_named(cuda: FakeCuda) -> None:
     found = cuda_memory.gpu()
     assert (found.name, found.compute_capability) == ("Pretended GPU", "9.0")
+
+
+@pytest.mark.parametrize(
+    ("shared", "work"),
+    [
+        (False, lambda m: m.group(LAYOUT)),
+        (False, lambda m: m.sequence([lambda: None])()),
+        (True, lambda m: m.synchronize()),
+    ],
+    ids=["allocation", "capture", "any call on a shared stream"],
+)
+def test_a_capture_is_left_alone(
+    cuda: FakeCuda, shared: bool, work: Callable[[CudaMemory], object]
+) -> None:
+    memory, done = CudaMemory(shared=shared), threading.Event()
+
+    def run() -> None:
+        work(memory)
+        done.set()
+
+    thread = threading.Thread(target=run, daemon=True)
+    with capturing():
+        assert not gc.isenabled()
+        thread.start()
+        assert not done.wait(0.1)
+    assert gc.isenabled()
+    assert done.wait(10)
+    thread.join()
+
+
+def test_a_stream_of_ones_own_waits_for_no_capture(cuda: FakeCuda) -> None:
+    memory, done = CudaMemory(), threading.Event()
+
+    def run() -> None:
+        memory.synchronize()
+        done.set()
+
+    with UNDISTURBED:
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert done.wait(10)
+    thread.join()
 
 
 @pytest.mark.gpu

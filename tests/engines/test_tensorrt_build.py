@@ -16,12 +16,13 @@ import pytest
 
 import canvasmar_rt
 from canvasmar_rt.bundle import BatchRange, Bundle
+from canvasmar_rt.deadline import ladder
 from canvasmar_rt.engines import tensorrt_build
 from canvasmar_rt.engines.cuda_memory import Gpu
 from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines, profiles
 from canvasmar_rt.engines.tensorrt_cache import Profile, plan_path, read_metadata, read_plan
 from canvasmar_rt.errors import ConfigError, EngineError
-from canvasmar_rt.schedule import flow_plan
+from canvasmar_rt.schedule import ar_steps, flow_plan
 
 LIBRARY = "canvasmar_rt.engines.tensorrt_library"
 BATCH = BatchRange(minimum=1, optimum=2, maximum=8)
@@ -35,7 +36,7 @@ def bundle() -> Bundle:
 def with_sampling(bundle: Bundle, **changes: object) -> Bundle:
     sampling = dataclasses.replace(bundle.manifest.sampling, **changes)  # type: ignore[arg-type]
     return dataclasses.replace(
-        bundle, manifest=dataclasses.replace(bundle.manifest, sampling=sampling)
+        bundle, manifest=dataclasses.replace(bundle.manifest, sampling=sampling, fast=None)
     )
 
 
@@ -94,8 +95,9 @@ def without_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_profiles_hold_every_call_of_a_frame(bundle: Bundle) -> None:
-    """Known after step k are 64 - floor(64 cos(pi/2 k/4)): 5, 19, 40 and 64 tokens, by hand."""
-    drawn, known = [5, 14, 21, 24], [0, 5, 19, 40]
+    """Known after step k of K are 64 - floor(64 cos(pi/2 k/K)), by hand: 5, 19, 40 and 64 tokens of
+    four steps, 19 and 64 of two, which deadlines come to; `fast` has one."""
+    drawn, known = [64, 5, 14, 21, 24, 19, 45], [0, 0, 5, 19, 40, 0, 19]
     spatial, first = (profiles(bundle, n, BATCH) for n in ("spatial", "spatial_first"))
     flow = profiles(bundle, "flow", BATCH)
     assert spatial is not None
@@ -108,15 +110,22 @@ def test_profiles_hold_every_call_of_a_frame(bundle: Bundle) -> None:
         if k:
             assert spatial["known_index"].takes((batch, k))
             assert spatial["mask_index"].takes((batch, 64 - k))
-    assert flow["select_index"] == Profile(minimum=(1, 5), optimum=(2, 24), maximum=(8, 24))
-    assert first["select_index"] == Profile(minimum=(1, 5), optimum=(2, 5), maximum=(8, 5))
-    assert spatial["known_index"] == Profile(minimum=(1, 5), optimum=(2, 40), maximum=(8, 40))
-    assert spatial["mask_index"] == Profile(minimum=(1, 24), optimum=(2, 24), maximum=(8, 59))
-    evaluations = (len(flow_plan(bundle.manifest.sampling).time),)
-    assert flow["flow_time"] == Profile(
-        minimum=evaluations, optimum=evaluations, maximum=evaluations
-    )
+    assert flow["select_index"] == Profile(minimum=(1, 5), optimum=(2, 64), maximum=(8, 64))
+    assert first["select_index"] == Profile(minimum=(1, 5), optimum=(2, 64), maximum=(8, 64))
+    assert spatial["known_index"] == Profile(minimum=(1, 5), optimum=(2, 19), maximum=(8, 40))
+    assert spatial["mask_index"] == Profile(minimum=(1, 24), optimum=(2, 45), maximum=(8, 59))
+    assert flow["flow_time"] == Profile(minimum=(3,), optimum=(4,), maximum=(30,))
     assert flow["branch_weight"] == Profile(minimum=(1,), optimum=(3,), maximum=(3,))
+
+
+@pytest.mark.parametrize("profile", ["default", "fast"])
+def test_a_rollout_with_deadlines_finds_its_shapes(bundle: Bundle, profile: str) -> None:
+    flow = profiles(bundle, "flow", BATCH)
+    assert flow is not None
+    for rung in ladder(bundle.manifest.profile(profile)):
+        assert flow["flow_time"].takes((len(flow_plan(rung).time),))
+        for step in ar_steps(bundle.manifest.model.tokens, rung.ar_steps):
+            assert flow["select_index"].takes((1, step.drawn))
 
 
 def test_every_input_of_changing_shape_has_a_profile(bundle: Bundle) -> None:
@@ -139,7 +148,7 @@ def test_every_input_of_changing_shape_has_a_profile(bundle: Bundle) -> None:
 def test_the_solver_decides_how_often_the_flow_head_runs(bundle: Bundle) -> None:
     heun = profiles(with_sampling(bundle, solver="heun", flow_steps=10), "flow", BATCH)
     assert heun is not None
-    assert heun["step_new"].minimum == heun["step_new"].maximum == (20,)
+    assert heun["step_new"] == Profile(minimum=(6,), optimum=(20,), maximum=(20,))
 
 
 def test_one_ar_step_needs_no_further_one(bundle: Bundle, tmp_path: Path) -> None:
