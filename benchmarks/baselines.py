@@ -57,6 +57,12 @@ def baselines(
 
     def maker(name: str) -> Make:
         def make(context: UInt8, batch: int) -> Contestant:
+            try:
+                return contestant(context, batch)
+            except ConfigError as error:
+                raise ConfigError(f"baseline {name}: {error}") from None
+
+        def contestant(context: UInt8, batch: int) -> Contestant:
             at: dict[str, Any] = {"batch": batch, "seed": seed}
             if name.startswith("dfot"):
                 guidance: Guidance = "vanilla" if name == "dfot-vanilla" else "conditional"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -72,6 +73,16 @@ def as_csv(report: Mapping[str, Any]) -> str:
                 ):
                     writer.writerow([row["batch"], name, quantity, statistic, number])
     return text.getvalue()
+
+
+def check_matplotlib() -> None:
+    """See that pictures can be drawn, before what they show is measured.
+
+    Raises:
+        ConfigError: if matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("pictures need matplotlib: pip install matplotlib")
 
 
 def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
@@ -208,11 +219,10 @@ def figure_of(title: str, under: str) -> tuple[Any, Any]:
     Raises:
         ConfigError: if matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-        from matplotlib.layout_engine import ConstrainedLayoutEngine
-    except ImportError:
-        raise ConfigError("pictures need matplotlib: pip install matplotlib") from None
+    check_matplotlib()
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
     figure = Figure(figsize=(6.4, 4.2), dpi=160, layout=ConstrainedLayoutEngine())
     axes = figure.add_subplot()
     axes.set_title(f"{title}\n", fontsize=11)

@@ -38,6 +38,8 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         names = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
         files = sorted((entry for entry in names if entry.is_file()), key=_natural)
+    except FileNotFoundError:
+        raise VideoError(f"{folder}: no such file or folder; check the path") from None
     except OSError as error:
         raise VideoError(f"{folder}: cannot be listed ({brief(error)}); check the path") from error
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
@@ -132,7 +134,8 @@ def open_member(
         if not named and len(videos) != 1:
             raise VideoError(
                 f"{source}: expected one array shaped (T, H, W, 3), found {len(videos)}"
-                f" ({held}); pass key= with its name"
+                f" ({held}); save the one to read as {ARRAY_KEYS[0]!r},"
+                " or pass its name to read_clip(key=...)"
             )
         key = named[0] if named else videos[0]
     elif key not in headers:

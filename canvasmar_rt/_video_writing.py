@@ -38,6 +38,23 @@ def write_clip(path: PathLike, frames: Pixels, fps: float) -> list[Path]:
     """
     target = Path(path)
     check_pixels(str(target), frames, ranks=(4,))
+    check_target(target, len(frames), fps)
+    suffix = target.suffix.lower()
+    with _refusals(target):
+        if suffix == ".png":
+            return _write_numbered(target, frames)
+        write = _write_mp4 if suffix == ".mp4" else _write_gif
+        with replacing(target) as temporary:
+            write(temporary, target, frames, float(fps))
+    return [target]
+
+
+def check_target(target: Path, count: int, fps: float) -> None:
+    """See that `write_clip` takes this name and rate for `count` frames, before there are any.
+
+    Raises:
+        VideoError: fps or suffix cannot be written, or numbered frames of a longer clip are there.
+    """
     if not (math.isfinite(fps) and 0.01 <= fps <= 1000):
         raise VideoError(f"{target}: fps must be within 0.01..1000, got {fps}")
     suffix = target.suffix.lower()
@@ -46,13 +63,14 @@ def write_clip(path: PathLike, frames: Pixels, fps: float) -> list[Path]:
             f"{target}: expected a name ending in .mp4, .gif or .png (numbered frames),"
             f" got {target.suffix or 'no suffix'}"
         )
-    with _refusals(target):
-        if suffix == ".png":
-            return _write_numbered(target, frames)
-        write = _write_mp4 if suffix == ".mp4" else _write_gif
-        with replacing(target) as temporary:
-            write(temporary, target, frames, float(fps))
-    return [target]
+    if suffix == ".gif" and fps > 50:
+        raise VideoError(f"{target}: a GIF shows at most 50 fps, got {fps:g}; write .mp4 instead")
+    following = _numbered(target, count)
+    if suffix == ".png" and os.path.exists(following):
+        raise VideoError(
+            f"{following}: left from a longer clip, it would be read as part of this one;"
+            " remove the old frames or choose another name"
+        )
 
 
 def write_png(path: PathLike, image: Pixels) -> Path:
@@ -114,8 +132,6 @@ def _write_mp4(temporary: Path, target: Path, frames: Pixels, fps: float) -> Non
 
 
 def _write_gif(temporary: Path, target: Path, frames: Pixels, fps: float) -> None:
-    if fps > 50:
-        raise VideoError(f"{target}: a GIF shows at most 50 fps, got {fps:g}; write .mp4 instead")
     # Palette of a mosaic of up to 32 frames, spread over the clip. No dithering: it crawls.
     some = frames[:: max(1, math.ceil(len(frames) / 32))]
     mosaic = Image.fromarray(np.ascontiguousarray(some.reshape(-1, *frames.shape[2:])))
@@ -134,17 +150,16 @@ def _write_gif(temporary: Path, target: Path, frames: Pixels, fps: float) -> Non
     )
 
 
+def _numbered(target: Path, i: int) -> Path:
+    return target.with_name(f"{target.stem}_{i:04d}.png")
+
+
 def _write_numbered(target: Path, frames: Pixels) -> list[Path]:
-    names = [target.with_name(f"{target.stem}_{i:04d}.png") for i in range(len(frames) + 1)]
-    if names[-1].exists():
-        raise VideoError(
-            f"{names[-1]}: left from a longer clip, it would be read as part of this one;"
-            " remove the old frames or choose another name"
-        )
+    names = [_numbered(target, i) for i in range(len(frames))]
     # All frames are complete in a hidden folder before the first one takes its name.
     with tempfile.TemporaryDirectory(prefix=".", dir=target.parent) as folder:
-        for name, frame in zip(names, frames, strict=False):
+        for name, frame in zip(names, frames, strict=True):
             Image.fromarray(np.ascontiguousarray(frame)).save(Path(folder, name.name), "PNG")
-        for name in names[:-1]:
+        for name in names:
             os.replace(Path(folder, name.name), name)
-    return names[:-1]
+    return names

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path, PurePosixPath
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from canvasmar_rt.components import Component, components
-from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
+from canvasmar_rt.config import LARGEST, ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError
 from canvasmar_rt.schedule import flow_plan
 
@@ -88,6 +89,12 @@ class Parity:
     flipped_orders: int
     frame_tolerance: float | None = None
 
+    def __post_init__(self) -> None:
+        for name in ("tolerance", "drift_tolerance", "frame_tolerance"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise ConfigError(f"parity: {name} must be a number above 0, got {value}")
+
     def limit(self, component: str) -> float:
         """The largest relative difference of a component that passes."""
         if component == "frame" and self.frame_tolerance is not None:
@@ -102,9 +109,9 @@ class BatchRange:
     maximum: int = 32
 
     def __post_init__(self) -> None:
-        if not 1 <= self.minimum <= self.optimum <= self.maximum:
+        if not 1 <= self.minimum <= self.optimum <= self.maximum <= LARGEST:
             raise ConfigError(
-                f"batch: need 1 <= minimum <= optimum <= maximum, got "
+                f"batch: need 1 <= minimum <= optimum <= maximum <= {LARGEST}, got "
                 f"{self.minimum}, {self.optimum}, {self.maximum}"
             )
 
@@ -181,6 +188,32 @@ class Manifest:
         for text in (self.source, self.model.name, *self.producer.values()):
             if not text.isprintable():  # it is shown on terminals
                 raise ConfigError(f"manifest: {text!r} holds control characters")
+        if self.opset < 1:
+            raise ConfigError(f"manifest: opset must be >= 1, got {self.opset}")
+        channels = self.model.autoencoder.latent_channels
+        for name in ("latent_mean", "latent_std"):
+            values = getattr(self, name)
+            if len(values) != channels or not all(map(math.isfinite, values)):
+                raise ConfigError(
+                    f"manifest: {name} must be {channels} finite numbers, one for each latent "
+                    f"channel, got {_brief(values)}"
+                )
+        if min(self.latent_std) <= 0:
+            raise ConfigError(
+                f"manifest: latent_std must be above 0, got {_brief(self.latent_std)}"
+            )
+        for sampling in (self.sampling, self.fast):
+            if sampling is not None and sampling.ar_steps > self.model.tokens:
+                raise ConfigError(
+                    f"sampling: ar_steps must lie in 1..{self.model.tokens} (tokens of a frame), "
+                    f"got {sampling.ar_steps}"
+                )
+
+
+def _brief(values: tuple[float, ...]) -> str:
+    """The numbers, the first few where there are many."""
+    shown = ", ".join(f"{v:g}" for v in values[:8])
+    return f"{len(values)}: {shown}" + (", .." if len(values) > 8 else "")
 
 
 def fixed_dims(component: str, sampling: SamplingConfig, *, unrolled: bool) -> dict[str, int]:
@@ -315,9 +348,10 @@ class Bundle:
 def _read_manifest(directory: Path) -> Manifest:
     path = directory / MANIFEST
     if not path.is_file():
+        source = directory if (directory / "config.json").is_file() else "PRESET"  # a checkpoint
         raise BundleError(
             f"{directory}: no {MANIFEST}: this is not a bundle directory; make one with "
-            "'canvasmar-rt export PRESET --output DIR'"
+            f"'canvasmar-rt export {source} --output DIR'"
         )
     if path.stat().st_size > MANIFEST_BYTES:
         raise BundleError(
@@ -349,7 +383,8 @@ def _read_manifest(directory: Path) -> Manifest:
 def _check_files(
     directory: Path, manifest: Manifest, progress: Callable[[str], None] | None
 ) -> None:
-    """Every listed file is there, of its size and hash, and every graph is listed."""
+    """Every listed file is there, of its size and hash; every graph, and the weights beside it, are
+    listed."""
     for name, entry in sorted(manifest.files.items()):
         path = _inside(directory, name)
         if progress is not None:
@@ -368,11 +403,13 @@ def _check_files(
                 "export or copy it again"
             )
     for name, component in manifest.components.items():
-        if component.file not in manifest.files:
-            raise BundleError(
-                f"{directory}: {name}: {component.file} is not a listed file; export or copy "
-                "it again"
-            )
+        weights = str(PurePosixPath(component.file).with_name("model.safetensors"))
+        present = [weights] if os.path.exists(directory / weights) else []
+        for used in (component.file, *present):
+            if used not in manifest.files:
+                raise BundleError(
+                    f"{directory}: {name}: {used} is not a listed file; export or copy it again"
+                )
 
 
 def _inside(directory: Path, name: str) -> Path:

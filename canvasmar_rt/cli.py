@@ -94,6 +94,16 @@ def _steps_shown(quiet: bool) -> Iterator[Callable[[str], None]]:
         yield lambda text: status.update(escape(text))
 
 
+def _table(title: str | None, *columns: str, numbers: tuple[str, ...] = ()) -> Table:
+    """A table for any width: text goes on in a further line, and columns of numbers stay whole."""
+    table = Table(title=title)
+    for name in columns:
+        table.add_column(name, overflow="fold")
+    for name in numbers:
+        table.add_column(name, no_wrap=True)
+    return table
+
+
 def _sampling(base: SamplingConfig, **given: Any) -> SamplingConfig:
     return dataclasses.replace(base, **{k: v for k, v in given.items() if v is not None})
 
@@ -268,7 +278,9 @@ def verify(
     if json_:
         print(json.dumps(report))
     elif not quiet:
-        table = Table("component", "max abs", "relative", "cosine", title=escape(report["bundle"]))
+        table = _table(
+            escape(report["bundle"]), "component", numbers=("max abs", "relative", "cosine")
+        )
         for name, d in report["components"].items():
             table.add_row(name, f"{d['max_abs']:.2e}", f"{d['relative']:.2e}", f"{d['cosine']:.7f}")
         stdout.print(table)
@@ -432,7 +444,7 @@ def _preset_info(name: str, as_json: bool) -> None:
             "model": dataclasses.asdict(config), "sampling": dataclasses.asdict(sampling),
         }))  # fmt: skip
         return
-    table = Table("module", "parameters", title=f"{name}", show_footer=False)
+    table = _table(name, "module", numbers=("parameters",))
     for module, count in counts.items():
         table.add_row(module, f"{count / 1e6:.1f}M")
     table.add_section()
@@ -454,15 +466,17 @@ def _bundle_info(bundle: Bundle, as_json: bool) -> None:
     if as_json:
         print(json.dumps(dataclasses.asdict(manifest)))
         return
-    table = Table("component", "file", "inputs", "outputs", title=escape(str(bundle.path)))
+    table = _table(escape(str(bundle.path)), "component", "file", numbers=("inputs", "outputs"))
     for name, c in manifest.components.items():
         table.add_row(name, c.file, str(len(c.inputs)), str(len(c.outputs)))
     stdout.print(table)
     ae = manifest.model.autoencoder
+    products = "" if manifest.quantization == "none" else f"products {manifest.quantization}, "
     stdout.print(
         f"{escape(manifest.model.name)}: {escape(manifest.source)}; {manifest.dtype}, weights "
-        f"{manifest.weights_dtype}, opset {manifest.opset}, batch {manifest.batch.minimum} to "
-        f"{manifest.batch.maximum}\n{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
+        f"{manifest.weights_dtype}, {products}opset {manifest.opset}, batch "
+        f"{manifest.batch.minimum} to {manifest.batch.maximum}\n"
+        f"{ae.width}x{ae.height} pixels at {manifest.model.fps:g} fps, "
         f"{manifest.model.step_frames} frames a step, actions "
         f"{manifest.model.action_dim or 'none'}, {_steps_text(manifest.sampling)}"
         + (f" (fast: {_steps_text(manifest.fast)})" if manifest.fast else ""),
@@ -517,7 +531,7 @@ def build(
     if json_:
         print(json.dumps(dataclasses.asdict(report), default=str))
     elif not quiet:
-        table = Table("component", "", "why", "s", title=escape(str(report.directory)))
+        table = _table(escape(str(report.directory)), "component", "", "why", numbers=("s",))
         for part in report.components:
             why = escape("; ".join(part.reasons))
             table.add_row(part.component, part.action, why, f"{part.seconds:.1f}")
@@ -606,6 +620,8 @@ def bench(
     for path in (json_, csv, plot and plot / "first_frame.png"):
         if path is not None:
             check_writable(path)
+    if plot is not None:
+        report.check_matplotlib()
     loading: dict[str, Any] = {
         "engine": engine,
         "device": device,
@@ -650,9 +666,6 @@ def bench(
         write_file(json_, json.dumps(measured, indent=1) + "\n")
     if csv is not None:
         write_file(csv, report.as_csv(measured))
-    if plot is not None:
-        for name, png in report.pictures(measured).items():
-            write_file(plot / name, png)
     if not quiet:
         stdout.print(report.table(measured))
         if "soak" in measured:
@@ -662,6 +675,9 @@ def bench(
                 f"{soaked['resident_mb_at_end']:.1f} MB, {soaked['growth']:+.2%} since frame 100",
                 highlight=False,
             )  # fmt: skip
+    if plot is not None:  # after the table: a picture that fails must not cost it
+        for name, png in report.pictures(measured).items():
+            write_file(plot / name, png)
 
 
 @app.command()
@@ -729,7 +745,7 @@ def doctor(json_: Json = False) -> None:
     if json_:
         print(json.dumps([dataclasses.asdict(f) for f in findings]))
     else:
-        table = Table("", "what", "found", "to fix")
+        table = _table(None, "", "what", "found", "to fix")
         colours = {"ok": "green", "missing": "yellow", "problem": "red"}
         for f in findings:
             table.add_row(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import os
 import signal
 import sys
 import types
@@ -26,14 +28,31 @@ def run_command(app: typer.Typer) -> None:
         if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
             stream.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # while an error can still be told
     except CanvasMarError as error:
         print_error(error)
+        sys.exit(2)
+    except OSError as error:
+        _discard_stdout()
+        if isinstance(error, BrokenPipeError):  # as typer leaves when the reader went away
+            sys.exit(1)
+        print_error(
+            CanvasMarError(f"cannot go on ({error}); see that what is written to has space")
+        )
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:
             stderr.print("interrupted")
         raise
+
+
+def _discard_stdout() -> None:
+    """What stdout could not take is not tried again at exit."""
+    with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _terminate(signum: int, frame: types.FrameType | None) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -210,7 +211,7 @@ class ModelConfig:
             self.action_dim % self.group == 0,
             f"model: action_dim ({self.action_dim}) must be a multiple of group ({self.group})",
         )
-        _require(self.fps > 0, "model: fps must be > 0")
+        _require(0 < self.fps < math.inf, f"model: fps must be a number > 0, got {self.fps}")
         _require(
             self.group == 1 or bool(self.group_layers),
             f"model: the frames of a group meet after every fourth spatial layer, and of "
@@ -283,7 +284,10 @@ class SamplingConfig:
     temperature_frames: int = 16
 
     def __post_init__(self) -> None:
-        _require(self.ar_steps >= 1, f"sampling: ar_steps must be >= 1, got {self.ar_steps}")
+        _require(
+            1 <= self.ar_steps <= LARGEST,
+            f"sampling: ar_steps must lie in 1..{LARGEST}, got {self.ar_steps}",
+        )
         _require(
             1 <= self.flow_steps <= 1000,
             f"sampling: flow_steps must lie in 1..1000, got {self.flow_steps}",

@@ -136,6 +136,8 @@ def _bundles() -> list[Finding]:
         try:
             manifest = Bundle.open(name).manifest
             detail = f"{manifest.source}; {manifest.dtype}"
+            if manifest.quantization != "none":
+                detail += f", products {manifest.quantization}"
             found.append(Finding(name=f"bundle {name}", status="ok", detail=detail))
         except CanvasMarError as error:
             found.append(

@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from canvasmar_rt.errors import InputError
 
 
@@ -32,7 +34,7 @@ def write_file(path: Path, data: str | bytes) -> None:
     Raises:
         InputError: if it cannot be written.
     """
-    with _refusals(path), replacing(path) as temporary:
+    with refusals(path), replacing(path) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
@@ -42,15 +44,17 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: if it cannot be.
     """
-    with _refusals(path), tempfile.TemporaryFile(dir=path.parent):
+    with refusals(path), tempfile.TemporaryFile(dir=path.parent):
         if path.is_dir():
             raise IsADirectoryError("it is a directory")
 
 
 @contextmanager
-def _refusals(path: Path) -> Iterator[None]:
+def refusals(path: Path) -> Iterator[None]:
+    """For what writes `path` in its body: its folder is made, and what goes wrong, as on a full
+    disk, is an InputError that names it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({error})") from None

@@ -62,6 +62,15 @@ class _World:
                 f"contexts: expected uint8 (M, 1 + n*{ae.temporal_compression}, {ae.height}, "
                 f"{ae.width}, 3), at least one clip; got shape {clips.shape}"
             )
+        told = None if context_actions is None else _numbers("context_actions", context_actions)
+        if told is not None:
+            if told.ndim != 3 or len(told) != len(clips):
+                raise InputError(
+                    f"context_actions: expected float32 ({len(clips)}, n, {config.action_dim}), "
+                    f"those of every clip in contexts; got shape {told.shape}"
+                )
+            if not np.isfinite(told).all():
+                raise InputError("context_actions: contains values that are not finite")
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ConfigError(f"max_episode_steps: expected at least 1, got {max_episode_steps}")
         if render_mode not in (None, "rgb_array"):
@@ -73,7 +82,7 @@ class _World:
             raise ConfigError(f"action_bounds: expected (low, high) of {shape} ({error})") from None
         if not (low < high).all():
             raise ConfigError(f"action_bounds: low must be below high, got {low} and {high}")
-        self._predictor, self._clips, self._told = predictor, clips, context_actions
+        self._predictor, self._clips, self._told = predictor, clips, told
         self.actions = Box(low, high, dtype=np.float32)
         self.observations = Box(0, 255, (ae.height, ae.width, 3), np.uint8)
         self.metadata = {
@@ -99,18 +108,31 @@ class _World:
         frames = 1 + (self._clips.shape[1] - 1) // t
         return self._predictor.start(
             self._clips[picks],
-            actions=None if self._told is None else np.asarray(self._told)[picks],
+            actions=None if self._told is None else self._told[picks],
             seed=seed,
             stream=stream,
             clock=0 if frame is None else frame - frames,
         )
 
-    def clip(self, action: npt.ArrayLike) -> Float32:
-        """An action, or one a row, within the bounds."""
-        values: Float32 = np.clip(
-            np.asarray(action, np.float32), self.actions.low, self.actions.high
-        )
-        return values
+    def clip(self, action: npt.ArrayLike, rows: tuple[int, ...] = ()) -> Float32:
+        """An action, or one for each of (B,) rows, within the bounds.
+
+        Raises:
+            InputError: an action of another shape, or no numbers.
+        """
+        values = _numbers("action", action)
+        wanted = (*rows, *self.actions.shape)
+        if values.shape != wanted:
+            raise InputError(f"action: expected float32 {wanted}, got shape {values.shape}")
+        clipped: Float32 = np.clip(values, self.actions.low, self.actions.high)
+        return clipped
+
+
+def _numbers(what: str, values: npt.ArrayLike) -> Float32:
+    try:
+        return np.asarray(values, np.float32)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"{what}: expected numbers ({error})") from None
 
 
 def _seed(random: np.random.Generator) -> int:
@@ -149,7 +171,7 @@ class WorldEnv(Env[UInt8, Float32]):
 
         Raises:
             ConfigError: a model without actions, or an option out of range.
-            InputError: contexts or their actions of a wrong shape or dtype.
+            InputError: contexts or their actions of a wrong shape or dtype, or not finite.
         """
         self._world = _World(
             predictor, contexts, context_actions, action_bounds, max_episode_steps, render_mode
@@ -176,6 +198,7 @@ class WorldEnv(Env[UInt8, Float32]):
 
         Raises:
             StateError: before the first reset.
+            InputError: an action of another shape, or not a number.
         """
         if self._rollout is None:
             raise StateError("step: there is no episode; call reset() first")
@@ -262,7 +285,7 @@ class WorldVectorEnv(VectorEnv[UInt8, Float32, npt.NDArray[Any]]):
         """
         if self._rollout is None:
             raise StateError("step: there is no episode; call reset() first")
-        told = self._world.clip(actions)
+        told = self._world.clip(actions, (self.num_envs,))
         frames = self._rollout.step(told).frames
         self._steps += 1
         self._newest = frames[:, -1].copy()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from canvasmar_rt._video_writing import check_target
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.contact_sheet import contact_sheet, heatmap
 from canvasmar_rt.errors import InputError
@@ -62,7 +63,12 @@ def context_length(config: ModelConfig, wanted: int) -> int:
 
 def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     """Each clip's video in the folder `output`: named after it, with its suffix where two would
-    have the same name."""
+    have the same name.
+
+    Raises:
+        InputError: if `output` is no folder that can be written to, and cannot become one.
+    """
+    _check_folder(output.absolute(), output)
     stems = [clip.stem for clip in clips]
     return {
         clip: output / f"{clip.stem if stems.count(clip.stem) == 1 else clip.name}.mp4"
@@ -99,9 +105,9 @@ def predict_clip(
     pixels = options.frames * options.batch * ae.height * ae.width * 3
     if options.frames > MAX_CLIP_FRAMES or pixels > MAX_CLIP_BYTES:
         raise InputError(f"frames: {options.frames} at batch {options.batch} are too many to hold")
-    output, sheet = _targets(source, output)
     length = context_length(config, options.context)
     rate = config.fps if options.fps is None else options.fps
+    output, sheet = _targets(source, output, length + options.frames, rate)
     if options.actions and (options.start or rate != config.fps):
         raise InputError("actions: they belong to every frame from the first; leave out start, fps")
     clip = read_clip(
@@ -161,9 +167,17 @@ def predict_clip(
     }
 
 
-def _targets(source: Path, output: Path) -> tuple[Path, Path]:
-    """Where the video and the sheet go, checked before anything is computed."""
-    if output.suffix not in (".mp4", ".gif", ".png"):
+def _check_folder(folder: Path, output: Path) -> None:
+    """See that files can be made in `folder`, which may be still to be made."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise InputError(f"{output}: {there} is not a folder that can be written to")
+
+
+def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, Path]:
+    """Where the video of `count` frames and the sheet go, checked before anything is computed."""
+    suffix = output.suffix.lower()
+    if suffix not in (".mp4", ".gif", ".png"):
         raise InputError(f"{output}: the output is an .mp4, a .gif, or a .png for numbered frames")
     sheet = output.with_name(f"{output.stem}_sheet.png")
     for path in (output, sheet):
@@ -171,11 +185,10 @@ def _targets(source: Path, output: Path) -> tuple[Path, Path]:
             raise InputError(f"{path}: is a directory; name a file in it")
         if path.exists() and path.resolve() == source.resolve():
             raise InputError(f"{path}: is the clip itself; give another output")
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"{output}: {parent} is not a folder that can be written to")
-    if output.suffix == ".png":  # frames by themselves, so that the folder is a clip again
+    _check_folder(output.absolute().parent, output)
+    if suffix == ".png":  # frames by themselves, so that the folder is a clip again
         output = output.with_suffix("") / output.name
+    check_target(output, count, fps)
     return output, sheet
 
 
@@ -201,13 +214,19 @@ def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray
                 raise InputError(f"{source}: no array named 'actions', only {names}")
             if member.file_size > MAX_ACTION_BYTES:
                 raise InputError(f"{source}: 'actions' claims {member.file_size} bytes; too many")
-            rows = np.asarray(archive["actions"], np.float32)
+            rows = np.asarray(archive["actions"])
     except (OSError, TypeError, zipfile.BadZipFile) as error:
         raise InputError(f"{source}: actions cannot be read ({error})") from None
     except ValueError as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{source}: actions are not numbers ({error})") from None
+    if rows.dtype.kind not in "iuf":
+        raise InputError(
+            f"{source}: actions must be real numbers, got {rows.dtype.name}; save them as float32"
+        )
+    with np.errstate(over="ignore"):  # what becomes infinite is refused where it is used
+        rows = rows.astype(np.float32)
     t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
     if rows.ndim == 2 and rows.shape[1] * t == size:
         rows = rows[: len(rows) // t * t].reshape(-1, size)

@@ -485,9 +485,9 @@ class Rollout:
         """Whether the observation replaces a prediction, which was decoded already."""
         if self._unobserved > 1:
             raise StateError(
-                "observe: more than one latent frame was predicted since a real one, or of some "
-                "videos of the batch one and of a newly seated one none; imagine on fork() and "
-                "observe on the parent, seat() after observe(), or start a new rollout"
+                f"observe: {self._unobserved} latent frames were predicted since a real one, or a "
+                "video was seated between a step and its observation; imagine on fork() and "
+                "observe on the parent, or start a new rollout"
             )
         if self._unobserved and action is not None:
             raise InputError("observe: the step being replaced already had its action")

@@ -40,6 +40,8 @@ class Engine(Protocol):
 
 
 ENGINES = ("onnxruntime", "torch", "tensorrt")
+MAX_THREADS = 1024
+"""More are a slip: engines would start every one of them, at megabytes each."""
 
 
 def create(
@@ -52,8 +54,8 @@ def create(
         EngineError: unknown engine or option, missing package, or a device this machine or engine
             lacks.
     """
-    if threads is not None and threads < 1:
-        raise EngineError(f"threads must be >= 1, got {threads}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise EngineError(f"threads must lie in 1..{MAX_THREADS}, got {threads}")
     bundle.manifest.require_device(device)
     kind: Any
     if name == "onnxruntime":

@@ -20,6 +20,8 @@ import numpy.typing as npt
 
 import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
+from canvasmar_rt.errors import InputError
+from canvasmar_rt.files import check_writable
 from canvasmar_rt.video import write_clip, write_png
 
 Frames = npt.NDArray[np.uint8]
@@ -39,6 +41,13 @@ def main() -> None:
     parser.add_argument("--headless", action="store_true", help="no window; scripted keys")
     parser.add_argument("--out", type=Path, help="write what was shown: .mp4, .gif, or last .png")
     options = parser.parse_args()
+    if options.out:
+        if options.out.suffix.lower() not in (".mp4", ".gif", ".png"):
+            parser.error(f"--out {options.out}: name an .mp4, a .gif or a .png")
+        try:
+            check_writable(options.out)
+        except InputError as error:
+            parser.error(f"--out {error}")
     if options.headless:
         os.environ["SDL_VIDEODRIVER"] = "dummy"
         options.frames = options.frames or 60
@@ -94,7 +103,7 @@ def main() -> None:
         running = running and (options.frames is None or shown < options.frames)
     pygame.quit()
     print(f"{shown} frames shown; predictions by AR steps, 0 the canvas alone: {dict(steps)}")
-    if options.out and options.out.suffix == ".png":
+    if options.out and options.out.suffix.lower() == ".png":
         write_png(options.out, film[-1])
     elif options.out:
         write_clip(options.out, np.stack(film), RATE)

@@ -47,6 +47,7 @@ from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
 from canvasmar_rt.export.quantize import quantize_products, quantize_weight
+from canvasmar_rt.files import refusals
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
@@ -130,6 +131,7 @@ def export_bundle(
     Raises:
         BundleError: if `output` exists and `force` is not given, or a graph holds an operator
             TensorRT does not take.
+        InputError: if it cannot be written.
         ParityError: if a component or a rollout is further from PyTorch than the tolerance.
     """
     if output.exists() and not force:
@@ -137,29 +139,26 @@ def export_bundle(
     if output.exists() and not (output / MANIFEST).is_file():
         raise BundleError(f"{output} is not a bundle, so --force does not replace it")
     output = output.resolve()
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
+    with refusals(output):
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise BundleError(f"{output}: cannot be written ({error})") from None
-    try:
-        os.chmod(work, 0o755)
-        _write(model, sampling, work, options, source, progress)
-        if output.exists():
-            old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
-            os.replace(output, old / output.name)
-            try:
+        try:
+            os.chmod(work, 0o755)
+            _write(model, sampling, work, options, source, progress)
+            if output.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
+                os.replace(output, old / output.name)
+                try:
+                    os.replace(work, output)
+                except BaseException:
+                    os.replace(old / output.name, output)
+                    raise
+                finally:
+                    shutil.rmtree(old, ignore_errors=True)
+            else:
                 os.replace(work, output)
-            except BaseException:
-                os.replace(old / output.name, output)
-                raise
-            finally:
-                shutil.rmtree(old, ignore_errors=True)
-        else:
-            os.replace(work, output)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
     return Bundle.open(output)
 
 

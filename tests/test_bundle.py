@@ -273,6 +273,11 @@ def in_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda m: m["model"].update(changes)
 
 
+def in_parity(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    parity = {"engine": "x", "tolerance": 1e-4, "drift_tolerance": 1e-3, "components": {}}
+    return lambda m: m.update(parity=parity | {"drift": [], "flipped_orders": 0} | changes)
+
+
 def in_autoencoder(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda m: m["model"]["autoencoder"].update(changes)
 
@@ -305,6 +310,21 @@ def in_autoencoder(**changes: Any) -> Callable[[dict[str, Any]], None]:
         (in_autoencoder(widths=[8] * 20_000), ["widths"]),
         (lambda m: m["sampling"].update(ar_steps=0), ["ar_steps"]),
         (lambda m: m["sampling"].update(canvas_noise=float("nan")), ["canvas_noise"]),
+        (lambda m: m.update(latent_mean=[0.0] * 3), ["latent_mean", "4 finite", "got 3"]),
+        (lambda m: m.update(latent_mean=[0.0] * 10**5), ["latent_mean", "got 100000"]),
+        (lambda m: m.update(latent_mean=[0, 0, 0, float("nan")]), ["latent_mean", "nan"]),
+        (lambda m: m.update(latent_std=[1.0] * 5), ["latent_std", "4 finite", "got 5"]),
+        (lambda m: m.update(latent_std=[1, 1, 1, float("inf")]), ["latent_std", "inf"]),
+        (lambda m: m.update(latent_std=[1, 1, 1, 0]), ["latent_std", "above 0"]),
+        (lambda m: m.update(opset=0), ["opset", "0"]),
+        (in_model(fps=float("inf")), ["fps", "inf"]),
+        (lambda m: m["sampling"].update(ar_steps=65), ["ar_steps", "1..64", "65"]),
+        (lambda m: m.update(fast=m["sampling"] | {"ar_steps": 65}), ["ar_steps", "1..64"]),
+        (lambda m: m["batch"].update(maximum=65537), ["batch", "65537"]),
+        (in_parity(tolerance=0), ["parity", "tolerance", "0"]),
+        (in_parity(tolerance=float("inf")), ["parity", "tolerance", "inf"]),
+        (in_parity(drift_tolerance=float("nan")), ["parity", "drift_tolerance", "nan"]),
+        (in_parity(frame_tolerance=-1), ["parity", "frame_tolerance", "-1"]),
     ],
 )
 def test_bad_values_are_named(
@@ -366,6 +386,16 @@ def test_graphs_that_are_not_listed(made: Path) -> None:
     message = refused(made)
     assert "flow/model.onnx" in message
     assert "not a listed file" in message
+
+
+def test_weights_that_are_not_listed(made: Path) -> None:
+    """Nor weights: the graph beside them would read them."""
+    (made / "spatial/model.safetensors").write_bytes(b"weights")
+    message = refused(made)
+    assert "spatial/model.safetensors is not a listed file" in message
+    listed = file_entry(made / "spatial/model.safetensors")
+    edit(made, lambda m: m["files"].update({"spatial/model.safetensors": listed}))
+    Bundle.open(made)
 
 
 # -- files

@@ -18,17 +18,22 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from canvasmar_rt import cli
 from canvasmar_rt.bundle import DEMO_CLIP, PACKAGED, Bundle
 from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL
+from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = [sys.executable, "-m", "canvasmar_rt.cli"]
 
 
-def run(*arguments: object, cwd: Path, code: int = 0) -> subprocess.CompletedProcess[str]:
+def run(
+    *arguments: object, cwd: Path, code: int = 0, columns: int = 120
+) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         [*COMMAND, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, timeout=120,
-        check=False, env={**os.environ, "COLUMNS": "120"},
+        check=False, env={**os.environ, "COLUMNS": str(columns)},
     )  # fmt: skip
     assert done.returncode == code, (done.stdout, done.stderr)
     assert "Traceback" not in done.stderr
@@ -101,11 +106,12 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["predict", "nowhere.mp4", "-o", "x.mp4"], "nowhere.mp4"),
+        (["predict", "nowhere.mp4", "-o", "x.mp4"], "nowhere.mp4: no such file or folder"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--threads", "100000"], r"1\.\.1024, got 100000"),
         (["predict", DEMO_CLIP, "-o", "x.avi"], r"\.mp4"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "0"], "frames: at least 1"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "0"], "context: at least 1"),
-        (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "99"], "99"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "99"], "99.*a shorter context"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--steps", "65"], r"1\.\.64"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--batch", "33"], r"--batch-max"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--solver", "rk4"], "euler"),
@@ -152,6 +158,77 @@ def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
     assert "onnxruntime" in run("doctor", cwd=tmp_path).stdout
     findings = json.loads(run("doctor", "--json", cwd=tmp_path).stdout)
     assert {f["status"] for f in findings} <= {"ok", "missing"}
+
+
+@pytest.mark.parametrize("arguments", [("doctor",), ("info", GPU_MODEL), ("verify", DEFAULT_MODEL)])
+def test_narrow_tables_leave_nothing_out(arguments: tuple[str, ...], tmp_path: Path) -> None:
+    done = run(*arguments, cwd=tmp_path, columns=50)
+    assert "\N{HORIZONTAL ELLIPSIS}" not in done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 50
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), ("info", DEFAULT_MODEL, "--json")])
+def test_a_full_stdout_is_one_line(arguments: tuple[str, ...]) -> None:
+    """Little output meets it only when the buffer is flushed."""
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*No space left on device.*\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [("doctor", "--json"), ("info", DEFAULT_MODEL, "--json")])
+def test_a_reader_that_goes_away_is_no_error_to_tell(arguments: tuple[str, ...]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "w") as pipe:
+        done = subprocess.run(
+            [*COMMAND, *arguments], stdout=pipe, stderr=subprocess.PIPE, text=True, timeout=120,
+            check=False,
+        )  # fmt: skip
+    assert (done.returncode, done.stderr) == (1, "")
+
+
+def test_bench_says_first_that_it_cannot_draw(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr(cli, "load", lambda *_, **__: pytest.fail("a model was loaded"))
+    with pytest.raises(ConfigError, match="pip install matplotlib"):
+        cli.app(["bench", "--plot", str(tmp_path / "figures")], standalone_mode=False)
+
+
+def test_bench_shows_its_table_before_it_draws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def pictures(measured: object) -> dict[str, bytes]:
+        raise ConfigError("no picture")
+
+    monkeypatch.setattr("canvasmar_rt.benchmarks.report.pictures", pictures)
+    arguments = ["--iterations", "1", "--warmup", "0", "--frames", "1", "--threads", "1"]
+    with pytest.raises(ConfigError, match="no picture"):
+        cli.app(["bench", *arguments, "--plot", str(tmp_path)], standalone_mode=False)
+    assert "latent frames" in capsys.readouterr().out
+
+
+def test_a_quantized_bundle_is_said_to_be_so(tmp_path: Path) -> None:
+    assert "weights float16, products int8, " in run("info", "toytable-int8", cwd=tmp_path).stdout
+    assert "int8" not in run("info", "toytable", cwd=tmp_path).stdout
+    found = json.loads(run("doctor", "--json", cwd=tmp_path).stdout)
+    details = {f["name"]: f["detail"] for f in found}
+    assert details["bundle toytable-int8"].endswith("; float32, products int8")
+    assert details["bundle toytable"].endswith("; float32")
+
+
+@pytest.mark.parametrize("name", ["A.MP4", "A.Gif", "A.PNG"])
+def test_a_suffix_may_be_of_any_case(name: str, tmp_path: Path) -> None:
+    run("predict", DEMO_CLIP, "-o", name, "--frames", 2, cwd=tmp_path)
+    assert (tmp_path / "A_sheet.png").is_file()
+    made = tmp_path / "A" if name == "A.PNG" else tmp_path / name
+    assert read_clip(made).frames.shape[0] == 5 + 2
 
 
 def test_bench_measures_and_draws(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_newcomer_among_predictions_is_not_observed(
     copied = predictor.start(clip, seed=9, batch=2)
     copied.restore(shared.state())
     for rollout in (shared, copied):
-        with pytest.raises(StateError, match="newly seated"):
+        with pytest.raises(StateError, match="seated between a step and its observation"):
             rollout.observe(real)
     fresh = predictor.start(clip, seed=9, batch=2)
     fresh.seat(1, predictor.start(clip, seed=9, stream=7).state())

@@ -121,3 +121,18 @@ def test_the_game_loop_shows_the_arm_moving(tmp_path: Path) -> None:
     assert seen[-1, 0] < seen[0, 0] - 0.15  # the script begins with the left key
     run("-m", "examples.game_loop", "--headless", "--frames", 2, "--out", tmp_path / "game.png")
     assert (tmp_path / "game.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize("name", ["file/game.mp4", "game.avi", "game"])
+def test_the_game_loop_is_not_played_for_a_film_that_cannot_be_written(
+    tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [sys.executable, "-m", "examples.game_loop", "--headless", "--out", str(tmp_path / name)],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert re.search(rf"error: --out {re.escape(str(tmp_path / name))}: ", done.stderr)
+    assert "Traceback" not in done.stderr

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from canvasmar_rt.errors import InputError
-from canvasmar_rt.files import check_writable, replacing, write_file
+from canvasmar_rt.files import check_writable, refusals, replacing, write_file
 
 
 def test_a_file_is_replaced_once_its_body_succeeded(tmp_path: Path) -> None:
@@ -46,3 +47,12 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
                 attempt(path)
             assert str(error.value).startswith(f"{path}: ")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("error", [OSError, SafetensorError])
+def test_a_full_disk_is_said(error: type[Exception], tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "a"
+    message = r"/folder/a: cannot be written \(No space left\)$"
+    with pytest.raises(InputError, match=message), refusals(path):
+        raise error("No space left")
+    assert path.parent.is_dir()

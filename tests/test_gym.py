@@ -204,6 +204,14 @@ def test_a_wrapper_counts_episodes(make_vector: Callable[..., WorldVectorEnv]) -
         ({"contexts": np.zeros((5, 64, 64, 3), np.uint8)}, InputError, "clip"),
         ({"contexts": np.zeros((1, 4, 64, 64, 3), np.uint8)}, InputError, "1 \\+ n"),
         ({"context_actions": np.zeros((3, 1, 4), np.float32)}, InputError, "actions"),
+        ({"context_actions": np.zeros((1, 2, 4), np.float32)}, InputError, "every clip"),
+        ({"context_actions": np.zeros((4, 2, 4), np.float32)}, InputError, "every clip"),
+        ({"context_actions": [[[0] * 4] * 2, [[0] * 4], []]}, InputError, "expected numbers"),
+        (
+            {"context_actions": np.float32([0, 0, np.nan]).repeat(8).reshape(3, 2, 4)},
+            InputError,
+            "finite",
+        ),
         ({"num_envs": 10_000}, InputError, "batch"),
     ],
 )
@@ -217,6 +225,33 @@ def test_refusals(
     options = {"contexts": clips[0], "reward": darkness, "num_envs": 2, **changes}
     with pytest.raises(error, match=message):
         WorldVectorEnv(predictor, **options)
+
+
+@pytest.mark.parametrize("action", [0.0, [0.0], np.zeros((1, 4)), [0.0] * 2, np.zeros((4, 1))])
+def test_actions_of_another_shape(make: Callable[..., WorldEnv], action: Any) -> None:
+    env = make()
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=r"action: expected float32 \(4,\), got shape"):
+        env.step(action)
+
+
+@pytest.mark.parametrize("actions", [0.0, np.zeros(4), np.zeros((4, 1)), np.zeros((1, 4)), [[]]])
+def test_vector_actions_of_another_shape(
+    make_vector: Callable[..., WorldVectorEnv], actions: Any
+) -> None:
+    env = make_vector(num_envs=4)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=r"action: expected float32 \(4, 4\), got shape"):
+        env.step(actions)
+
+
+def test_an_action_that_is_no_number(make: Callable[..., WorldEnv]) -> None:
+    env = make()
+    env.reset(seed=0)
+    with pytest.raises(InputError, match="expected numbers"):
+        env.step(["left", "up", "up", "up"])  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="finite"):
+        env.step(np.full(4, np.nan, np.float32))
 
 
 def test_rewards_are_one_a_row(

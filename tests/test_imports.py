@@ -58,3 +58,15 @@ def test_what_needs_torch_says_so(tmp_path: Path) -> None:
         assert "canvasmar-rt[export]" in done.stderr
         assert len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
+
+
+def test_what_needs_ray_says_so(tmp_path: Path) -> None:
+    code = (
+        "import runpy; sys.modules['ray'] = None; "
+        "runpy.run_module('canvasmar_rt.cluster', run_name='__main__')"
+    )
+    done = run(code, "--help", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "pip install 'canvasmar-rt[cluster]'" in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1

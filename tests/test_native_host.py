@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
 import shutil
 import subprocess
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +297,10 @@ def flip(path: Path) -> None:
         (("--seed", "-1"), "--seed: expected a whole number, got '-1'"),
         (("--frames", "2", "--actions", "actions.txt"), "2 for the context and 2 for the predict"),
         (("--actions", "nowhere.txt"), "nowhere.txt: cannot be read"),
+        (("--threads", "0"), "--threads: expected 1 to 1024, got 0; leave it out"),
+        (("--threads", "1025"), "--threads: expected 1 to 1024, got 1025"),
+        (("--threads", "-1"), "--threads: expected a whole number, got '-1'"),
+        (("--threads", "two"), "--threads: expected a whole number, got 'two'"),
     ],
 )
 def test_a_mistake_is_named(
@@ -305,6 +312,49 @@ def test_a_mistake_is_named(
     done = host(PACKAGED / BUNDLE, context, "out.ppm", *change)
     assert done.returncode == 1
     assert message in done.stderr
+
+
+@pytest.mark.parametrize("same", ["context.ppm", "./context.ppm", "linked.ppm", "actions.txt"])
+def test_an_input_is_never_overwritten(
+    host: Run, context: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, same: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("actions.txt").write_text("0 0 0 0\n" * 3)
+    Path("linked.ppm").symlink_to(context)
+    before = Path(same).read_bytes()
+    more = ("--frames", 1, "--actions", "actions.txt")
+    done = host(PACKAGED / BUNDLE, "context.ppm", same, *more)
+    assert done.returncode == 1
+    assert f"{same}: is an input; give another output" in done.stderr
+    assert Path(same).read_bytes() == before
+
+
+def test_threads_reach_the_graphs(host: Run, context: Path, tmp_path: Path) -> None:
+    """As many as Linux counts in the process, of which each graph has some of its own."""
+    most = {}
+    for threads in (1, 3):
+        command = (PACKAGED / BUNDLE, context, tmp_path / "out.ppm", "--frames", 8)
+        with ThreadPoolExecutor(1) as pool:
+            done = pool.submit(host, *command, "--threads", threads)
+            counts = {0}
+            while not done.done():
+                counts.add(threads_of_host())
+                time.sleep(0.005)
+        assert done.result().returncode == 0, done.result().stderr
+        most[threads] = max(counts)
+    if not any(most.values()):
+        pytest.skip("this system does not tell a process's threads")
+    assert most[3] - most[1] >= 3 * 2  # of encoder, temporal and decoder at least
+
+
+def threads_of_host() -> int:
+    """Threads of the host that this process has started; 0 where there is nothing to be seen."""
+    with contextlib.suppress(OSError):  # it may end meanwhile
+        for task in Path("/proc/self/task").iterdir():
+            for child in (task / "children").read_text().split():
+                if Path("/proc", child, "comm").read_text() == "canvasmar_host\n":
+                    return len(os.listdir(f"/proc/{child}/task"))
+    return 0
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,7 @@ def test_observing_real_frames_equals_starting_from_them(
 def test_observe_after_several_predictions_is_refused(rollout: Rollout, clip: np.ndarray) -> None:
     rollout.step()
     rollout.step()
-    with pytest.raises(StateError, match=r"more than one latent frame.*fork"):
+    with pytest.raises(StateError, match=r"2 latent frames.*fork"):
         rollout.observe(clip[:2])
 
 

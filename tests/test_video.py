@@ -501,7 +501,7 @@ def test_find_clips(tmp_path: Path, refused: Refused) -> None:
     frames.mkdir()
     (frames / "0.jpg").touch()
     assert find_clips(frames) == [frames]
-    assert "cannot be listed" in refused(find_clips, tmp_path / "missing")
+    assert "no such file or folder" in refused(find_clips, tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     assert "found none" in refused(read_clip, tmp_path / "empty")
 
@@ -525,6 +525,7 @@ def test_archive_picks_its_array(tmp_path: Path, refused: Refused) -> None:
     message = refused(read_clip, path)
     assert "left" in message
     assert "right" in message
+    assert "save the one to read as 'frames'" in message
     assert "key=" in message
     np.savez(path, action=actions)
     assert "action float32[4, 4]" in refused(read_clip, path)

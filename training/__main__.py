@@ -6,14 +6,15 @@ One process a GPU: start the stages with `torchrun --nproc-per-node N -m trainin
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 
-from canvasmar_rt.command import run_command
+from canvasmar_rt.command import run_command, stderr
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import FrameModel
@@ -52,6 +53,13 @@ Run = Annotated[
 ]
 Config = Annotated[str, typer.Option(help=f"Named configuration: {', '.join(RECIPES)}.")]
 Data = Annotated[str, typer.Option(help=f"toytable, or a reader: {', '.join(READERS)}.")]
+DataOfLatents = Annotated[
+    str,
+    typer.Option(
+        help=f"toytable, or a reader: {', '.join(READERS)}; by default what the latents are of, or "
+        "toytable."
+    ),
+]
 Root = Annotated[Path | None, typer.Option(help="Where the data set lies.")]
 Set = Annotated[
     list[str] | None,
@@ -63,7 +71,7 @@ SetModel = Annotated[
 ]
 Until = Annotated[int | None, typer.Option(help="Stop after this step; resume later.")]
 Device = Annotated[str, typer.Option(help="cuda, cpu; by default a GPU where there is one.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads of this process.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of this process.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]
 From = Annotated[
     Path, typer.Option(help="The trained autoencoder: a run, a checkpoint or a bundle.")
@@ -96,16 +104,15 @@ def autoencoder(
         open_skips(network.autoencoder)
     else:
         network = _with_autoencoder(chosen.model, load_weights(init)[0], settings.seed)
-    with process_group(device) as ranks:
-        stage = stages.AutoencoderStage(
-            network,
-            chosen.sampling,
-            settings,
-            _source(chosen.model, data, root, ranks, frames=settings.frames, held_out=True),
+    with process_group(device) as ranks, _naming(ranks, quiet) as on_skip:
+        held_out = _source(
+            chosen.model, data, root, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
         )
         source = _source(
-            chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed
-        )
+            chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed,
+            on_skip=on_skip,
+        )  # fmt: skip
+        stage = stages.AutoencoderStage(network, chosen.sampling, settings, held_out)
         described = {"data": _described(data, root)}
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
@@ -115,7 +122,7 @@ def encode(
     output: Annotated[Path, typer.Option("--output", "-o", help="Directory of the latents.")],
     autoencoder: From,
     clips: Annotated[int, typer.Option(min=1, help="How many clips to encode.")] = 20_000,
-    frames: Annotated[int, typer.Option(min=1, help="Pixel frames of a clip.")] = 17,
+    frames: Annotated[int, typer.Option(min=1, help="Pixel frames of a clip.")] = 25,
     data: Data = "toytable",
     root: Root = None,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
@@ -126,17 +133,22 @@ def encode(
     """Run a data set through the autoencoder once, to train on its latents many times."""
     _threads(threads)
     model, _ = load_weights(autoencoder)
-    with process_group(device) as ranks, progress_bar("encode", clips, quiet) as advance:
+    with (
+        process_group(device) as ranks,
+        _naming(ranks, quiet) as on_skip,
+        progress_bar("encode", clips, quiet) as advance,
+    ):
         if ranks.world > 1:
             raise InputError("encode is one process: start it without torchrun")
         model.to(ranks.device)
         write_latents(
-            _source(model.config, data, root, ranks, frames=frames, seed=seed),
+            _source(model.config, data, root, ranks, frames=frames, seed=seed, on_skip=on_skip),
             lambda pixels: stages.encode_clips(model, pixels),
             output,
             clips=clips,
             temporal_compression=model.config.autoencoder.temporal_compression,
             autoencoder=stages.weights_id(model.autoencoder),
+            data=_described(data, root),
             batch=16 if ranks.device.type == "cpu" else 512,
             progress=lambda done: advance(done, None),
         )
@@ -147,7 +159,7 @@ def model(
     run: Run,
     autoencoder: From,
     config: Config = "toytable",
-    data: Data = "toytable",
+    data: DataOfLatents = "",
     root: Root = None,
     latents: Annotated[
         Path | None, typer.Option(help="Train on latents that `encode` wrote.")
@@ -166,32 +178,30 @@ def model(
     _threads(threads)
     trained, _ = load_weights(autoencoder)
     network = _with_autoencoder(chosen.model, trained, settings.seed)
-    held_out = _source(
-        chosen.model, data, root, Ranks(0, 1, torch.device("cpu")),
-        frames=settings.frames, held_out=True,
-    )  # fmt: skip
-    if init is None:
-        zero_outputs(network)
-    else:
-        given = load_weights(init)[0]
-        _translated(given, network, held_out)
-        transfer(given, network, f"--init {init}")
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
     source: ClipSource | None = None
     if latents is not None:
         source = LatentSource(latents, seed=settings.seed)
-        if source.about["autoencoder"] != described["autoencoder"]:
-            raise InputError(
-                f"{latents}: made by another autoencoder than {autoencoder}; run "
-                "`python -m training encode` again"
-            )
+        _check_latents(source, latents, autoencoder, described["autoencoder"], settings.frames)
+        data, root = _data_of(source.about, data, root)
         described["data"] = source.about
-    with process_group(device) as ranks:
+    data = data or "toytable"
+    with process_group(device) as ranks, _naming(ranks, quiet) as on_skip:
+        held_out = _source(
+            chosen.model, data, root, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
+        )
+        if init is None:
+            zero_outputs(network)
+        else:
+            given = load_weights(init, whole=True)[0]
+            _translated(given, network, held_out)
+            transfer(given, network, f"--init {init}")
         stage = stages.ModelStage(network, chosen.sampling, settings, held_out)
         if source is None:
             source = _source(
-                chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed
-            )
+                chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed,
+                on_skip=on_skip,
+            )  # fmt: skip
             described["data"] = _described(data, root)
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
@@ -213,12 +223,17 @@ def _source(
     ranks: Ranks,
     *,
     frames: int,
+    on_skip: Callable[[str, str], None],
     seed: int = 0,
     held_out: bool = False,
 ) -> ClipSource:
     ae = config.autoencoder
     check_length(frames, ae.temporal_compression)
     if data == "toytable":
+        if root is not None:
+            raise InputError(
+                f"--root needs --data, one of {', '.join(READERS)}: toytable reads no directory"
+            )
         if ae.height != ae.width:
             raise ConfigError(f"toytable is square, the model wants {ae.height}x{ae.width}")
         # held-out clips are few, and the same on every machine
@@ -240,11 +255,55 @@ def _source(
         width=ae.width,
         seed=seed,
         split="test" if held_out else "train",
+        on_skip=on_skip,
     )
 
 
+@contextmanager
+def _naming(ranks: Ranks, quiet: bool) -> Iterator[Callable[[str, str], None]]:
+    """What names recordings that are left out, each once; at the end it tells how many."""
+    names: set[str] = set()
+
+    def show(text: str) -> None:
+        if ranks.main and not quiet:
+            stderr.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def skip(name: str, reason: str) -> None:
+        if name not in names:
+            names.add(name)
+            show(f"left out {name}: {reason}")
+
+    yield skip
+    if names:
+        show(f"recordings left out: {len(names)}")
+
+
 def _described(data: str, root: Path | None) -> dict[str, str]:
-    return {"name": data} | ({} if root is None else {"root": str(root)})
+    return {"name": data} | ({} if root is None else {"root": str(root.absolute())})
+
+
+def _check_latents(
+    source: LatentSource, latents: Path, autoencoder: Path, weights: str, frames: int
+) -> None:
+    if source.about["autoencoder"] != weights:
+        raise InputError(
+            f"{latents}: made by another autoencoder than {autoencoder}; run "
+            "`python -m training encode` again"
+        )
+    if source.frames != frames:
+        raise InputError(
+            f"{latents}: clips of {source.frames} frames, this training wants {frames}; give --set "
+            f"frames={source.frames}, or run `python -m training encode --frames {frames}` again"
+        )
+
+
+def _data_of(about: dict[str, Any], data: str, root: Path | None) -> tuple[str, Path | None]:
+    """Data and root of held-out clips: as given, else what the latents were made of."""
+    if data not in ("", about.get("name")):
+        return data, root
+    if root is None and "root" in about:
+        root = Path(about["root"])
+    return data or about.get("name", ""), root
 
 
 def _translated(given: FrameModel, network: FrameModel, held_out: ClipSource) -> None:

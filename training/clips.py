@@ -6,7 +6,7 @@ Notation: B clips, T pixel frames, A action size per pixel frame, t pixel frames
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from canvasmar_rt.errors import BundleError, InputError
-from canvasmar_rt.files import check_writable, write_file
+from canvasmar_rt.files import check_writable, refusals, write_file
 from training.toytable import ToyTableConfig, generate
 
 _LATENTS_FILE = "latents.json"
@@ -145,6 +145,18 @@ def check_length(frames: int, t: int) -> None:
         raise InputError(f"clips of {frames} frames: the model wants 1 + n*{t}")
 
 
+def check_shared(batch: int, world: int) -> None:
+    """See that the ranks can share a batch evenly.
+
+    Raises:
+        InputError: if they cannot.
+    """
+    if batch % world:
+        raise InputError(
+            f"a batch of {batch} clips cannot be shared by {world} ranks; make it a multiple"
+        )
+
+
 def latent_actions(actions: Tensor, t: int) -> Tensor:
     """Actions of pixel steps (B, n*t, A) -> of latent steps (B, n, t*A), in order of time.
 
@@ -182,8 +194,7 @@ def batches(
     Raises:
         InputError: if `batch` cannot be shared evenly.
     """
-    if batch % world:
-        raise InputError(f"a batch of {batch} clips cannot be shared by {world} ranks")
+    check_shared(batch, world)
     share = batch // world
     slots = range(rank * share, (rank + 1) * share)
     held: dict[int, tuple[int, Clips | LatentClips]] = {}  # by slot: a clip's number, and the clip
@@ -289,13 +300,19 @@ def write_latents(
     clips: int,
     temporal_compression: int,
     autoencoder: str,
+    data: Mapping[str, str],
     batch: int = 16,
     shard: int = 2048,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Encode clips 0 ... `clips` - 1 of a source into float16 shards. `encode` maps uint8 frames
-    (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it. The list of shards is
-    written last: without it nothing reads the directory."""
+    (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it, `data` tells the
+    source's name and root. The list of shards is written last: without it nothing reads the
+    directory.
+
+    Raises:
+        InputError: if a file cannot be written.
+    """
     listing = directory / _LATENTS_FILE
     check_writable(listing)
     listing.unlink(missing_ok=True)
@@ -312,8 +329,10 @@ def write_latents(
             progress(len(drawn.frames))
         names.append(f"latents_{len(names):05d}.safetensors")
         tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
-        save_file(tensors, directory / names[-1])
+        with refusals(directory / names[-1]):
+            save_file(tensors, directory / names[-1])
     about = {
+        **data,
         "shards": names,
         "clips": clips,
         "frames": source.frames,

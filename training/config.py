@@ -7,6 +7,7 @@ leaves open (learning rate, warm-up) is a default here and can be overridden by 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Literal
 
 from canvasmar_rt.config import ModelConfig, SamplingConfig, preset
@@ -138,7 +139,12 @@ class ModelTraining(RunConfig):
         _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
         _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
         _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
-        _require(self.mar_weight >= 0, "training: mar_weight must not be negative")
+        for name in ("mar_weight", "canvas_weight", "static_weight"):
+            weight = getattr(self, name)
+            _require(
+                math.isfinite(weight) and weight >= 0,
+                f"training: {name} must be finite and not negative",
+            )
         _require(self.own_history >= 0, "training: own_history must not be negative")
         _require(self.flow_repeat >= 1, "training: flow_repeat must be at least 1")
 

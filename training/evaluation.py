@@ -78,7 +78,7 @@ Context = Annotated[int, typer.Option(min=1, help="Latent frames of context.")]
 Frames = Annotated[int, typer.Option(min=1, help="Pixel frames to predict, a multiple of t.")]
 Seed = Annotated[int, typer.Option(min=0, help="Of the sampling noise.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda.")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads.")]
 Engine = Annotated[
     str,
     typer.Option(
@@ -117,7 +117,7 @@ def reconstruction(
     quiet: Quiet = False,
 ) -> None:
     """PSNR of held-out clips through the autoencoder."""
-    model, _ = _load_toytable(checkpoint, output, device, threads, None)
+    model, _ = _load_toytable(checkpoint, output, device, threads, None, whole=False)
     with _ticking("reconstruction", clips, quiet) as tick:
         result = measure_reconstruction(model, clips=clips, frames=frames, batch=batch, tick=tick)
     _write(output, "reconstruction", model, None, result, quiet)
@@ -448,13 +448,19 @@ def protocol(
 
 
 def _load(
-    checkpoint: Path, output: Path, device: str, threads: int | None, assignments: list[str] | None
+    checkpoint: Path,
+    output: Path,
+    device: str,
+    threads: int | None,
+    assignments: list[str] | None,
+    *,
+    whole: bool = True,
 ) -> tuple[FrameModel, SamplingConfig]:
     """Model and sampling options; what hours of work would end in is checked first."""
     check_writable(output)
     if threads is not None:
         torch.set_num_threads(threads)
-    model, sampling = load_weights(checkpoint)
+    model, sampling = load_weights(checkpoint, whole=whole)
     sampling = override(sampling, assignments)
     set_sizes(model.config.tokens, sampling.ar_steps)
     try:
@@ -471,8 +477,10 @@ def _load_toytable(
     threads: int | None,
     assignments: list[str] | None,
     model_assignments: list[str] | None = None,
+    *,
+    whole: bool = True,
 ) -> tuple[FrameModel, SamplingConfig]:
-    model, sampling = _load(checkpoint, output, device, threads, assignments)
+    model, sampling = _load(checkpoint, output, device, threads, assignments, whole=whole)
     ae, actions = model.config.autoencoder, model.config.action_dim // model.config.group
     if {ae.height, ae.width} != {METRIC_SIZE} or actions not in (0, 2 * ae.temporal_compression):
         raise ConfigError(
@@ -563,7 +571,9 @@ def _read_ablations(path: Path) -> dict[str, Any]:
         or report.get("what") not in ("ablations", "compare")
         or not isinstance(report.get("result"), dict)
     ):
-        raise InputError(f"{path}: not written by `python -m training.evaluation ablations`")
+        raise InputError(
+            f"{path}: not written by `python -m training.evaluation ablations` or `compare`"
+        )
     return report
 
 

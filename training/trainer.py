@@ -37,9 +37,9 @@ from canvasmar_rt.command import stderr
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
-from canvasmar_rt.files import replacing, write_file
+from canvasmar_rt.files import refusals, replacing, write_file
 from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from canvasmar_rt.models.checkpoint import RUN_FILE, load_checkpoint, save_checkpoint
 from training.clips import (
     Clips,
     ClipSource,
@@ -47,13 +47,14 @@ from training.clips import (
     age,
     batches,
     check_length,
+    check_shared,
     to_device,
 )
 from training.config import RunConfig
 from training.losses import Draws, Terms
 
 STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
-RUN_FILE, LOG_FILE = "run.json", "log.jsonl"
+LOG_FILE = "log.jsonl"
 CARRIED = "carried"
 
 
@@ -132,11 +133,12 @@ class Stage(Protocol):
     """What the loop trains: `loss` is the module whose parameters move; called with `draws` and the
     `inputs` of clips that have been in the batch for `ages` steps, of `stay`, it gives a scalar and
     its terms. After the step they `advance`; `carried`, a row a clip, goes from one step to the
-    next. `sample` returns pictures for the log."""
+    next. `sample` writes pictures of `held_out` clips for the log."""
 
     name: str
     model: FrameModel
     sampling: SamplingConfig
+    held_out: ClipSource
     loss: nn.Module
     stay: int
     carried: Tensor | None
@@ -263,12 +265,14 @@ class Trainer:
 
         Raises:
             ConfigError: if the directory holds a run of another configuration.
-            InputError: if clips and model do not fit together.
+            InputError: if clips and model do not fit together, or ranks and batch.
         """
         self.stage, self.source, self.directory = stage, source, directory
         self.ranks, self.quiet = ranks, quiet
         self.config = stage.config
         _check_source(stage, source)
+        _check_source(stage, stage.held_out, "held-out ", "; give the --data and --root trained on")
+        check_shared(self.config.batch, ranks.world)
         stage.model.to(ranks.device)
         stage.loss.train()
         self._claim(description or {})
@@ -289,10 +293,16 @@ class Trainer:
         c, r = self.config, self.ranks
         end = c.steps if until is None else min(until, c.steps)
         if self.step >= end:
+            if r.main and not self.quiet:
+                stderr.print(
+                    f"{self.stage.name}: already at step {self.step} of {c.steps}", highlight=False
+                )
             return
+        writer = None
         if r.main:
             self._forget_lost_steps()
-        writer = SummaryWriter(str(self.directory), purge_step=self.step + 1) if r.main else None
+            with refusals(self.directory):
+                writer = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         data = batches(
             self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world,
             stay=self.stage.stay,
@@ -311,13 +321,14 @@ class Trainer:
                         shown = None
                     advance(1, shown)
                     if c.sample_every and self.step % c.sample_every == 0 and writer is not None:
-                        with self._averaged():
+                        with refusals(self.directory), self._averaged():
                             self.stage.sample(writer, self.step, self.directory)
                     if self.step % c.checkpoint_every == 0 or self.step == end:
                         self.save()
         finally:
             if writer is not None:
-                writer.close()
+                with refusals(self.directory):
+                    writer.close()
 
     def _step(self, clips: Clips | LatentClips) -> Terms:
         c, r = self.config, self.ranks
@@ -334,10 +345,11 @@ class Trainer:
         norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)
         loss, size = torch.stack([total.detach(), norm]).tolist()
         if not (math.isfinite(loss) and math.isfinite(size)):
+            kept = find_checkpoints(self.directory)
+            intact = f"the last checkpoint, {kept[-1]}, is intact: " if kept else ""
             raise StateError(
-                f"step {self.step}: the loss is {loss} and its gradient's norm {size}; the last "
-                f"checkpoint in {self.directory} is intact: start another run with a lower "
-                "learning_rate or with precision fp32"
+                f"step {self.step}: the loss is {loss} and its gradient's norm {size}; {intact}"
+                "start another run with a lower learning_rate or with precision fp32"
             )
         factor = learning_rate_factor(c, self.step)
         for optimizer in self.optimizers.values():
@@ -363,16 +375,13 @@ class Trainer:
             values /= self.ranks.world
         named = dict(zip(terms, values.tolist(), strict=True))
         if writer is not None:
-            for name, value in named.items():
-                writer.add_scalar(f"{self.stage.name}/{name}", value, self.step)
-            writer.add_scalar(
-                f"{self.stage.name}/learning_rate",
-                self.config.learning_rate * learning_rate_factor(self.config, self.step - 1),
-                self.step,
-            )
             line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **named})
-            with open(self.directory / LOG_FILE, "a", encoding="utf-8") as log:
-                log.write(line + "\n")
+            rate = self.config.learning_rate * learning_rate_factor(self.config, self.step - 1)
+            with refusals(self.directory / LOG_FILE):
+                for name, value in (*named.items(), ("learning_rate", rate)):
+                    writer.add_scalar(f"{self.stage.name}/{name}", value, self.step)
+                with open(self.directory / LOG_FILE, "a", encoding="utf-8") as log:
+                    log.write(line + "\n")
         return "  ".join(f"{n} {v:.4g}" for n, v in named.items() if n != "gradient_norm")
 
     def _forget_lost_steps(self) -> None:
@@ -396,31 +405,39 @@ class Trainer:
     # -- checkpoints
 
     def save(self) -> None:
-        """Write the checkpoint of this step and drop the oldest ones beyond `keep_checkpoints`."""
+        """Write the checkpoint of this step and drop the oldest ones beyond `keep_checkpoints`.
+
+        Raises:
+            InputError: if it cannot be written.
+        """
         carried = self._all_carried()
         if self.ranks.main:
             place = self.directory / f"step_{self.step:08d}"
-            temporary = Path(tempfile.mkdtemp(dir=self.directory, prefix=".step_"))
-            try:
-                with self._averaged():
-                    self.stage.finish()
-                    save_checkpoint(temporary, self.stage.model, self.stage.sampling)
-                save_file(self._tensors() | carried, temporary / STATE_FILE)
-                progress = {"step": self.step, "seconds": self.seconds}
-                (temporary / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
-                temporary.chmod(0o755)
-                if place.exists():
-                    shutil.rmtree(place)
-                os.replace(temporary, place)
-            except BaseException:
-                shutil.rmtree(temporary, ignore_errors=True)
-                raise
-            for old in find_checkpoints(self.directory)[: -self.config.keep_checkpoints]:
-                hidden = old.with_name(f".{old.name}")  # gone at once, whatever interrupts
-                os.replace(old, hidden)
-                shutil.rmtree(hidden)
+            with refusals(place):
+                self._write(place, carried)
         if self.ranks.world > 1:
             dist.barrier()
+
+    def _write(self, place: Path, carried: dict[str, Tensor]) -> None:
+        temporary = Path(tempfile.mkdtemp(dir=self.directory, prefix=".step_"))
+        try:
+            with self._averaged():
+                self.stage.finish()
+                save_checkpoint(temporary, self.stage.model, self.stage.sampling)
+            save_file(self._tensors() | carried, temporary / STATE_FILE)
+            progress = {"step": self.step, "seconds": self.seconds}
+            (temporary / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
+            temporary.chmod(0o755)
+            if place.exists():
+                shutil.rmtree(place)
+            os.replace(temporary, place)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+        for old in find_checkpoints(self.directory)[: -self.config.keep_checkpoints]:
+            hidden = old.with_name(f".{old.name}")  # gone at once, whatever interrupts
+            os.replace(old, hidden)
+            shutil.rmtree(hidden)
 
     def _tensors(self) -> dict[str, Tensor]:
         out = {f"weights.{n}": p.detach() for n, p in self.stage.loss.named_parameters()}
@@ -474,7 +491,8 @@ class Trainer:
             optimizer.load_state_dict({"state": state[name], "param_groups": whole["param_groups"]})
 
     def _claim(self, description: dict[str, Any]) -> None:
-        """Make the directory this run's, or see that it already is."""
+        """Make the directory this run's, or see that it already is; one without a checkpoint is
+        anyone's."""
         wanted = {
             "stage": self.stage.name,
             "model": to_dict(self.stage.model.config),
@@ -485,7 +503,7 @@ class Trainer:
         if path.is_file():
             try:
                 found = json.loads(path.read_text())
-                before = dict(found["training"])
+                before, data = dict(found["training"]), dict(found.get("data") or {})
             except (OSError, ValueError, KeyError, TypeError) as error:
                 raise BundleError(
                     f"{path}: cannot be read ({error}); choose another directory"
@@ -496,23 +514,23 @@ class Trainer:
             differing = [
                 k for k in ("stage", "model", "autoencoder") if found.get(k) != wanted.get(k)
             ]
+            if not _same_data(data, dict(wanted.get("data") or {})):
+                differing.append("data")
             if "stage" not in differing:
                 now = wanted["training"]
                 differing += [k for k in now if k not in free and now[k] != before.get(k)]
-            if differing:
+            if differing and find_checkpoints(self.directory):
                 raise ConfigError(
                     f"{self.directory}: holds a run with another {' and '.join(differing)}; choose "
                     "another directory, or give the same options to resume it"
                 )
         if self.ranks.main:
-            try:
-                self.directory.mkdir(parents=True, exist_ok=True)
+            with refusals(self.directory):
+                self.directory.mkdir(exist_ok=True)
                 for left in self.directory.glob(".step_*"):  # by a process that was killed
                     shutil.rmtree(left)
                 with replacing(path) as temporary:  # other ranks may be reading
                     temporary.write_text(json.dumps(wanted, indent=2) + "\n")
-            except OSError as error:
-                raise InputError(f"{self.directory}: cannot be written ({error})") from None
         if self.ranks.world > 1:
             dist.barrier()
 
@@ -536,16 +554,16 @@ def latest_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def load_weights(path: Path) -> tuple[FrameModel, SamplingConfig]:
+def load_weights(path: Path, *, whole: bool = False) -> tuple[FrameModel, SamplingConfig]:
     """Model and sampling options of a run directory, a checkpoint, or a bundle (by path or packaged
-    name), in float32 and evaluation mode.
+    name), in float32 and evaluation mode. `whole`: as `load_checkpoint` takes it.
 
     Raises:
-        BundleError: if there is none of them, or it is damaged.
+        BundleError: if there is none of them, it is damaged, or an autoencoder where `whole`.
         ConfigError: if the configuration is not valid.
     """
     if path.is_dir() and not (path / MANIFEST).is_file():
-        return load_checkpoint(latest_checkpoint(path))
+        return load_checkpoint(latest_checkpoint(path), whole=whole)
     packaged = packaged_names()
     if not path.exists() and str(path) not in packaged:
         raise BundleError(
@@ -564,17 +582,25 @@ def _logged_step(line: str) -> float:
         return math.inf
 
 
-def _check_source(stage: Stage, source: ClipSource) -> None:
+def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    """Whether two descriptions of data name the same, wherever it lies now. Latents are what
+    `latents.json` says of them; older ones do not name their data."""
+    both = (a.keys() & b.keys()) - {"root"}
+    return a.keys() ^ b.keys() <= {"name", "root"} and all(a[k] == b[k] for k in both)
+
+
+def _check_source(stage: Stage, source: ClipSource, what: str = "", then: str = "") -> None:
     ae, t = stage.model.config.autoencoder, stage.model.config.autoencoder.temporal_compression
     if (source.height, source.width) != (ae.height, ae.width):
         raise InputError(
-            f"clips are {source.height}x{source.width}, the model wants {ae.height}x{ae.width}"
+            f"{what}clips are {source.height}x{source.width}, the model wants "
+            f"{ae.height}x{ae.width}{then}"
         )
     check_length(source.frames, t)
     wanted = stage.model.config.action_dim
     step = source.action_dim * t * stage.model.config.group
     if stage.name == "model" and source.action_dim and wanted not in (0, step):
         raise InputError(
-            f"actions of {source.action_dim} numbers a frame make {step} a step, the model's "
-            f"action_dim is {wanted}"
+            f"{what}actions of {source.action_dim} numbers a frame make {step} a step, the model's "
+            f"action_dim is {wanted}{then}"
         )

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
-import ray
 import typer
-from ray import serve as ray_serve
 from rich.markup import escape
 
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL, Engine, Frames, Profile, Quiet, Seed
-from canvasmar_rt.cluster.predict import predict_folder
-from canvasmar_rt.cluster.proxy import ENVIRONMENT
-from canvasmar_rt.cluster.service import Replicas, application
 from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
-from canvasmar_rt.errors import InputError
+from canvasmar_rt.errors import EngineError, InputError
 from canvasmar_rt.predict import PredictOptions
 from canvasmar_rt.service.settings import Settings
+
+try:
+    import ray
+    from ray import serve as ray_serve
+
+    from canvasmar_rt.cluster.predict import predict_folder
+    from canvasmar_rt.cluster.proxy import ENVIRONMENT
+    from canvasmar_rt.cluster.service import Replicas, application
+except ImportError as missing:
+    why = f"canvasmar_rt.cluster needs Ray ({missing}): pip install 'canvasmar-rt[cluster]'"
+    print_error(EngineError(why))
+    sys.exit(2)
 
 app = typer.Typer(
     add_completion=False,

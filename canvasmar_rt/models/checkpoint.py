@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,6 +17,8 @@ from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+RUN_FILE = "run.json"
+"""What a training run leaves beside its checkpoints."""
 
 
 def save_checkpoint(directory: Path, model: FrameModel, sampling: SamplingConfig) -> None:
@@ -29,11 +32,13 @@ def save_checkpoint(directory: Path, model: FrameModel, sampling: SamplingConfig
         temporary.write_text(json.dumps(config, indent=2) + "\n")
 
 
-def load_checkpoint(directory: Path) -> tuple[FrameModel, SamplingConfig]:
-    """Read a checkpoint into a float32 model in evaluation mode.
+def load_checkpoint(directory: Path, *, whole: bool = True) -> tuple[FrameModel, SamplingConfig]:
+    """Read a checkpoint into a float32 model in evaluation mode. With `whole` it may not be one of
+    an autoencoder's training, in which all other weights are random.
 
     Raises:
-        BundleError: if a file is missing or cut, or a tensor is missing, unknown or misshapen.
+        BundleError: if a file is missing or cut, a tensor is missing, unknown, misshapen or not
+            finite, or only the autoencoder was trained.
         ConfigError: if the configuration is not valid.
     """
     for name in (CONFIG_FILE, WEIGHTS_FILE):
@@ -43,6 +48,11 @@ def load_checkpoint(directory: Path) -> tuple[FrameModel, SamplingConfig]:
                 f"{directory}: no {name}; a checkpoint is a directory with {CONFIG_FILE} and "
                 f"{WEIGHTS_FILE}" + (f", as {within[-1]} is" if within else "")
             )
+    if whole and _stage(directory) == "autoencoder":
+        raise BundleError(
+            f"{directory}: only the autoencoder was trained, the rest is random; train a model on "
+            "it, `python -m training model --autoencoder RUN`"
+        )
     try:
         data = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -58,11 +68,20 @@ def load_checkpoint(directory: Path) -> tuple[FrameModel, SamplingConfig]:
     return load_state(config, state, str(directory / WEIGHTS_FILE)), sampling
 
 
+def _stage(directory: Path) -> object:
+    """The stage of the training run that the checkpoint lies in, where it tells."""
+    try:
+        described = json.loads((directory.resolve().parent / RUN_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return described.get("stage") if isinstance(described, dict) else None
+
+
 def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> FrameModel:
     """A float32 model in evaluation mode with the given weights.
 
     Raises:
-        BundleError: naming the tensor that is missing, unknown or of the wrong shape.
+        BundleError: naming the tensor that is missing, unknown, of the wrong shape or not finite.
     """
     model = build(config)
     want = model.state_dict()
@@ -75,6 +94,12 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
             raise BundleError(
                 f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(want[name].shape)}"
+            )
+        # the extremes are NaN where a value is; they need no mask as large as the tensor
+        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            raise BundleError(
+                f"{where}: tensor {name} holds values that are not finite: its training diverged, "
+                "or the file is damaged; take an earlier checkpoint or another copy"
             )
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model

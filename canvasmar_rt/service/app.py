@@ -40,7 +40,7 @@ class Service:
         self._ending = False
 
     async def open(self) -> None:
-        """Start the model; returns when it is warm."""
+        """Start the model; returns when it is warm, or the world was closed."""
         await asyncio.to_thread(self.world.open)
 
     async def serve(self, websocket: WebSocket) -> None:

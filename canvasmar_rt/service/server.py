@@ -17,6 +17,7 @@ from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.service.app import create_app
 from canvasmar_rt.service.settings import Settings
+from canvasmar_rt.service.world import POLL_S
 
 SEND_BUFFER = 32 << 10
 """Bytes the kernel keeps for a client that does not read: pictures that wait there grow old."""
@@ -61,8 +62,17 @@ class Server(uvicorn.Server):
         super().__init__(config)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        watch = asyncio.create_task(self._give_up_when_told())
         await super().startup(sockets)
-        self._ready()
+        watch.cancel()
+        if not self.should_exit:
+            self._ready()
+
+    async def _give_up_when_told(self) -> None:
+        """Stop the model's warm-up, which takes seconds, if the server is to end before it does."""
+        while not self.should_exit:
+            await asyncio.sleep(POLL_S)
+        self._service.world.close(0)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         await self._service.end_sessions()

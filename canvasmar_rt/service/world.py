@@ -7,6 +7,7 @@ changes; whoever joins, or starts again, is put into a row between two ticks.
 from __future__ import annotations
 
 import collections
+import ctypes
 import dataclasses
 import logging
 import threading
@@ -28,6 +29,8 @@ RESTART_S = 2.0
 """A session may start again this often: each start takes time from a tick of all."""
 STUCK_S = 10.0
 """A tick that takes this long will not end."""
+POLL_S = 0.1
+"""How often a start-up looks whether it is still wanted."""
 
 log = logging.getLogger(__name__)
 
@@ -102,21 +105,32 @@ class World:
     # -- for the sessions; from any thread
 
     def open(self) -> None:
-        """Start the thread and wait until the model is warm.
+        """Start the thread and wait until the model is warm, or the world is closed.
 
         Raises:
             CanvasMarError: what the model or engine raised.
         """
-        self._thread.start()
-        self._ready.wait()
-        if self._error is not None:
+        with self._changed:
+            if self._closing:
+                return
+            self._thread.start()
+        while not (self._ready.wait(POLL_S) or self._closing):
+            pass
+        if self._error is not None and not self._closing:
             raise self._error
 
     def close(self, timeout: float | None = None) -> bool:
-        """Stop after the tick under way; whether the thread has ended within `timeout` seconds."""
+        """Stop after the tick, or graph of the warm-up, under way; whether the thread has ended
+        within `timeout` seconds."""
         with self._changed:
-            self._closing = True
+            first, self._closing = not self._closing, True
             self._changed.notify()
+            if self._thread.ident is None:
+                return True
+            if first and not self._ready.is_set():  # so it is alive: it needs the lock to go on
+                ctypes.pythonapi.PyThreadState_SetAsyncExc(
+                    ctypes.c_ulong(self._thread.ident), ctypes.py_object(SystemExit)
+                )
         self._thread.join(timeout)
         return not self._thread.is_alive()
 
@@ -160,7 +174,8 @@ class World:
             self._error = error
             return
         finally:
-            self._ready.set()
+            with self._changed:
+                self._ready.set()
         due = time.perf_counter()
         while self._wait(due):
             now = self._busy_since = time.perf_counter()

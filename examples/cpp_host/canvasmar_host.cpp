@@ -40,6 +40,7 @@ using Action = std::optional<std::vector<float>>;
 
 constexpr int kSchemaVersion = 1;
 constexpr float kMasked = -1e4f;
+constexpr std::uint64_t kMostThreads = 1024;
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 
@@ -169,7 +170,9 @@ std::vector<float> floats(const Ort::Value& value) {
 class Rollout {
  public:
   // `fused`: run frame.onnx, whose AR steps and order are those of the profile `default`.
-  Rollout(Bundle bundle, Sampling sampling, bool fused, std::uint64_t seed, std::uint64_t stream)
+  // `threads` of a graph, 0 for ONNX Runtime's own choice.
+  Rollout(Bundle bundle, Sampling sampling, bool fused, std::uint64_t seed, std::uint64_t stream,
+          int threads)
       : bundle_(std::move(bundle)),
         sampling_(std::move(sampling)),
         fused_(fused),
@@ -191,6 +194,7 @@ class Rollout {
     add_constants();
     Ort::SessionOptions options;
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+    options.SetIntraOpNumThreads(threads);
     // graphs run in turn: threads that spin after one take the cores from the next
     options.AddConfigEntry("session.force_spinning_stop", "1");
     for (const auto& [name, entry] : bundle_.manifest.at("components").items()) {
@@ -456,7 +460,7 @@ std::uint64_t whole_number(const std::string& name, const std::string& text) {
 
 const char kUsage[] =
     "usage: canvasmar_host BUNDLE CONTEXT.ppm OUT.ppm [--frames 8] [--seed 0] [--stream 0]\n"
-    "                      [--profile fast] [--actions FILE]\n"
+    "                      [--profile fast] [--actions FILE] [--threads N]\n"
     "       canvasmar_host noise SEED STREAM FRAME PURPOSE\n"
     "CONTEXT.ppm holds 1 + n*t PPM images, --frames are latent frames, FILE holds one action a\n"
     "line: n for the context, then one for each frame. 'noise' prints test vectors.\n";
@@ -471,8 +475,24 @@ void print_noise(const std::vector<std::string>& arguments) {
                 gumbel[i]);
 }
 
+// 0 where none are asked for.
+int thread_count(const std::string& text) {
+  if (text.empty()) return 0;
+  const std::uint64_t count = whole_number("--threads", text);
+  if (count < 1 || count > kMostThreads)
+    throw Failure("--threads: expected 1 to " + std::to_string(kMostThreads) + ", got " + text +
+                  "; leave it out for ONNX Runtime's own choice");
+  return static_cast<int>(count);
+}
+
 void predict(const std::vector<std::string>& files,
              const std::map<std::string, std::string>& options) {
+  for (const std::string& input : {files[1], options.at("--actions")}) {
+    std::error_code missing;  // which is told where the file is read
+    if (!input.empty() && fs::equivalent(input, files[2], missing))
+      throw Failure(files[2] + ": is an input; give another output");
+  }
+  const int threads = thread_count(options.at("--threads"));
   Bundle bundle = open_bundle(files[0]);
   std::string name = options.at("--profile");
   if (name.empty()) name = bundle.manifest.at("fast").is_null() ? "default" : "fast";
@@ -480,7 +500,7 @@ void predict(const std::vector<std::string>& files,
   const std::uint64_t seed = whole_number("--seed", options.at("--seed"));
   const std::uint64_t stream = whole_number("--stream", options.at("--stream"));
   const std::uint64_t count = whole_number("--frames", options.at("--frames"));
-  Rollout rollout(std::move(bundle), sampling, name == "default", seed, stream);
+  Rollout rollout(std::move(bundle), sampling, name == "default", seed, stream, threads);
 
   const std::vector<Picture> context = read_ppm(files[1], rollout.width, rollout.height);
   const auto t = static_cast<std::size_t>(rollout.compression);
@@ -525,7 +545,8 @@ void predict(const std::vector<std::string>& files,
 int main(int argc, char** argv) {
   std::vector<std::string> positional;
   std::map<std::string, std::string> options = {
-      {"--frames", "8"}, {"--seed", "0"}, {"--stream", "0"}, {"--profile", ""}, {"--actions", ""}};
+      {"--frames", "8"}, {"--seed", "0"},   {"--stream", "0"},
+      {"--profile", ""}, {"--actions", ""}, {"--threads", ""}};
   for (int i = 1; i < argc; ++i) {
     const std::string argument = argv[i];
     if (argument.rfind("--", 0) != 0) {

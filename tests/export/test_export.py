@@ -12,6 +12,7 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+from safetensors import SafetensorError
 
 import canvasmar_rt
 from canvasmar_rt.bundle import (
@@ -196,6 +197,18 @@ def test_replacing_needs_force_and_is_all_or_nothing(bundle: Bundle, model: Canv
     export_bundle(model, SAMPLING, bundle.path, options, source="new", force=True)
     assert json.loads((bundle.path / MANIFEST).read_text())["source"] == "new"
     assert [p.name for p in bundle.path.parent.iterdir()] == ["b"]
+
+
+def test_a_full_disk_is_said(
+    model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(exporter, "save_file", fail)
+    with pytest.raises(InputError, match=r"/b: cannot be written \(No space left on device\)$"):
+        export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_half_precision_weights_halve_the_files(

@@ -18,6 +18,7 @@ from canvasmar_rt.models import checkpoint
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.checkpoint import (
     CONFIG_FILE,
+    RUN_FILE,
     WEIGHTS_FILE,
     load_checkpoint,
     load_state,
@@ -132,6 +133,18 @@ def test_a_run_is_told_its_last_checkpoint(tmp_path: Path, model: CanvasMAR) -> 
     assert message.endswith(f"as {tmp_path / 'run' / 'step_00001000'} is")
 
 
+def test_an_autoencoder_s_run_holds_no_whole_model(saved: Path) -> None:
+    described = saved.parent / RUN_FILE
+    for text in ('{"stage": "model"}', "{}", "[]", "{"):
+        described.write_text(text)
+        load_checkpoint(saved)
+    described.write_text('{"stage": "autoencoder"}')
+    message = refused(BundleError, lambda: load_checkpoint(saved))
+    assert message.startswith(f"{saved}: only the autoencoder was trained")
+    assert "training model --autoencoder" in message
+    load_checkpoint(saved, whole=False)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -145,8 +158,16 @@ def test_a_run_is_told_its_last_checkpoint(tmp_path: Path, model: CanvasMAR) -> 
             lambda s: s.update({TENSOR: torch.zeros(1, 16)}),
             [f"tensor {TENSOR} has shape (1, 16)", "expected (16,)"],
         ),
+        (
+            lambda s: s[TENSOR].fill_(float("nan")),
+            [f"tensor {TENSOR} holds values that are not finite", "earlier checkpoint"],
+        ),
+        (
+            lambda s: s.update({TENSOR: s[TENSOR].half().fill_(-float("inf"))}),
+            [f"tensor {TENSOR} holds values that are not finite"],
+        ),
     ],
-    ids=["missing", "unknown", "misshapen", "rank"],
+    ids=["missing", "unknown", "misshapen", "rank", "nan", "infinite"],
 )
 def test_wrong_tensors_are_named(saved: Path, change: Any, words: list[str]) -> None:
     rewrite(saved, change)

@@ -40,6 +40,7 @@ class FakePredictor:
     """The next step fails, once."""
     lost: bool = False
     """There is no way back after that."""
+    warmup_s: float = 0.0
     started: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stepped: list[np.ndarray] = dataclasses.field(default_factory=list)
     seated: list[int] = dataclasses.field(default_factory=list)
@@ -69,6 +70,9 @@ class FakeRollout:
 
     def warmup(self, *, deadlines: bool) -> None:
         assert deadlines
+        end = time.monotonic() + self.predictor.warmup_s
+        while time.monotonic() < end:
+            time.sleep(0.01)
 
     def state(self) -> int:
         assert self.batch == 1

@@ -20,7 +20,7 @@ from websockets.exceptions import ConnectionClosed
 from canvasmar_rt.errors import ConfigError, InputError, VideoError
 from canvasmar_rt.service import world
 from canvasmar_rt.service.app import create_app
-from canvasmar_rt.service.server import bind
+from canvasmar_rt.service.server import Server, bind
 from canvasmar_rt.service.session import QUEUE
 from canvasmar_rt.service.settings import Settings
 
@@ -388,6 +388,34 @@ def test_shutdown_tells_everybody_in_time(fake: FakePredictor) -> None:
     assert told == [(1001, "the server is shutting down")] * 2
     stalled.socket.socket.close()
     running.clients.close()
+
+
+def test_shutdown_does_not_wait_for_the_warmup(fake: FakePredictor) -> None:
+    fake.warmup_s = 10
+    app = create_app(fake, Settings())
+    told: list[str] = []
+    with bind("127.0.0.1", 0) as listener:
+        server = Server(app, Settings(), lambda: told.append("ready"))
+        thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+        thread.start()
+        end = time.monotonic() + 5
+        while not fake.started:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        begun = time.monotonic()
+        server.should_exit = True
+        thread.join(5)
+    assert not thread.is_alive()
+    assert time.monotonic() - begun < 2
+    assert told == []
+    assert not app.state.service.world._thread.is_alive()
+
+
+def test_a_world_closed_before_it_opens_does_not_start(fake: FakePredictor) -> None:
+    opened = create_app(fake, Settings()).state.service.world
+    assert opened.close(0)
+    opened.open()
+    assert not fake.started
 
 
 def test_the_page_is_whole_in_itself(serve: Serve, fake: FakePredictor) -> None:

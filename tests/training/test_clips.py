@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -215,7 +216,7 @@ def write(directory: Path, **options: Any) -> None:
     source = options.pop("source", Waves())
     write_latents(
         source, encode, directory, temporal_compression=2, autoencoder="abc",
-        **{"clips": 11, "batch": 2, "shard": 4} | options,
+        data={"name": "waves"}, **{"clips": 11, "batch": 2, "shard": 4} | options,
     )  # fmt: skip
 
 
@@ -228,7 +229,7 @@ def test_latents_come_back(tmp_path: Path) -> None:
     assert load_file(tmp_path / shards[0])["latents"].dtype == torch.float16
     source = LatentSource(tmp_path, seed=7)
     assert (source.frames, source.height, source.width, source.action_dim) == (5, 16, 16, 2)
-    assert source.about["autoencoder"] == "abc"
+    assert (source.about["autoencoder"], source.about["name"]) == ("abc", "waves")
 
     drawn = Waves().clips(0, 11)
     assert isinstance(drawn, Clips)
@@ -328,6 +329,15 @@ def test_an_interrupted_encoding_is_not_a_set(tmp_path: Path) -> None:
         write(tmp_path, progress=stop)
     with pytest.raises(BundleError):
         LatentSource(tmp_path)
+
+
+def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device")
+
+    monkeypatch.setattr("training.clips.save_file", fail)
+    with pytest.raises(InputError, match=r"latents_00000.safetensors: cannot be written \(.*space"):
+        write(tmp_path)
 
 
 def test_the_test_source_is_pure() -> None:

@@ -27,7 +27,7 @@ from canvasmar_rt.engines import create
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import CanvasMAR
-from canvasmar_rt.models.checkpoint import load_checkpoint, save_checkpoint
+from canvasmar_rt.models.checkpoint import RUN_FILE, load_checkpoint, save_checkpoint
 from canvasmar_rt.models.families import build
 from canvasmar_rt.rollout import Predictor
 from tests.training.small_runs import Waves
@@ -52,6 +52,7 @@ from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protoc
 from training.options import override
 from training.protocols import context_frames, measure_protocol, predict_frames
 from training.stages import Continuation
+from training.trainer import PROGRESS_FILE
 
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
@@ -302,9 +303,29 @@ def test_an_engine_gives_the_figures_of_the_sampler(
 def test_an_engine_runs_bundles_only(command: Run, runs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out.json"
     line = refused(command, output, "one-step", runs / "model", "--engine", "onnxruntime")
-    assert "this is not a bundle directory; make one with 'canvasmar-rt export" in line
+    told = f"make one with 'canvasmar-rt export {runs / 'model'} --output DIR'"
+    assert f"this is not a bundle directory; {told}" in line
     line = refused(command, output, "one-step", "toytable", "--engine", "abacus")
     assert "no engine 'abacus'" in line
+
+
+def test_an_autoencoder_s_run_is_measured_as_such(
+    command: Run, model: CanvasMAR, tmp_path: Path
+) -> None:
+    run, output = tmp_path / "run", tmp_path / "out" / "out.json"
+    save_checkpoint(run / "step_00000001", model, SAMPLING)
+    (run / "step_00000001" / PROGRESS_FILE).write_text("{}")
+    (run / RUN_FILE).write_text('{"stage": "autoencoder"}')
+    for given in (run, run / "step_00000001"):
+        line = refused(command, output, "losses", given)
+        assert "step_00000001: only the autoencoder was trained" in line
+    measured(command, output, "reconstruction", run, "--clips", 2, "--frames", 1)
+
+
+def test_no_threads_are_too_few(command: Run, runs: Path, tmp_path: Path) -> None:
+    code, _, err = command("long", runs / "model", "-o", tmp_path / "out.json", "--threads", 0)
+    assert code == 2
+    assert "'--threads'" in err
 
 
 def test_rollouts_with_and_without_actions(command: Run, runs: Path, tmp_path: Path) -> None:
@@ -798,7 +819,7 @@ def test_plot_refuses_other_files(
     point = {"2": {"seeds": [1.0, 2.0]}}
     good = {"clips": 2, "frames": 16, "curves": dict.fromkeys(ABLATIONS, point)}
     cases: dict[str, object] = {
-        "not written by": {"what": "long", "result": good},
+        "ablations` or `compare`": {"what": "long", "result": good},
         "no curve 'no canvas'": {"what": "ablations", "result": {**good, "curves": {}}},
         "no curve 'full guidance'": {
             "what": "ablations",

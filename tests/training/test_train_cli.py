@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,9 +22,10 @@ from canvasmar_rt.command import run_command
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.checkpoint import load_checkpoint
 from training.__main__ import app
-from training.clips import ToyTableSource
+from training.clips import LatentSource, ToyTableSource
+from training.config import recipe
 from training.stages import weights_id
-from training.trainer import latest_checkpoint
+from training.trainer import latest_checkpoint, load_weights
 from training.transfer import READERS, WRITERS
 
 SIZES = (
@@ -109,7 +111,7 @@ def test_stage_one_leaves_a_scaled_autoencoder(autoencoder: Path) -> None:
     assert described["data"] == {"name": "toytable"}
     assert described["model"]["autoencoder"]["widths"] == [8, 16]
     assert described["training"]["statistics_clips"] == 2
-    ae = load_checkpoint(latest_checkpoint(autoencoder))[0].autoencoder
+    ae = load_weights(autoencoder)[0].autoencoder
     assert (ae.latent_std != 1).all()
     log = (autoencoder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in log] == [1, 2, 3]
@@ -123,7 +125,7 @@ def test_stage_two_makes_a_model_that_predicts(
     run(*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder, *data)
     assert states(tmp_path) == ["step_00000002", "step_00000003"]
     model, sampling = load_checkpoint(latest_checkpoint(tmp_path))
-    trained = load_checkpoint(latest_checkpoint(autoencoder))[0]
+    trained = load_weights(autoencoder)[0]
     assert weights_id(model.autoencoder) == weights_id(trained.autoencoder)
     described = json.loads((tmp_path / "run.json").read_text())
     assert described["autoencoder"] == weights_id(trained.autoencoder)
@@ -153,7 +155,7 @@ def test_the_same_command_resumes(autoencoder: Path, tmp_path: Path) -> None:
 def test_an_autoencoder_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
     run(*AUTOENCODER, "-o", tmp_path, "--init", autoencoder, "--until", 1,
         "--set", "learning_rate=1e-12", "--set", "frames=9")  # fmt: skip
-    given = load_checkpoint(latest_checkpoint(autoencoder))[0].autoencoder.state_dict()
+    given = load_weights(autoencoder)[0].autoencoder.state_dict()
     for name, tensor in load_file(tmp_path / "step_00000001" / "training.safetensors").items():
         if name.startswith("weights."):
             torch.testing.assert_close(tensor, given[name.removeprefix("weights.autoencoder.")])
@@ -161,10 +163,7 @@ def test_an_autoencoder_can_start_from_another(autoencoder: Path, tmp_path: Path
 
 def test_a_frozen_encoder_leaves_the_latents_as_they_are(autoencoder: Path, tmp_path: Path) -> None:
     run(*AUTOENCODER, "-o", tmp_path, "--init", autoencoder, "--set", "freeze_encoder=true")
-    before, after = (
-        load_checkpoint(latest_checkpoint(d))[0].autoencoder.state_dict()
-        for d in (autoencoder, tmp_path)
-    )
+    before, after = (load_weights(d)[0].autoencoder.state_dict() for d in (autoencoder, tmp_path))
     for name, tensor in before.items():
         assert torch.equal(after[name], tensor) != name.startswith("decoder."), name
 
@@ -219,7 +218,7 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
     assert described["model"]["flow"]["modulation"] == "additive"
     assert described["model"]["canvas"] is False
     assert described["model"]["autoencoder"]["temporal_kernel"] == 2
-    assert load_checkpoint(latest_checkpoint(tmp_path))[0].config.name == "mine"
+    assert load_weights(tmp_path)[0].config.name == "mine"
 
 
 @pytest.mark.parametrize(
@@ -244,6 +243,7 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
         (["--set-model", "autoencoder.height=32"], "toytable is square"),
         (["--config", "bear"], "bair, ucf101, kinetics600, toytable"),
         (["--data", "bair"], "needs --root"),
+        (["--root", "."], "--root needs --data, one of bair-tfrecord, .*videos"),
         (["--data", "nothing", "--root", "."], "bair"),
         (["--device", "gpu"], "device 'gpu'"),
         pytest.param(
@@ -305,6 +305,99 @@ def test_a_run_is_not_taken_up_with_other_options(
     assert "cannot be written" in line
 
 
+@pytest.mark.parametrize("command", ["autoencoder", "encode", "model"])
+def test_no_threads_are_too_few(command: str, tmp_path: Path) -> None:
+    words = [command, "-o", str(tmp_path / "run"), "--threads", "0"]
+    if command != "autoencoder":
+        words += ["--autoencoder", "toytable"]
+    done = CliRunner().invoke(app, words, catch_exceptions=False)
+    assert done.exit_code == 2
+    assert "'--threads'" in done.stderr
+
+
+def test_latents_are_as_long_as_the_clips_of_the_training(
+    autoencoder: Path, latents: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    command = [*TRAIN, "-o", tmp_path / "run", "--autoencoder", autoencoder, "--latents", latents]
+    line = fails(*command, "--set", "frames=9")
+    assert "clips of 5 frames, this training wants 9; give --set frames=5, or run" in line
+    assert "encode --frames 9" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_encoded_clips_are_as_long_as_the_toytable_model_takes(
+    autoencoder: Path, tmp_path: Path
+) -> None:
+    run("encode", "-o", tmp_path, "--autoencoder", autoencoder, "--clips", 2, "--quiet")
+    assert LatentSource(tmp_path).frames == recipe("toytable").training.frames == 25
+
+
+def test_only_a_model_is_one_to_start_a_model_from(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    line = fails(*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder, "--init", autoencoder)
+    assert "only the autoencoder was trained" in line
+
+
+# Recordings
+
+
+def recordings(folder: Path, good: int, broken: int) -> None:
+    folder.mkdir(parents=True)
+    for i in range(good):
+        shade = np.arange(7 * 16 * 16 * 3).reshape(7, 16, 16, 3) * (i + 1)
+        np.savez(folder / f"{i}.npz", frames=shade.astype(np.uint8))
+    for i in range(broken):
+        (folder / f"broken_{i}.npz").write_bytes(b"PK half of it")
+
+
+def test_held_out_clips_come_from_what_the_latents_are_of(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    data, latents = tmp_path / "data", tmp_path / "latents"
+    recordings(data / "train", 2, 0)
+    run("encode", "-o", latents, "--autoencoder", autoencoder, "--clips", 2, "--frames", 5,
+        "--data", "videos", "--root", data, "--quiet")  # fmt: skip
+    about = LatentSource(latents).about
+    assert (about["name"], about["root"]) == ("videos", str(data))
+    command = [*TRAIN, "--set", "sample_every=1", "--until", 1, "-o", tmp_path / "run",
+               "--autoencoder", autoencoder, "--latents", latents]  # fmt: skip
+    assert f"{data / 'test'}: no such folder" in fails(*command)
+    assert "moved/test: no such folder" in fails(*command, "--root", tmp_path / "moved")
+    recordings(data / "test", 4, 0)
+    run(*command)
+    assert list((tmp_path / "run" / "samples").iterdir())
+
+
+def test_latents_that_do_not_name_their_data_are_toytable_s(
+    autoencoder: Path, latents: Path, tmp_path: Path
+) -> None:
+    older = tmp_path / "older"
+    older.mkdir()
+    for file in latents.iterdir():
+        (older / file.name).write_bytes(file.read_bytes())
+    about = json.loads((latents / "latents.json").read_text())
+    assert about.pop("name") == "toytable"
+    (older / "latents.json").write_text(json.dumps(about))
+    for directory in (older, latents):  # the same, once encoded again
+        run(*TRAIN, "-o", tmp_path / "run", "--autoencoder", autoencoder, "--latents", directory)
+
+
+def test_recordings_left_out_are_named_once_and_counted(tmp_path: Path) -> None:
+    recordings(tmp_path / "data" / "train", 1, 2)
+    recordings(tmp_path / "data" / "test", 1, 0)
+    command = [*AUTOENCODER, "--data", "videos", "--root", tmp_path / "data"]
+    assert run(*command, "-o", tmp_path / "quiet") == ""
+    loud = [word for word in command if word != "--quiet"]
+    lines = run(*loud, "-o", tmp_path / "run").splitlines()
+    named = sorted(line for line in lines if line.startswith("left out "))
+    assert len(named) == 2
+    for i, line in enumerate(named):
+        path = tmp_path / "data" / "train" / f"broken_{i}.npz"
+        assert re.fullmatch(rf"left out {re.escape(str(path))}: .+", line)
+    assert lines[-1] == "recordings left out: 2"
+
+
 # Interrupts
 
 
@@ -339,6 +432,6 @@ def test_an_interrupt_leaves_whole_checkpoints(
     assert leaving.value.code == 130
     assert calls == 2
     assert states(tmp_path / "run") == ["step_00000001"]
-    load_checkpoint(latest_checkpoint(tmp_path / "run"))
+    load_weights(tmp_path / "run")
     run(*AUTOENCODER, "-o", tmp_path / "run")
     assert states(tmp_path / "run") == ["step_00000002", "step_00000003"]

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
     EventAccumulator,
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from canvasmar_rt.bundle import Bundle, resolve
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.models import sampler
-from canvasmar_rt.models.checkpoint import load_checkpoint
+from canvasmar_rt.models.checkpoint import RUN_FILE, load_checkpoint
 from tests.training.small_runs import (
     ONE,
     STAGES,
@@ -39,14 +40,14 @@ from tests.training.small_runs import (
     trainer,
 )
 from training.clips import Clips, LatentClips
-from training.config import RunConfig
+from training.config import ModelTraining, RunConfig
 from training.losses import Draws
 from training.trainer import (
     PROGRESS_FILE,
-    RUN_FILE,
     STATE_FILE,
     Average,
     Muon,
+    Ranks,
     Trainer,
     find_checkpoints,
     latest_checkpoint,
@@ -285,6 +286,13 @@ def test_a_finished_run_is_left_alone(tmp_path: Path) -> None:
     assert "step_00000003" in names(tmp_path)
 
 
+def test_a_finished_run_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trainer(model_stage(steps=2), tmp_path).run()
+    for quiet, shown in ((True, ""), (False, "model: already at step 2 of 2\n")):
+        Trainer(model_stage(steps=2), Waves(), tmp_path, ranks=ONE, quiet=quiet).run()
+        assert capsys.readouterr().err == shown
+
+
 def test_old_checkpoints_go(tmp_path: Path) -> None:
     trainer(model_stage(checkpoint_every=1, keep_checkpoints=2), tmp_path).run()
     assert names(tmp_path) == ["step_00000005", "step_00000006"]
@@ -350,7 +358,7 @@ def test_weights_are_given_by_run_checkpoint_or_bundle(
 ) -> None:
     trainer(autoencoder_stage(), tmp_path / "run").run(1)
     checkpoint = latest_checkpoint(tmp_path / "run")
-    expected, sampling = load_checkpoint(checkpoint)
+    expected, sampling = load_checkpoint(checkpoint, whole=False)
     for path in (tmp_path / "run", checkpoint):
         model, options = load_weights(path)
         assert options == sampling
@@ -426,10 +434,65 @@ def test_a_directory_belongs_to_one_configuration(tmp_path: Path) -> None:
     assert trainer(free, tmp_path, description={"autoencoder": "a"}).step == 1
 
 
+def test_a_directory_belongs_to_one_data_set(tmp_path: Path) -> None:
+    def described(directory: str, data: dict[str, Any]) -> Trainer:
+        return trainer(model_stage(), tmp_path / directory, description={"data": data})
+
+    videos, toytable = {"name": "videos", "root": "/a"}, {"name": "toytable"}
+    latents: dict[str, Any] = {"clips": 9, "shards": ["a"], "autoencoder": "x"}
+    for name, data in (("videos", videos), ("latents", latents), ("named", latents | videos)):
+        described(name, data).run(1)
+    described("videos", videos | {"root": "/b"})  # it was moved
+    described("latents", latents | videos)  # encoded again by a version that tells the name
+    described("named", latents | videos | {"root": "/b"})
+    for name, data in (
+        ("videos", toytable),
+        ("videos", latents | videos),
+        ("latents", latents | {"clips": 8}),
+        ("named", latents | toytable),
+        ("named", videos),
+    ):
+        with pytest.raises(ConfigError, match="with another data;"):
+            described(name, data)
+
+
+def test_a_directory_without_a_checkpoint_belongs_to_nobody(tmp_path: Path) -> None:
+    trainer(model_stage(seed=4), tmp_path)
+    trainer(model_stage(), tmp_path).run(1)
+    assert json.loads((tmp_path / RUN_FILE).read_text())["training"]["seed"] == 0
+    with pytest.raises(ConfigError, match="another seed"):
+        trainer(model_stage(seed=4), tmp_path)
+
+
+def test_a_batch_is_shared_evenly(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="4 clips cannot be shared by 3 ranks; make it a multiple"):
+        trainer(model_stage(), tmp_path / "run", Ranks(0, 3, torch.device("cpu")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_directory_that_cannot_be(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         trainer(model_stage(), tmp_path / "file" / "run")
+
+
+@pytest.mark.parametrize("full", ["save_file", "open"])
+def test_a_full_disk_is_said(full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = trainer(model_stage(checkpoint_every=1), tmp_path)
+    run.run(1)
+
+    def fail(*_: object, **__: object) -> None:
+        error = SafetensorError if full == "save_file" else OSError
+        raise error("No space left on device")
+
+    monkeypatch.setattr(f"training.trainer.{full}", fail, raising=False)
+    place = "step_00000002" if full == "save_file" else "log.jsonl"
+    message = (
+        rf"^{re.escape(str(tmp_path))}/{place}: cannot be written \(No space left on device\)$"
+    )
+    with pytest.raises(InputError, match=message):
+        run.run()
+    assert names(tmp_path) == ["step_00000001"]
 
 
 # Numbers that are none
@@ -441,10 +504,25 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path: Path) -> None:
     before = saved(tmp_path, 2)
     with torch.no_grad():
         next(run.stage.loss.parameters()).fill_(float("nan"))
-    with pytest.raises(StateError, match=r"step 2: the loss is nan.*intact"):
+    with pytest.raises(StateError, match=r"step 2: the loss is nan.*step_00000002, is intact: "):
         run.run()
     assert names(tmp_path) == ["step_00000001", "step_00000002"]
     assert_same(saved(tmp_path, 2), before)
+
+
+def test_a_loss_that_is_no_number_at_once_leaves_no_checkpoint_to_name(tmp_path: Path) -> None:
+    run = trainer(model_stage(), tmp_path)
+    with torch.no_grad():
+        next(run.stage.loss.parameters()).fill_(float("nan"))
+    with pytest.raises(StateError, match=r"step 0: .*norm nan; start another run"):
+        run.run()
+
+
+@pytest.mark.parametrize("name", ["mar_weight", "canvas_weight", "static_weight"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
+def test_weights_of_losses_are_finite_and_not_negative(name: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"{name} must be finite and not negative"):
+        ModelTraining(steps=1, batch=1, **{name: value})
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -474,6 +552,21 @@ def test_a_gradient_that_is_no_number_changes_nothing(value: float, tmp_path: Pa
 def test_clips_must_fit_the_model(source: Waves, message: str, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=message):
         Trainer(model_stage(), source, tmp_path / "run", ranks=ONE)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("held_out", "message"),
+    [
+        (Waves(height=32), "^held-out clips are 32x16, the model wants 16x16; give the --data"),
+        (Waves(action_dim=3), "^held-out actions of 3 numbers.*; give the --data and --root"),
+    ],
+)
+def test_held_out_clips_must_fit_the_model(held_out: Waves, message: str, tmp_path: Path) -> None:
+    stage = model_stage()
+    stage.held_out = held_out
+    with pytest.raises(InputError, match=message):
+        trainer(stage, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
