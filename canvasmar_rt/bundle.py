@@ -117,6 +117,8 @@ class BatchRange:
 
     def require(self, batch: int, where: str = "") -> None:
         """Raise `InputError` if a bundle of this range does not run at `batch`."""
+        if not isinstance(batch, (int, np.integer)):
+            raise InputError(f"{where}batch must be an integer, got {batch!r}")
         if not self.minimum <= batch <= self.maximum:
             raise InputError(
                 f"{where}batch {batch} is outside the {self.minimum}..{self.maximum} this bundle "

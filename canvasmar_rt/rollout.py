@@ -155,6 +155,7 @@ class Predictor:
         if batch is None:
             batch = len(context) if context is not None and np.ndim(context) == 5 else 1
         self.bundle.manifest.batch.require(batch)
+        _check_key("seed and stream", seed, stream)
         chosen = sampling or self.sampling
         self.bundle.manifest.require_flow(chosen)
         streams = tuple(range(stream, stream + batch))
@@ -404,8 +405,8 @@ class Rollout:
                 "step: a budget needs to know what frames take on this machine; call "
                 "warmup(deadlines=True) once before the loop"
             )
-        if not budget_ms > 0:
-            raise InputError(f"budget_ms: expected milliseconds > 0, got {budget_ms}")
+        if not isinstance(budget_ms, (int, float, np.number)) or not budget_ms > 0:
+            raise InputError(f"budget_ms: expected milliseconds > 0, got {budget_ms!r}")
 
     @property
     def _begun(self) -> bool:

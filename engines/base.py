@@ -54,8 +54,8 @@ def create(
         EngineError: unknown engine or option, missing package, or a device this machine or engine
             lacks.
     """
-    if threads is not None and not 1 <= threads <= MAX_THREADS:
-        raise EngineError(f"threads must lie in 1..{MAX_THREADS}, got {threads}")
+    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
+        raise EngineError(f"threads must lie in 1..{MAX_THREADS}, got {threads!r}")
     bundle.manifest.require_device(device)
     kind: Any
     if name == "onnxruntime":

@@ -142,6 +142,8 @@ def test_a_budget_needs_its_table(predictor: Predictor, clip: np.ndarray) -> Non
     rollout.warmup(deadlines=True)
     with pytest.raises(InputError, match="budget_ms"):
         rollout.step(budget_ms=0)
+    with pytest.raises(InputError, match="budget_ms"):
+        rollout.step(budget_ms="50")  # type: ignore[arg-type]
 
 
 def test_a_model_without_canvas_goes_down_to_one_step(

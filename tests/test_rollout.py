@@ -315,6 +315,8 @@ def test_bad_actions_are_one_clear_error(
     [
         ({"batch": 0}, "batch 0"),
         ({"batch": 33}, "batch 33 .*1..32.*--batch-max"),
+        ({"batch": 2.0}, "batch must be an integer"),
+        ({"stream": 0.5}, "integers"),
         ({"seed": 1.5}, "integers"),
         ({"seed": -1}, "seed"),
         ({"stream": 2**64}, "stream"),
@@ -404,3 +406,9 @@ def test_a_reset_that_is_refused_changes_nothing(rollout: Rollout) -> None:
 def test_the_batch_is_that_of_the_context(predictor: Predictor, clip: np.ndarray) -> None:
     assert predictor.start(np.stack([clip] * 3)).batch == 3
     assert predictor.start(clip).batch == 1
+
+
+@pytest.mark.parametrize("threads", ["two", 1.5, 0, 100_000])
+def test_threads_are_a_number_of_threads(threads: object) -> None:
+    with pytest.raises(EngineError, match=r"threads must lie in 1\.\.1024"):
+        canvasmar_rt.load("toytable", threads=threads)  # type: ignore[arg-type]
