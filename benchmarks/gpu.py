@@ -189,7 +189,9 @@ def parity(device: str) -> list[Report]:
     with tempfile.TemporaryDirectory() as work:
         for engine in ENGINES:
             try:
-                options = _needed("toytable", engine, Path(work), whole=True)
+                options = {}
+                if device != "cpu":  # where TensorRT says that it does not run
+                    options = _needed("toytable", engine, Path(work), whole=True)
                 report = verify("toytable", engine=engine, device=device, **options)
                 del report["bundle"]
                 found.append(report)

@@ -65,8 +65,7 @@ def check_target(target: Path, count: int, fps: float) -> None:
         )
     if suffix == ".gif" and fps > 50:
         raise VideoError(f"{target}: a GIF shows at most 50 fps, got {fps:g}; write .mp4 instead")
-    following = _numbered(target, count)
-    if suffix == ".png" and os.path.exists(following):
+    if suffix == ".png" and (following := _numbered(target, count)).exists():
         raise VideoError(
             f"{following}: left from a longer clip, it would be read as part of this one;"
             " remove the old frames or choose another name"

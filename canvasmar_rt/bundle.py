@@ -29,7 +29,7 @@ from safetensors.numpy import load_file
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.config import LARGEST, ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError
-from canvasmar_rt.schedule import flow_plan
+from canvasmar_rt.schedule import flow_plan, set_sizes
 
 MANIFEST = "canvasmar_config.json"
 MANIFEST_BYTES = 16 << 20
@@ -205,11 +205,8 @@ class Manifest:
                 f"manifest: latent_std must be above 0, got {_brief(self.latent_std)}"
             )
         for sampling in (self.sampling, self.fast):
-            if sampling is not None and sampling.ar_steps > self.model.tokens:
-                raise ConfigError(
-                    f"sampling: ar_steps must lie in 1..{self.model.tokens} (tokens of a frame), "
-                    f"got {sampling.ar_steps}"
-                )
+            if sampling is not None:
+                set_sizes(self.model.tokens, sampling.ar_steps)
 
 
 def _brief(values: tuple[float, ...]) -> str:

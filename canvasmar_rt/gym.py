@@ -16,7 +16,7 @@ import numpy.typing as npt
 from canvasmar_rt.config import TOYTABLE_SPEED
 from canvasmar_rt.engines.program import Float32, UInt8
 from canvasmar_rt.errors import ConfigError, InputError, StateError
-from canvasmar_rt.rollout import Predictor, Rollout
+from canvasmar_rt.rollout import Predictor, Rollout, finite_numbers
 
 try:
     from gymnasium import Env
@@ -62,15 +62,14 @@ class _World:
                 f"contexts: expected uint8 (M, 1 + n*{ae.temporal_compression}, {ae.height}, "
                 f"{ae.width}, 3), at least one clip; got shape {clips.shape}"
             )
-        told = None if context_actions is None else _numbers("context_actions", context_actions)
+        told = context_actions
         if told is not None:
+            told = finite_numbers("context_actions", told)
             if told.ndim != 3 or len(told) != len(clips):
                 raise InputError(
                     f"context_actions: expected float32 ({len(clips)}, n, {config.action_dim}), "
                     f"those of every clip in contexts; got shape {told.shape}"
                 )
-            if not np.isfinite(told).all():
-                raise InputError("context_actions: contains values that are not finite")
         if max_episode_steps is not None and max_episode_steps < 1:
             raise ConfigError(f"max_episode_steps: expected at least 1, got {max_episode_steps}")
         if render_mode not in (None, "rgb_array"):
@@ -120,19 +119,12 @@ class _World:
         Raises:
             InputError: an action of another shape, or no numbers.
         """
-        values = _numbers("action", action)
+        values = finite_numbers("action", action)
         wanted = (*rows, *self.actions.shape)
         if values.shape != wanted:
             raise InputError(f"action: expected float32 {wanted}, got shape {values.shape}")
         clipped: Float32 = np.clip(values, self.actions.low, self.actions.high)
         return clipped
-
-
-def _numbers(what: str, values: npt.ArrayLike) -> Float32:
-    try:
-        return np.asarray(values, np.float32)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"{what}: expected numbers ({error})") from None
 
 
 def _seed(random: np.random.Generator) -> int:

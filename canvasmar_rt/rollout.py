@@ -155,7 +155,7 @@ class Predictor:
         if batch is None:
             batch = len(context) if context is not None and np.ndim(context) == 5 else 1
         self.bundle.manifest.batch.require(batch)
-        _check_key("seed and stream", seed, stream)
+        _check_key("stream", stream)
         chosen = sampling or self.sampling
         self.bundle.manifest.require_flow(chosen)
         streams = tuple(range(stream, stream + batch))
@@ -259,7 +259,7 @@ class Rollout:
                 f"actions: {self.config.name} is told the actions of a group of latent frames by "
                 "step(action); leave those of the context out"
             )
-        array = _numbers("actions", actions)
+        array = finite_numbers("actions", actions)
         if array.ndim == 2:
             array = array[None]
         if array.ndim != 3 or array.shape[0] not in (1, b) or array.shape[1:] != (count, a):
@@ -432,7 +432,7 @@ class Rollout:
         a, b = self.config.action_dim, len(self._streams)
         if not a:
             raise InputError(f"action: model {self.config.name} takes none; pass None")
-        array = _numbers("action", action)
+        array = finite_numbers("action", action)
         if array.shape not in ((a,), (b, a)):
             raise InputError(f"action: expected shape ({a},) or ({b}, {a}), got {array.shape}")
         return array
@@ -476,7 +476,7 @@ class Rollout:
         shape = (len(self._streams), c.tokens, c.autoencoder.latent_channels)
         if array.dtype != np.float32 or array.shape != shape:
             raise InputError(f"latent: expected float32 {shape}, got {array.dtype} {array.shape}")
-        array = _numbers("latent", array)
+        array = finite_numbers("latent", array)
         again = self._before_observation(action)
         self._program.set_latent(array)
         self._encoder_current = False
@@ -709,7 +709,7 @@ def _check_key(what: str, *values: int) -> None:
             raise ConfigError(f"{what} must be integers in [0, 2**64), got {value!r}")
 
 
-def _numbers(what: str, values: Any) -> Float32:
+def finite_numbers(what: str, values: Any) -> Float32:
     """Finite float32 values."""
     try:
         array = np.asarray(values, np.float32)

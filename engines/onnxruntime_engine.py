@@ -72,7 +72,7 @@ class OnnxRuntimeEngine:
         self._provider = PROVIDERS[kind]
         if device == "cpu":
             _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
-        if device != "cpu":
+        else:
             ort.preload_dlls()  # CUDA's libraries from pip packages, where there are any
         self._plugin = _rtx_device(index) if kind == "tensorrt-rtx" else None
         if self._plugin is None and self._provider not in ort.get_available_providers():

@@ -122,14 +122,11 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
     the AR steps. Tuned for the default's number of evaluations and its step that draws most
     tokens; the whole frame takes the bundle's sampling and no other."""
     manifest = bundle.manifest
-    default = manifest.profile()
-    taken = [default]
-    if component == OPTIONAL:
-        default = manifest.sampling
-        taken = [default]
-    else:
-        for sampling in (default, manifest.sampling):
-            taken += ladder(sampling, unrolled=manifest.unrolled)
+    taken = [manifest.sampling]
+    if component != OPTIONAL:
+        whole = (manifest.profile(), manifest.sampling)
+        taken = [rung for top in whole for rung in ladder(top, unrolled=manifest.unrolled)]
+    default = taken[0]
 
     def drawn(sampling: SamplingConfig) -> list[dict[str, int]]:
         steps = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
@@ -116,25 +116,21 @@ class TensorRTEngine:
             if not done:
                 raise EngineError(f"{component}: TensorRT failed at {what}: {log.taken()}")
 
-        def attempt(what: str, call: Callable[..., object], *arguments: object) -> object:
-            try:
-                return call(*arguments)
-            except RuntimeError as error:  # where the bindings do not return False
-                told = log.taken() or error
-                raise EngineError(f"{component}: TensorRT failed at {what}: {told}") from None
-
         context = engine.create_execution_context(
             trt.ExecutionContextAllocationStrategy.USER_MANAGED
         )
         if context is None:
             raise EngineError(f"{component}: TensorRT made no context: {log.taken()}")
-        what = "choosing the profile"
-        require(attempt(what, context.set_optimization_profile_async, 0, memory.stream), what)
-        for name in metadata.source.profiles:
-            what = f"the shape of {name}"
-            require(attempt(what, context.set_input_shape, name, inputs[name].shape), what)
-        unknown = attempt("inferring shapes", context.infer_shapes)
-        require(not unknown, f"the shapes that {unknown} decide")
+        try:
+            done = context.set_optimization_profile_async(0, memory.stream)
+            require(done, "choosing the profile")
+            for name in metadata.source.profiles:
+                require(context.set_input_shape(name, inputs[name].shape), f"the shape of {name}")
+            unknown = context.infer_shapes()
+        except RuntimeError as error:  # the bindings of some versions do not return False
+            told = log.taken() or error
+            raise EngineError(f"{component}: TensorRT failed at the shapes: {told}") from None
+        require(not unknown, f"the shapes that {', '.join(unknown)} decide")
         for name, buffer in {**inputs, **outputs}.items():
             shape = sizes(context.get_tensor_shape(name))
             require(shape == buffer.shape, f"{name}: it has {shape}, the buffer {buffer.shape}")

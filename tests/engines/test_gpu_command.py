@@ -25,7 +25,7 @@ def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
     assert json.loads(output.read_text()) == json.loads(json.dumps(report))
     by_engine = {found["engine"]: found for found in report["parity"]}
     assert max(by_engine["torch"]["drift"]) < 1e-3
-    assert "TensorRT" in by_engine["tensorrt"]["error"]  # not here, or no GPU to build for
+    assert "runs on cuda" in by_engine["tensorrt"]["error"]
     for mode in ("eager", "cuda graph"):
         found = report[f"toytable, {mode}, batch 1"]
         assert 0 < found["frame_ms"]["p50"] <= found["frame_ms"]["p99"]

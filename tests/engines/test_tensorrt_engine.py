@@ -285,6 +285,21 @@ def test_an_address_that_is_not_aligned(library: Library, directory: Path) -> No
         engine.bind("encoder", inputs, outputs, memory)
 
 
+@pytest.mark.parametrize(
+    "call", ["set_optimization_profile_async", "set_input_shape", "infer_shapes"]
+)
+def test_what_the_bindings_raise_is_an_engine_error(
+    library: Library, directory: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(Context, call, refuse)
+    engine = TensorRTEngine(BUNDLE, engine_dir=directory)
+    with pytest.raises(EngineError, match="temporal: TensorRT failed at the shapes: a reason"):
+        bound(engine, "temporal")
+
+
 def test_switched_off_graphs_are_reported(library: Library, directory: Path) -> None:
     engine = TensorRTEngine(BUNDLE, engine_dir=directory, cuda_graph=False)
     memory = engine.memory()
