@@ -40,8 +40,9 @@ def transfer(
 
     A model that draws groups starts from one that does not as one that draws all frames of a group
     as it would draw the first: its canvas heads and its attention among frames add nothing, later
-    actions are not looked at. Vectors of positions are interpolated to another grid. Convolutions
-    of the canvas, if `given` has none, add nothing at first. A residual model that starts from one
+    actions are not looked at. Vectors of positions are interpolated to another grid, and a finer
+    temporal patch is read as if each of its tokens were so many alike. Convolutions of the canvas,
+    if `given` has none, add nothing at first. A residual model that starts from one
     that draws frames guesses at first that nothing changes.
 
     Raises:
@@ -103,6 +104,12 @@ def _fitted(
     wider = (own.shape[0], value.shape[-1] * network.config.group)
     if grouped and name == "temporal.action.weight" and own.shape == wider:
         return F.pad(value, (0, own.shape[1] - value.shape[1]))
+    if name == "temporal.embed.weight":
+        fine = network.config.temporal_patch
+        times, rest = divmod(given.config.temporal_patch, fine)
+        if rest or value.shape[1] != own.shape[1] * times**2:
+            return None
+        return value.unflatten(1, (fine, times, fine, times, -1)).sum((2, 4)).flatten(1)
     if name in GRIDS and value.shape[1:] == own.shape[1:]:
         before, after = _grid(given, name), _grid(network, name)
         picture = value.T.reshape(1, -1, *before)

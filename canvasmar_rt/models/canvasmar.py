@@ -27,6 +27,9 @@ from canvasmar_rt.models.layers import (
     rotate,
 )
 
+QUERY_FRAMES = 2
+"""Frames of a clip whose attention the Temporal ViT computes at a time in training."""
+
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     """Pick tokens `index` (B, n) int64 of x (B, N, C): (B, n, C)."""
@@ -179,17 +182,30 @@ class TemporalViT(nn.Module):
         frames = latents_BTNC.shape[1]
         x = self.embed_frames(latents_BTNC, is_first, actions, actions_given)
         x = x.flatten(1, 2)  # (B, T*P, D)
-        frame = torch.arange(frames, device=x.device).repeat_interleave(self.config.temporal_tokens)
-        age = frame[:, None] - frame[None]
-        visible = (age >= 0) & (age < self.config.context_frames)
-        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
-        bias = bias.masked_fill(~visible, -math.inf)
         tables = self.rotary.tables(times)
         for block in self.blocks:
             q, k, v = block.qkv(x)
             q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
-            x = block.finish(x, attention(q, k, v, self.config.heads, bias))
+            x = block.finish(x, self._in_window(q, k, v, frames))
         return self.norm(x).unflatten(1, (frames, -1))
+
+    def _in_window(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+        """Attention of a clip's queries (B, T*P, D) to the F frames each may see, `QUERY_FRAMES` at
+        a time: a long clip computes few scores that the mask then hides."""
+        tokens, window = self.config.temporal_tokens, self.config.context_frames
+        frame = torch.arange(frames, device=q.device).repeat_interleave(tokens)
+        age = frame[:, None] - frame[None]
+        bias = torch.zeros(age.shape, dtype=q.dtype, device=q.device)
+        bias = bias.masked_fill((age < 0) | (age >= window), -math.inf)
+        out = []
+        for first, queries in zip(
+            range(0, frames, QUERY_FRAMES), q.split(QUERY_FRAMES * tokens, dim=1), strict=True
+        ):
+            asks = slice(first * tokens, (first + QUERY_FRAMES) * tokens)
+            seen = slice(max(0, first + 1 - window) * tokens, asks.stop)
+            keys, values = k[:, seen], v[:, seen]
+            out.append(attention(queries, keys, values, self.config.heads, bias[asks, seen]))
+        return torch.cat(out, dim=1)
 
 
 class GridConv(nn.Module):

@@ -196,6 +196,21 @@ def test_a_model_can_start_from_one_of_other_latents(autoencoder: Path, tmp_path
             torch.testing.assert_close(tensor, given[name], msg=name)
 
 
+def test_a_model_can_start_from_one_of_a_coarser_temporal_patch(
+    autoencoder: Path, tmp_path: Path
+) -> None:
+    """Four tokens alike are read, and begin a video, as the one patch that they were."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    run(*TRAIN, "-o", second, "--autoencoder", autoencoder, "--init", first, "--until", 1,
+        "--set", "learning_rate=1e-12", "--set-model", "temporal_patch=1")  # fmt: skip
+    coarse, fine = (load_checkpoint(latest_checkpoint(d))[0].temporal for d in (first, second))
+    token = torch.randn(3, coarse.embed.in_features // 4)
+    torch.testing.assert_close(fine.embed(token), coarse.embed(token.repeat(1, 4)))
+    assert fine.bos.shape == (4 * len(coarse.bos), coarse.bos.shape[1])
+    torch.testing.assert_close(fine.bos.mean(0), coarse.bos.mean(0), atol=0.1, rtol=0)
+
+
 def test_progress_is_shown_unless_quiet(autoencoder: Path, tmp_path: Path) -> None:
     command = [*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder]
     assert run(*command, "--until", 1) == ""
