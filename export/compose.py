@@ -155,12 +155,14 @@ def flow(
         {n: n for n in ("z_tokens", "select_index", "flow_noise", "flow_time")},
         "flow_prepare",
     )
-    x0, condition, time = (prepared[o.name] for o in prepare.graph.output)
+    x0, time, *conditions = (prepared[o.name] for o in prepare.graph.output)
+    fixed = {f"condition_{i}": name for i, name in enumerate(conditions)}
+    fixed["branch_weight"] = "branch_weight"
     zero = b.op("Mul", [x0, b.constant(np.float32(0.0), "zero")])
     if evaluations is None:
-        x = _scanned(b, evaluate, x0, zero, condition, time)
+        x = _scanned(b, evaluate, x0, zero, time, fixed)
     else:
-        x = _unrolled(b, evaluate, x0, zero, condition, time, evaluations)
+        x = _unrolled(b, evaluate, x0, zero, time, fixed, evaluations)
     index = b.op(
         "Expand",
         [
@@ -179,7 +181,13 @@ def flow(
 
 
 def _unrolled(
-    b: Builder, evaluate: ModelProto, x: str, velocity: str, condition: str, time: str, count: int
+    b: Builder,
+    evaluate: ModelProto,
+    x: str,
+    velocity: str,
+    time: str,
+    fixed: Mapping[str, str],
+    count: int,
 ) -> str:
     for e in range(count):
         at = b.constant(np.int64(e), "evaluation")
@@ -187,24 +195,20 @@ def _unrolled(
             n: b.op("Gather", [source, at])
             for n, source in (("time", time), ("step_new", "step_new"), ("step_old", "step_old"))
         }
-        wired = {"x": x, "velocity": velocity, "condition": condition} | now
-        made = b.inline(evaluate, {**wired, "branch_weight": "branch_weight"}, f"flow_evaluate/{e}")
+        wired = {"x": x, "velocity": velocity, **now, **fixed}
+        made = b.inline(evaluate, wired, f"flow_evaluate/{e}")
         x, velocity = (made[o.name] for o in evaluate.graph.output)
     return x
 
 
 def _scanned(
-    b: Builder, evaluate: ModelProto, x0: str, zero: str, condition: str, time: str
+    b: Builder, evaluate: ModelProto, x0: str, zero: str, time: str, fixed: Mapping[str, str]
 ) -> str:
     body = Builder()
     body._count = 10_000  # names inside the body must not meet those outside
     loop_inputs = ["x", "velocity", "time", "step_new", "step_old"]
     wired = {n: f"flow_body/{n}" for n in loop_inputs}
-    outputs = body.inline(
-        evaluate,
-        {**wired, "condition": condition, "branch_weight": "branch_weight"},
-        "flow_evaluate",
-    )
+    outputs = body.inline(evaluate, {**wired, **fixed}, "flow_evaluate")
     b.initializers.update(body.initializers)
     shapes = {i.name: i for i in evaluate.graph.input}
 

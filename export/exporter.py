@@ -287,16 +287,17 @@ def trace(
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
     args = [example(specs[n]) for n in names]
     dims = [dynamic(specs[n]) for n in names]
+    with torch.inference_mode():
+        x, time, *given = FlowPrepare(model)(*args)
+    conditions = [f"condition_{i}" for i in range(len(given))]
     prepare = to_onnx(
         FlowPrepare(model).eval(),
         tuple(args),
         tuple(dims),
         list(names),
-        ["x", "condition", "time"],
+        ["x", "time", *conditions],
         opset,
     )
-    with torch.inference_mode():
-        x, condition, time = FlowPrepare(model)(*args)
     evaluate = to_onnx(
         FlowEvaluation(model).eval(),
         (
@@ -305,11 +306,14 @@ def trace(
             time[0].clone(),
             torch.tensor(0.1),
             torch.tensor(0.2),
-            condition.clone(),
             torch.randn(sizes["G"]),
+            *(part.clone() for part in given),
         ),
-        ({0: "B", 1: "S"}, {0: "B", 1: "S"}, {}, {}, {}, {0: "G", 1: "B", 2: "S"}, {0: "G"}),
-        ["x", "velocity", "time", "step_new", "step_old", "condition", "branch_weight"],
+        (
+            *({0: "B", 1: "S"}, {0: "B", 1: "S"}, {}, {}, {}, {0: "G"}),
+            tuple({0: "G", 1: "B", 2: "S"} for _ in given),
+        ),
+        ["x", "velocity", "time", "step_new", "step_old", "branch_weight", *conditions],
         ["next_x", "next_velocity"],
         opset,
     )

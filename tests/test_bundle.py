@@ -207,6 +207,12 @@ def test_odd_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_p
     refused(name)
 
 
+@pytest.mark.parametrize("name", bundle.packaged_names())
+def test_packaged_bundles_are_as_they_were_exported(name: str) -> None:
+    """Every file, the model card too, has the digest that `export` wrote down."""
+    assert Bundle.open(name).manifest.files
+
+
 def test_packaged_names_are_found(
     made: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -495,16 +495,30 @@ class FlowHead(nn.Module):
     def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Velocity (..., C) float32 of tokens x (..., C) given one row of `embed_time` and the
         rows of `embed_condition`; leading dimensions broadcast (guidance branches share x)."""
-        m = time + condition
+        return self.evaluate(x, time, self.given(condition))
+
+    def given(self, condition: Tensor) -> tuple[Tensor, ...]:
+        """`embed_condition` as `evaluate` takes it: for additive modulation in its parts, which are
+        cut once and not for every evaluation."""
+        return self._parts(condition) if self.config.modulation == "additive" else (condition,)
+
+    def evaluate(self, x: Tensor, time: Tensor, given: Sequence[Tensor]) -> Tensor:
+        """`velocity` of a condition made ready by `given`."""
         if self.config.modulation == "joint":
-            m = self.modulation(F.silu(m))
-        parts = m.chunk(3 * self.config.blocks + 2, dim=-1)
-        h = self.embed(x.to(m.dtype))
+            parts = self._parts(self.modulation(F.silu(time + given[0])))
+        else:
+            parts = tuple(t + c for t, c in zip(time.chunk(len(given), -1), given, strict=True))
+        h = self.embed(x.to(parts[0].dtype))
         for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
-            h = h + gate * mlp(norm(h) * (1 + scale) + shift)
+            h = h + gate * mlp(norm(h) * scale + shift)
         shift, scale = parts[-2:]
-        return self.out(self.final_norm(h) * (1 + scale) + shift).float()
+        return self.out(self.final_norm(h) * scale + shift).float()
+
+    def _parts(self, m: Tensor) -> tuple[Tensor, ...]:
+        """Modulations (..., M) one by one; what is to be 1 + scale is that here."""
+        parts = m.chunk(3 * self.config.blocks + 2, dim=-1)
+        return tuple(part + 1 if i % 3 == 1 else part for i, part in enumerate(parts))
 
 
 class FrameModel(nn.Module):

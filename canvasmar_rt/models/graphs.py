@@ -181,12 +181,12 @@ class FlowPrepare(nn.Module):
 
     def forward(
         self, z_tokens: Tensor, select_index: Tensor, flow_noise: Tensor, flow_time: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """-> (x_0 (B, S, C), condition (G, B, S, .), time (E, .))"""
+    ) -> tuple[Tensor, ...]:
+        """-> x_0 (B, S, C), time (E, .), and what is `given` of the condition, (G, B, S, .)"""
         return (
             gather_tokens(flow_noise, select_index),
-            self.flow.embed_condition(z_tokens),
             self.flow.embed_time(flow_time),
+            *self.flow.given(self.flow.embed_condition(z_tokens)),
         )
 
 
@@ -204,11 +204,11 @@ class FlowEvaluation(nn.Module):
         time: Tensor,
         step_new: Tensor,
         step_old: Tensor,
-        condition: Tensor,
         branch_weight: Tensor,
+        *given: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """x and the last velocity (B, S, C) -> the next ones."""
-        branches = self.flow.velocity(x, time, condition)
+        branches = self.flow.evaluate(x, time, given)
         guided = (branches * branch_weight[:, None, None, None]).sum(0)
         return x + step_new * guided + step_old * velocity, guided
 
@@ -222,12 +222,12 @@ class FlowGraph(Graph):
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         t = self.named(args)
-        x, condition, times = self.prepare(
+        x, times, *given = self.prepare(
             t["z_tokens"], t["select_index"], t["flow_noise"], t["flow_time"]
         )
         velocity = torch.zeros_like(x)
         for time, new, old in zip(times, t["step_new"], t["step_old"], strict=True):
-            x, velocity = self.evaluate(x, velocity, time, new, old, condition, t["branch_weight"])
+            x, velocity = self.evaluate(x, velocity, time, new, old, t["branch_weight"], *given)
         return (put_tokens(t["partial"], t["select_index"], x, add=self.config.residual),)
 
 

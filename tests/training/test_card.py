@@ -124,6 +124,23 @@ def test_what_convolutions_are_worth_is_the_committed_result() -> None:
     assert missing(rows, "training.md") == []
 
 
+def test_what_a_finer_temporal_patch_is_worth_is_the_committed_result() -> None:
+    rows = {}
+    for label, losses, long in (
+        ("`g1`", "g1_losses", "long_k1e4w15t12"),
+        ("`temporal_patch=1`", "patch_1_losses", "patch_1_long"),
+    ):
+        lost, hundred = result(losses), result(long)
+        rows[label] = [
+            f"{lost['canvas']:.3f}",
+            f"{lost['mar']:.3f}",
+            windows(hundred),
+            f"{hundred['gripper_penalised_px']:.1f} px",
+            f"{hundred['toys_kept']:.0%}; {hundred['all_toys_kept']:.0%}",
+        ]
+    assert missing(rows, "training.md") == []
+
+
 def windows(long: dict[str, Any]) -> str:
     """Fréchet distances of the first and the last frames."""
     first, last = (long["frechet_by_window"][w] for w in ("5-20", "85-100"))
