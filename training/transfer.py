@@ -109,7 +109,7 @@ def _fitted(
         times, rest = divmod(given.config.temporal_patch, fine)
         if rest or value.shape[1] != own.shape[1] * times**2:
             return None
-        return value.unflatten(1, (fine, times, fine, times, -1)).sum((2, 4)).flatten(1)
+        return value.reshape(len(value), fine, times, fine, times, -1).sum((2, 4)).flatten(1)
     if name in GRIDS and value.shape[1:] == own.shape[1:]:
         before, after = _grid(given, name), _grid(network, name)
         picture = value.T.reshape(1, -1, *before)
