@@ -287,11 +287,12 @@ def trace(
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
     args = [example(specs[n]) for n in names]
     dims = [dynamic(specs[n]) for n in names]
+    preparing = FlowPrepare(model, cut=True).eval()
     with torch.inference_mode():
-        x, time, *given = FlowPrepare(model)(*args)
+        x, time, *given = preparing(*args)
     conditions = [f"condition_{i}" for i in range(len(given))]
     prepare = to_onnx(
-        FlowPrepare(model).eval(),
+        preparing,
         tuple(args),
         tuple(dims),
         list(names),

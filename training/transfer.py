@@ -42,8 +42,8 @@ def transfer(
     as it would draw the first: its canvas heads and its attention among frames add nothing, later
     actions are not looked at. Vectors of positions are interpolated to another grid, and a finer
     temporal patch is read as if each of its tokens were so many alike. Convolutions of the canvas,
-    if `given` has none, add nothing at first. A residual model that starts from one
-    that draws frames guesses at first that nothing changes.
+    if `given` has none, add nothing at first. A residual model that starts from one that draws
+    frames guesses at first that nothing changes.
 
     Raises:
         ConfigError: naming `where` and a weight that does not fit.

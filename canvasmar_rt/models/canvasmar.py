@@ -182,25 +182,25 @@ class TemporalViT(nn.Module):
         frames = latents_BTNC.shape[1]
         x = self.embed_frames(latents_BTNC, is_first, actions, actions_given)
         x = x.flatten(1, 2)  # (B, T*P, D)
+        frame = torch.arange(frames, device=x.device).repeat_interleave(self.config.temporal_tokens)
+        age = frame[:, None] - frame[None]
+        visible = (age >= 0) & (age < self.config.context_frames)
+        bias = torch.zeros(visible.shape, dtype=x.dtype, device=x.device)
+        bias = bias.masked_fill(~visible, -math.inf)
         tables = self.rotary.tables(times)
         for block in self.blocks:
             q, k, v = block.qkv(x)
             q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
-            x = block.finish(x, self._in_window(q, k, v, frames))
+            x = block.finish(x, self._in_window(q, k, v, bias))
         return self.norm(x).unflatten(1, (frames, -1))
 
-    def _in_window(self, q: Tensor, k: Tensor, v: Tensor, frames: int) -> Tensor:
+    def _in_window(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Attention of a clip's queries (B, T*P, D) to the F frames each may see, `QUERY_FRAMES` at
-        a time: a long clip computes few scores that the mask then hides."""
+        a time: of the scores that `bias` (T*P, T*P) hides few are computed."""
         tokens, window = self.config.temporal_tokens, self.config.context_frames
-        frame = torch.arange(frames, device=q.device).repeat_interleave(tokens)
-        age = frame[:, None] - frame[None]
-        bias = torch.zeros(age.shape, dtype=q.dtype, device=q.device)
-        bias = bias.masked_fill((age < 0) | (age >= window), -math.inf)
         out = []
-        for first, queries in zip(
-            range(0, frames, QUERY_FRAMES), q.split(QUERY_FRAMES * tokens, dim=1), strict=True
-        ):
+        for i, queries in enumerate(q.split(QUERY_FRAMES * tokens, dim=1)):
+            first = i * QUERY_FRAMES
             asks = slice(first * tokens, (first + QUERY_FRAMES) * tokens)
             seen = slice(max(0, first + 1 - window) * tokens, asks.stop)
             keys, values = k[:, seen], v[:, seen]
@@ -495,19 +495,25 @@ class FlowHead(nn.Module):
     def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Velocity (..., C) float32 of tokens x (..., C) given one row of `embed_time` and the
         rows of `embed_condition`; leading dimensions broadcast (guidance branches share x)."""
-        return self.evaluate(x, time, self.given(condition))
+        m = time + condition
+        if self.config.modulation == "joint":
+            m = self.modulation(F.silu(m))
+        return self._modulated(x, self._parts(m))
 
     def given(self, condition: Tensor) -> tuple[Tensor, ...]:
-        """`embed_condition` as `evaluate` takes it: for additive modulation in its parts, which are
-        cut once and not for every evaluation."""
+        """`embed_condition` as `evaluate` takes it in an exported graph: for additive modulation in
+        its parts, which are then cut once and not at every evaluation."""
         return self._parts(condition) if self.config.modulation == "additive" else (condition,)
 
     def evaluate(self, x: Tensor, time: Tensor, given: Sequence[Tensor]) -> Tensor:
-        """`velocity` of a condition made ready by `given`."""
-        if self.config.modulation == "joint":
-            parts = self._parts(self.modulation(F.silu(time + given[0])))
-        else:
-            parts = tuple(t + c for t, c in zip(time.chunk(len(given), -1), given, strict=True))
+        """`velocity` of a condition, or of its parts (`given`); eager PyTorch is faster with it
+        whole."""
+        if len(given) == 1:
+            return self.velocity(x, time, given[0])
+        parts = zip(time.chunk(len(given), -1), given, strict=True)
+        return self._modulated(x, tuple(t + c for t, c in parts))
+
+    def _modulated(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
         h = self.embed(x.to(parts[0].dtype))
         for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = parts[3 * i : 3 * i + 3]

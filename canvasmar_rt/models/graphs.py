@@ -173,20 +173,22 @@ class DrawGraph(Graph):
 
 
 class FlowPrepare(nn.Module):
-    """Everything of the flow component that does not change from evaluation to evaluation."""
+    """Everything of the flow component that does not change from evaluation to evaluation; with
+    `cut`, for an exported graph, the condition in its parts."""
 
-    def __init__(self, model: FrameModel) -> None:
+    def __init__(self, model: FrameModel, *, cut: bool = False) -> None:
         super().__init__()
-        self.flow = model.flow
+        self.flow, self.cut = model.flow, cut
 
     def forward(
         self, z_tokens: Tensor, select_index: Tensor, flow_noise: Tensor, flow_time: Tensor
     ) -> tuple[Tensor, ...]:
         """-> x_0 (B, S, C), time (E, .), and what is `given` of the condition, (G, B, S, .)"""
+        condition = self.flow.embed_condition(z_tokens)
         return (
             gather_tokens(flow_noise, select_index),
             self.flow.embed_time(flow_time),
-            *self.flow.given(self.flow.embed_condition(z_tokens)),
+            *(self.flow.given(condition) if self.cut else (condition,)),
         )
 
 
