@@ -41,7 +41,7 @@ from canvasmar_rt.config import (
 )
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.schedule import ArStep, ar_steps, flow_plan, guidance_branches
+from canvasmar_rt.schedule import ArStep, ar_steps, branch_inputs, flow_plan, seeing_branches
 
 KIND = "predicted (roofline)"
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -139,10 +139,13 @@ def frame_costs(
     Raises:
         ConfigError: if there are more AR steps than tokens.
     """
-    branches = len(guidance_branches(sampling, has_canvas=config.canvas).weight)
+    inputs = branch_inputs(sampling, has_canvas=config.canvas)
+    branches = drawing = len(inputs["branch_weight"])
     evaluations = len(flow_plan(sampling).time)
     steps = ar_steps(config.tokens, sampling.ar_steps)
     table = components(config)
+    if "unconditional" in table:
+        drawing = seeing_branches(inputs)  # in the first AR step
     each = batch * config.group  # frames that are drawn
     sizes = {"B": batch, "G": branches, "E": evaluations, "R": each}
 
@@ -156,23 +159,20 @@ def frame_costs(
     if config.canvas:
         costs["canvas"] = once("canvas", _canvas(config, batch))
     if "condition" in table:
-        costs["condition"] = once("condition", _condition(config, batch + 1))
-    costs["spatial"] = cost(
-        [
-            _drawing(config, batch, branches, step)
+        costs["condition"] = once("condition", _condition(config, batch))
+    passes, moved = [], 0
+    for step in steps:
+        name, rows = ("spatial", branches) if step.known else ("spatial_first", drawing)
+        passes.append(
+            _drawing(config, batch, rows, step)
             if config.family == "unified"
-            else _spatial(config, branches * each, step)
-            for step in steps
-        ],
-        sum(
-            _moved(
-                table["spatial" if step.known else "spatial_first"],
-                sizes | {"K": step.known, "S": step.drawn, "M": step.left},
-                dtype_bytes,
-            )
-            for step in steps
-        ),
-    )
+            else _spatial(config, rows * each, step)
+        )
+        at = sizes | {"G": rows, "K": step.known, "S": step.drawn, "M": step.left}
+        moved += _moved(table[name], at, dtype_bytes) if rows else 0
+        if rows < branches:
+            moved += _moved(table["unconditional"], at, dtype_bytes)
+    costs["spatial"] = cost(passes, moved)
     prepare = [_flow_prepare(config, branches * each * s.drawn, evaluations) for s in steps]
     evaluate = [_flow_evaluation(config, each * s.drawn, branches) for s in steps]
     costs["flow"] = cost(prepare, 0) + cost(

@@ -33,7 +33,7 @@ from canvasmar_rt.schedule import flow_plan, set_sizes
 
 MANIFEST = "canvasmar_config.json"
 MANIFEST_BYTES = 16 << 20
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 PACKAGED = Path(__file__).parent / "data" / "bundles"
 DEMO_CLIP = PACKAGED.parent / "demo_toytable.npz"
 

@@ -303,8 +303,8 @@ def export(
         str, typer.Option(help="int8: matrix products in 8 bits, for the CPU; or none.")
     ] = "none",
     opset: Annotated[
-        int | None, typer.Option(help="20, 23 or 24; by default 20 for fp32, else 23.")
-    ] = None,
+        int, typer.Option(help="20, 23 or 24; by default 20 for fp32, else 23.", show_default=False)
+    ] = 0,
     batch_min: Annotated[int, typer.Option(help="Smallest batch.")] = 1,
     batch_opt: Annotated[int, typer.Option(help="Batch engines are tuned for.")] = 1,
     batch_max: Annotated[int, typer.Option(help="Largest batch.")] = 32,
@@ -361,8 +361,7 @@ def export(
         temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
     )  # fmt: skip
     options = ExportOptions(
-        dtype=dtype, weights=weights, quantize=quantize,
-        opset=opset or (20 if dtype == "fp32" else 23), seed=seed,
+        dtype=dtype, weights=weights, quantize=quantize, opset=opset, seed=seed,
         drift_frames=drift_frames, card=text, unroll=unroll, fast=_named(sampling, fast),
         batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
     )  # fmt: skip
@@ -637,7 +636,7 @@ def bench(
                 source = stack.enter_context(
                     random_models.random_bundle(
                         random_models.scaled(config, scale), base, shown, dtype=dtype,
-                        opset=20 if dtype == "fp32" else 23, quantize=quantize,
+                        quantize=quantize,
                     )
                 )  # fmt: skip
         elif (scale, dtype, quantize) != (1, "fp32", "none"):

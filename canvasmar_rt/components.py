@@ -6,10 +6,11 @@ B batch, G guidance branches, K tokens already drawn, S tokens drawn now, M toke
 latent frames are drawn. All others are fixed numbers.
 
 One latent frame runs: temporal, [canvas], [condition], spatial_first, flow, then spatial and flow
-for every further AR step, decoder. `frame` is all but the decoder in one graph. A next-group model
-has no `frame`; it takes its group apart with `split`, decodes each, and feeds all but the last to
-the temporal step at once. A unified model's temporal step gives the keys and values of a complete
-frame and nothing else; its spatial graphs read the ring of them.
+for every further AR step, decoder. What spatial_first gives for a branch that sees nothing is the
+same in every frame: `unconditional` looks it up. `frame` is all but the decoder in one graph. A
+next-group model has no `frame`; it takes its group apart with `split`, decodes each, and feeds all
+but the last to the temporal step at once. A unified model's temporal step gives the keys and
+values of a complete frame and nothing else; its spatial graphs read the ring of them.
 """
 
 from __future__ import annotations
@@ -173,6 +174,15 @@ def components(config: ModelConfig) -> dict[str, Component]:
         table.append(
             Component(
                 "condition", "spatial/condition.onnx", (z_temporal, branches[0]), condition_kv
+            )
+        )
+    if not told:
+        table.append(
+            Component(
+                "unconditional",
+                "spatial/unconditional.onnx",
+                (select,),
+                (dataclasses.replace(z_tokens, dims=(1, *z_tokens.dims[1:])),),
             )
         )
     table += [

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -131,7 +132,7 @@ def guidance_branches(sampling: SamplingConfig, *, has_canvas: bool) -> Branches
     """v = (1 - w_t) v_0 + (w_t - w_s) v_t + w_s v_ts (eq. 9 regrouped); a branch whose weight
     vanishes is not computed. Without a canvas: v = (1 - w_t) v_0 + w_t v_t."""
     w_t, w_s = sampling.temporal_guidance, sampling.canvas_guidance if has_canvas else 0.0
-    table = [(0.0, 0.0, 1.0 - w_t), (1.0, 0.0, w_t - w_s), (1.0, 1.0, w_s)]
+    table = [(1.0, 1.0, w_s), (1.0, 0.0, w_t - w_s), (0.0, 0.0, 1.0 - w_t)]
     kept = np.array([row for row in table if abs(row[2]) > 1e-9], np.float32)
     return Branches(temporal_on=kept[:, 0], canvas_on=kept[:, 1], weight=kept[:, 2])
 
@@ -189,6 +190,13 @@ def branch_inputs(sampling: SamplingConfig, *, has_canvas: bool) -> dict[str, Fl
         "canvas_on": branches.canvas_on.copy(),
         "branch_weight": branches.weight.copy(),
     }
+
+
+def seeing_branches(inputs: Mapping[str, Float32]) -> int:
+    """How many of the branches in `branch_inputs` see anything; one that sees nothing is the
+    last."""
+    nothing = not (inputs["temporal_on"][-1] or inputs["canvas_on"][-1])
+    return len(inputs["branch_weight"]) - int(nothing)
 
 
 def time_rotation(time: int, pairs: int) -> Float32:

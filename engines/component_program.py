@@ -36,6 +36,7 @@ from canvasmar_rt.schedule import (
     ar_steps,
     branch_inputs,
     generation_order,
+    seeing_branches,
     solver_inputs,
 )
 
@@ -61,7 +62,7 @@ class _Branches:
 
     buffers: Mapping[str, Buffer]
     condition: Run | None
-    steps: list[tuple[Run, Run]]
+    steps: list[tuple[str, Run]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -267,7 +268,8 @@ class ComponentProgram:
 
     def _bind_branches(self, level: _Level, has_canvas: bool) -> _Branches:
         c, b = self._config, self._batch
-        fixed = self._constants(branch_inputs(level.sampling, has_canvas=has_canvas))
+        inputs = branch_inputs(level.sampling, has_canvas=has_canvas)
+        fixed, seeing = self._constants(inputs), seeing_branches(inputs)
         g = fixed["branch_weight"].shape[0]
         layout: Shapes = {
             f"z_tokens_{k}": ((g, b, *c.group_shape, step.drawn, c.dim), "hidden")
@@ -279,7 +281,7 @@ class ComponentProgram:
             layout |= {s.name: (shape, "hidden") for s in self._table["condition"].outputs}
         own = {**level.fixed, **fixed, **self._group(layout, mirrored=False).buffers}
         condition = self._bound("condition", own) if isolated else None
-        steps = []
+        steps: list[tuple[str, Run]] = []
         for k, step in enumerate(level.steps):
             last = k + 1 == len(level.steps)
             have = {
@@ -292,14 +294,32 @@ class ComponentProgram:
                 else self._work[f"partial_{1 + k % 2}"],
                 "flow_noise": self._noise.buffers["flow_noise"],
             }
-            spatial = self._bound("spatial" if k else "spatial_first", have)
+            steps += [("spatial", run) for run in self._bound_spatial(step, have, seeing)]
             if c.group > 1:  # to the flow head the frames of a group are rows
                 for name in ("select_index", "partial", "next_partial", "flow_noise"):
                     have[name] = have[name].view(b * c.group, *have[name].shape[2:])
                 z = have["z_tokens"]
                 have["z_tokens"] = z.view(g, b * c.group, *z.shape[3:])
-            steps.append((spatial, self._bound("flow", have)))
+            steps.append(("flow", self._bound("flow", have)))
         return _Branches(own, condition, steps)
+
+    def _bound_spatial(self, step: ArStep, have: Mapping[str, Buffer], seeing: int) -> list[Run]:
+        """The embeddings of a set, in the first step of the `seeing` branches alone: those of one
+        that sees nothing are looked up."""
+        z = have["z_tokens"]
+        if step.known or seeing == z.shape[0] or "unconditional" not in self._table:
+            return [self._bound("spatial" if step.known else "spatial_first", have)]
+        found = self._group({"z_tokens": ((1, *z.shape[1:]), "hidden")}, mirrored=False).buffers
+        runs = [
+            self._bound("unconditional", {**have, **found}),
+            self._memory.spread(found["z_tokens"].row(0), z.row(seeing)),
+        ]
+        if seeing:
+            first = self._table["spatial_first"]
+            per_branch = [s.name for s in (*first.inputs, *first.outputs) if "G" in s.dims]
+            seen = {name: have[name].head(seeing) for name in per_branch}
+            runs.append(self._bound("spatial_first", {**have, **seen}))
+        return runs
 
     # -- stages of a frame
 
@@ -332,8 +352,7 @@ class ComponentProgram:
                 if self._config.residual:
                     partial, latent = self._work["partial_0"], self._buffers["latent"]
                     parts.append(("spatial", self._memory.spread(latent, partial)))
-                for spatial, flow in branches.steps:
-                    parts += [("spatial", spatial), ("flow", flow)]
+                parts += branches.steps
             if self._split is not None:
                 parts.append(("split", self._split))
             parts += [("decoder", run[side ^ j % 2]) for j, run in enumerate(self._decode)]

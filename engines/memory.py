@@ -98,6 +98,13 @@ class Buffer:
         host = None if self.host is None else self.host.reshape(shape)
         return dataclasses.replace(self, shape=shape, host=host)
 
+    def head(self, count: int) -> Buffer:
+        """The first `count` of the first axis, in the same memory."""
+        if not 1 <= count <= self.shape[0]:
+            raise IndexError(f"the first {count} of {self.shape[0]}")
+        host = None if self.host is None else self.host[:count]
+        return dataclasses.replace(self, shape=(count, *self.shape[1:]), host=host)
+
     def row(self, index: int) -> Buffer:
         """The part at `index` of the first axis, in the same memory."""
         if not 0 <= index < self.shape[0]:

@@ -33,7 +33,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
 )
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.schedule import ar_steps, flow_plan, guidance_branches
+from canvasmar_rt.schedule import ar_steps, branch_inputs, flow_plan, seeing_branches
 
 Progress = Callable[[str, int, int], None]
 """Component, steps done, steps in all of the phase TensorRT is in."""
@@ -133,19 +133,22 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
             {"S": step.drawn, "M": step.left, "K": step.known}
             for step in ar_steps(manifest.model.tokens, sampling.ar_steps)
         ]
-        at = {"spatial_first": slice(1), "spatial": slice(1, None)}
+        at = {"unconditional": slice(1), "spatial_first": slice(1), "spatial": slice(1, None)}
         return steps[at.get(component, slice(None))]
 
     steps = [step for sampling in taken for step in drawn(sampling)]
     if not steps:
         return None
     busiest = max(drawn(default) or steps, key=lambda step: step["S"])
-    branches = guidance_branches(default, has_canvas=manifest.model.canvas)
+    branches = branch_inputs(default, has_canvas=manifest.model.canvas)
+    usual = len(branches["branch_weight"])
+    if component == "spatial_first" and "unconditional" in manifest.components:
+        usual = max(1, seeing_branches(branches))
     evaluations = [len(flow_plan(sampling).time) for sampling in taken]
     ranges = {
         "B": (batch.minimum, batch.optimum, batch.maximum),
         "R": tuple(n * manifest.model.group for n in (batch.minimum, batch.optimum, batch.maximum)),
-        "G": (1, len(branches.weight), 3),
+        "G": (1, usual, 3),
         "E": (min(evaluations), evaluations[0], max(evaluations)),
         "AR": (default.ar_steps,) * 3,
     }

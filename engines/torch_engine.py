@@ -16,7 +16,7 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
 from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32
-from canvasmar_rt.errors import EngineError
+from canvasmar_rt.errors import BundleError, EngineError
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import load_state
 from canvasmar_rt.models.families import cast
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 TRANSPOSED = "^T"
 """Suffix of a weight stored transposed, as its graph reads it."""
+
+PART = "^"
+"""Between the name of a weight stored in parts and the number of one."""
 
 SCALE = "^scale"
 """Suffix of the scales of a weight stored in int8, one for each of its output channels."""
@@ -50,6 +53,16 @@ def load_model(bundle: Bundle) -> FrameModel:
                 value = tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
                 scale = scales.get(plain + SCALE)
                 state[plain] = value if scale is None else value * scale[:, None]
+    for first in [name for name in state if name.endswith(f"{PART}0")]:
+        name, parts = first.removesuffix(f"{PART}0"), []
+        while (part := f"{name}{PART}{len(parts)}") in state:
+            parts.append(state.pop(part))
+        try:
+            state[name] = torch.cat(parts)
+        except RuntimeError as error:
+            raise BundleError(
+                f"{bundle.path}: the parts of {name} do not fit ({error}); export it again"
+            ) from None
     return load_state(bundle.manifest.model, state, str(bundle.path))
 
 

@@ -40,6 +40,7 @@ from canvasmar_rt.schedule import (
     ar_steps,
     branch_inputs,
     order_temperatures,
+    seeing_branches,
     solver_inputs,
 )
 
@@ -134,6 +135,7 @@ class _Level:
     steps: tuple[ArStep, ...]
     fixed: Mapping[str, Tensor]
     branches: Mapping[bool, Mapping[str, Tensor]]
+    seeing: Mapping[bool, int]
 
 
 class TorchProgram:
@@ -234,13 +236,12 @@ class TorchProgram:
         self.add_level(sampling)
 
     def add_level(self, sampling: SamplingConfig) -> None:
-        branches = {
-            has_canvas: self._constants(branch_inputs(sampling, has_canvas=has_canvas))
-            for has_canvas in (False, True)
-        }
+        inputs = {on: branch_inputs(sampling, has_canvas=on) for on in (False, True)}
+        branches = {on: self._constants(values) for on, values in inputs.items()}
+        seeing = {on: seeing_branches(values) for on, values in inputs.items()}
         steps = ar_steps(self._config.tokens, sampling.ar_steps)
         fixed = self._constants(solver_inputs(sampling))
-        self._levels.append(_Level(sampling, steps, fixed, branches))
+        self._levels.append(_Level(sampling, steps, fixed, branches, seeing))
 
     def _constants(self, values: Mapping[str, Float32]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(x).to(self._device) for name, x in values.items()}
@@ -252,6 +253,23 @@ class TorchProgram:
         with exact_float32:
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
+
+    def _spatial(self, step: ArStep, have: Mapping[str, Tensor], seeing: int) -> Tensor:
+        """The embeddings of a set, in the first step of the `seeing` branches alone: those of one
+        that sees nothing are looked up."""
+        if step.known:
+            return self._run("spatial", have)["z_tokens"]
+        found = []
+        if self._config.family != "unified" and seeing < len(have["branch_weight"]):
+            found = [self._run("unconditional", have)["z_tokens"]]
+            first = self._component("spatial_first").component
+            have = {
+                **have,
+                **{s.name: have[s.name][:seeing] for s in first.inputs if "G" in s.dims},
+            }
+        if seeing or not found:
+            found.insert(0, self._run("spatial_first", have)["z_tokens"])
+        return torch.cat(found)
 
     def _flow(self, have: Mapping[str, Tensor]) -> Tensor:
         if self._flow_kernel is not None:
@@ -341,7 +359,7 @@ class TorchProgram:
         for step in level.steps:
             have |= {f"{kind}_index": order[..., part] for kind, part in step.parts.items()}
             have["partial"] = partial
-            have |= self._run("spatial" if step.known else "spatial_first", have)
+            have["z_tokens"] = self._spatial(step, have, level.seeing[has_canvas])
             if self._config.group > 1:  # to the flow head the frames of a group are rows
                 rows = {n: have[n].flatten(0, 1) for n in ("select_index", "partial", "flow_noise")}
                 rows["z_tokens"] = have["z_tokens"].flatten(1, 2)

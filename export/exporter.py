@@ -42,7 +42,7 @@ from canvasmar_rt.bundle import (
 )
 from canvasmar_rt.components import TensorSpec, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig
-from canvasmar_rt.engines.torch_engine import SCALE, TRANSPOSED
+from canvasmar_rt.engines.torch_engine import PART, SCALE, TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
@@ -65,6 +65,8 @@ Progress = Callable[[str], None]
 class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
     rounded to float16, half the size; parity is then against the model with those weights.
+    `opset` 0 takes 23, where attention is one node, and for unquantised float32 20, as TensorRT
+    does not build that node in float32.
     `quantize` "int8" runs the matrix products of float32 graphs in int8 (`export.quantize`), for
     the CPU; parity is against the float32 model.
     `drift_frames` is the length of the rollout compared with PyTorch. `card` is Markdown that
@@ -76,7 +78,7 @@ class ExportOptions:
     dtype: str = "fp32"
     weights: str = ""
     quantize: str = "none"
-    opset: int = 20
+    opset: int = 0
     batch: BatchRange = dataclasses.field(default_factory=BatchRange)
     seed: int = 0
     drift_frames: int = 32
@@ -104,13 +106,20 @@ class ExportOptions:
             )
         if self.drift_frames < 1:
             raise ConfigError(f"drift_frames must be >= 1, got {self.drift_frames}")
+        if not self.opset:
+            object.__setattr__(self, "opset", 20 if self.plain else 23)
         if self.opset not in tensorrt_ops.OPSETS:
             raise ConfigError(f"opset must be one of {tensorrt_ops.OPSETS}, got {self.opset}")
-        if self.opset != 20 and self.dtype == "fp32":
+        if self.opset != 20 and self.plain:
             raise ConfigError(
                 f"opset {self.opset} writes Attention nodes, which TensorRT does not build in "
                 "fp32; use opset 20, or --dtype fp16 or bf16"
             )
+
+    @property
+    def plain(self) -> bool:
+        """Whether products are in float32."""
+        return self.dtype == "fp32" and self.quantize == "none"
 
 
 def export_bundle(
@@ -181,7 +190,13 @@ def _write(
     graphs = trace(cast_model, sampling, options, progress)
     progress("writing graphs and weights")
     files = write_graphs(
-        graphs, cast_model, config, work, halve=halved, quantized=options.quantize != "none"
+        graphs,
+        cast_model,
+        config,
+        work,
+        halve=halved,
+        quantized=options.quantize != "none",
+        cut=options.plain and not model.flow.additive,
     )
     for name, graph_ in graphs.items():
         if options.quantize == "none" and (problems := tensorrt_ops.problems(graph_)):
@@ -300,7 +315,7 @@ def trace(
         opset,
     )
     evaluate = to_onnx(
-        FlowEvaluation(model).eval(),
+        FlowEvaluation(model, cut=options.plain).eval(),
         (
             x.clone(),
             x.clone(),
@@ -414,6 +429,7 @@ def write_graphs(
     *,
     halve: bool,
     quantized: bool,
+    cut: bool,
 ) -> list[str]:
     """Write the graphs and one safetensors file of weights per directory, which the graphs refer
     to as external data, so that the whole-frame graph shares the components' files.
@@ -421,6 +437,7 @@ def write_graphs(
     Every tensor of the state dictionary is in exactly one file, under its own name, or transposed
     (name + "^T") if its graph reads it that way: a bundle is also a checkpoint. One that the graphs
     read in int8 is there as such, transposed, with the scales of its channels (name + "^scale").
+    One that the graphs read in parts is there in parts (name + "^0", "^1", ...).
 
     Returns:
         Paths of the files written, relative to `work`.
@@ -435,6 +452,10 @@ def write_graphs(
         "decoder": ("autoencoder.decoder.", "autoencoder.latent_"),
     }
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    if cut:  # as `CutModulation` does
+        whole = state.pop(name := "flow.modulation.weight")
+        parts = whole.chunk(3 * config.flow.blocks + 2)
+        state |= {f"{name}{PART}{i}": part.contiguous() for i, part in enumerate(parts)}
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents
     int8: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight transposed, scales

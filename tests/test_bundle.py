@@ -261,7 +261,9 @@ def test_no_schema_version(made: Path, text: str) -> None:
     assert "schema version None" in refused(made)
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, "1", [1], 10**30])
+@pytest.mark.parametrize(
+    "version", [0, SCHEMA_VERSION - 1, SCHEMA_VERSION + 1, -1, "1", [1], 10**30]
+)
 def test_other_schema_versions(made: Path, version: Any) -> None:
     edit(made, lambda m: m.update(schema_version=version))
     message = refused(made)

@@ -16,11 +16,13 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.schedule import (
     ROTARY_BASE,
+    branch_inputs,
     flow_plan,
     flow_temperature,
     generation_order,
     guidance_branches,
     order_temperatures,
+    seeing_branches,
     set_sizes,
     time_rotation,
 )
@@ -253,16 +255,16 @@ def test_guidance_is_equation_9(w_t: float, w_s: float, has_canvas: bool) -> Non
     ("w_t", "w_s", "has_canvas", "kept"),
     [
         (1.0, 1.0, True, [(1, 1)]),
-        (1.0, 1.5, True, [(1, 0), (1, 1)]),
-        (1.5, 1.5, True, [(0, 0), (1, 1)]),
-        (1.2, 1.5, True, [(0, 0), (1, 0), (1, 1)]),
-        (1.2, 0.0, True, [(0, 0), (1, 0)]),
+        (1.0, 1.5, True, [(1, 1), (1, 0)]),
+        (1.5, 1.5, True, [(1, 1), (0, 0)]),
+        (1.2, 1.5, True, [(1, 1), (1, 0), (0, 0)]),
+        (1.2, 0.0, True, [(1, 0), (0, 0)]),
         (0.0, 0.0, True, [(0, 0)]),
         (1.0, 0.0, True, [(1, 0)]),
         (1.0, 1.5, False, [(1, 0)]),
         (0.0, 1.5, False, [(0, 0)]),
-        (1.2, 1.5, False, [(0, 0), (1, 0)]),
-        (0.1 + 0.2, 0.3, True, [(0, 0), (1, 1)]),
+        (1.2, 1.5, False, [(1, 0), (0, 0)]),
+        (0.1 + 0.2, 0.3, True, [(1, 1), (0, 0)]),
     ],
 )
 def test_branches_that_vanish_are_not_computed(
@@ -271,6 +273,8 @@ def test_branches_that_vanish_are_not_computed(
     sampling = SamplingConfig(temporal_guidance=w_t, canvas_guidance=w_s)
     branches = guidance_branches(sampling, has_canvas=has_canvas)
     assert list(zip(branches.temporal_on, branches.canvas_on, strict=True)) == kept
+    inputs = branch_inputs(sampling, has_canvas=has_canvas)
+    assert seeing_branches(inputs) == sum(branch != (0, 0) for branch in kept)
 
 
 # -- flow solvers

@@ -465,7 +465,7 @@ class FlowHead(nn.Module):
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
         modulations = width * (3 * config.blocks + 2)
         self.modulation = nn.Linear(width, modulations)
-        if config.modulation == "additive":
+        if self.additive:
             self.time_modulation = nn.Linear(width, modulations, bias=False)
         self.norms = nn.ModuleList(LayerNorm(width, eps=1e-6) for _ in range(config.blocks))
         self.mlps = nn.ModuleList(
@@ -477,33 +477,37 @@ class FlowHead(nn.Module):
         frequency = torch.exp(-math.log(10000.0) * torch.arange(128) / 128)
         self.register_buffer("frequency", frequency, persistent=False)
 
+    @property
+    def additive(self) -> bool:
+        return self.config.modulation == "additive"
+
     def embed_time(self, time: Tensor) -> Tensor:
         """Flow times (E,) float32 in 0..1 -> what `velocity` needs of them, (E, width), or
         (E, modulations) for additive modulation."""
         angle = 1000.0 * time[:, None].float() * self.frequency.float()
         features = torch.cat([angle.cos(), angle.sin()], dim=-1)
         embedded = self.time(features.to(self.out.weight.dtype))
-        if self.config.modulation == "additive":
+        if self.additive:
             embedded = self.time_modulation(F.silu(embedded))
         return embedded
 
     def embed_condition(self, z: Tensor) -> Tensor:
         """Token embeddings (..., D) -> what `velocity` needs of them, computed once per token."""
         c = self.condition(z)
-        return self.modulation(F.silu(c)) if self.config.modulation == "additive" else c
+        return self.modulation(F.silu(c)) if self.additive else c
 
     def velocity(self, x: Tensor, time: Tensor, condition: Tensor) -> Tensor:
         """Velocity (..., C) float32 of tokens x (..., C) given one row of `embed_time` and the
         rows of `embed_condition`; leading dimensions broadcast (guidance branches share x)."""
         m = time + condition
-        if self.config.modulation == "joint":
+        if not self.additive:
             m = self.modulation(F.silu(m))
-        return self._modulated(x, self._parts(m))
+        return self.modulated(x, self._parts(m))
 
     def given(self, condition: Tensor) -> tuple[Tensor, ...]:
         """`embed_condition` as `evaluate` takes it in an exported graph: for additive modulation in
         its parts, which are then cut once and not at every evaluation."""
-        return self._parts(condition) if self.config.modulation == "additive" else (condition,)
+        return self._parts(condition) if self.additive else (condition,)
 
     def evaluate(self, x: Tensor, time: Tensor, given: Sequence[Tensor]) -> Tensor:
         """`velocity` of a condition, or of its parts (`given`); eager PyTorch is faster with it
@@ -511,15 +515,18 @@ class FlowHead(nn.Module):
         if len(given) == 1:
             return self.velocity(x, time, given[0])
         parts = zip(time.chunk(len(given), -1), given, strict=True)
-        return self._modulated(x, tuple(t + c for t, c in parts))
+        return self.modulated(x, tuple(t + c for t, c in parts))
 
-    def _modulated(self, x: Tensor, parts: Sequence[Tensor]) -> Tensor:
+    def modulated(self, x: Tensor, parts: Sequence[Tensor], *, shifted: bool = False) -> Tensor:
+        """Velocity of tokens x (..., C) from the modulations one by one, where what multiplies is
+        1 + scale. Of `shifted` ones the last shift (..., C) is added behind the output layer."""
         h = self.embed(x.to(parts[0].dtype))
         for i, (norm, mlp) in enumerate(zip(self.norms, self.mlps, strict=True)):
             shift, scale, gate = parts[3 * i : 3 * i + 3]
             h = h + gate * mlp(norm(h) * scale + shift)
         shift, scale = parts[-2:]
-        return self.out(self.final_norm(h) * scale + shift).float()
+        scaled = self.final_norm(h) * scale
+        return (self.out(scaled) + shift if shifted else self.out(scaled + shift)).float()
 
     def _parts(self, m: Tensor) -> tuple[Tensor, ...]:
         """Modulations (..., M) one by one; what is to be 1 + scale is that here."""
@@ -556,8 +563,7 @@ class FrameModel(nn.Module):
 def in_branches(on: Tensor, seen: Tensor, hidden: Tensor) -> Tensor:
     """`seen` (R, n, D) in the guidance branches where `on` (G,) is 1, `hidden`, which broadcasts
     against it, in the others: (G, R, n, D)."""
-    on = on.to(seen.dtype)[:, None, None, None]
-    return on * seen + (1 - on) * hidden
+    return torch.where(on[:, None, None, None] > 0, seen, hidden)
 
 
 class CanvasMAR(FrameModel):

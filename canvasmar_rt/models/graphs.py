@@ -5,16 +5,19 @@ Export traces these, and the torch engine runs them: one definition of what a co
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from canvasmar_rt.components import Component, components
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models.canvasmar import (
     CanvasMAR,
+    FlowHead,
     FrameModel,
     gather_tokens,
     in_branches,
@@ -92,20 +95,64 @@ class CanvasGraph(Graph):
         return z_canvas, canvas, staticness
 
 
+class Constants(nn.Module):
+    """Tensors that weights alone decide, made once with their graph."""
+
+    def __init__(self, make: Callable[[], Iterable[Tensor]]) -> None:
+        super().__init__()
+        with torch.inference_mode(False), torch.no_grad():
+            for i, value in enumerate(make()):
+                self.register_buffer(f"constant_{i}", value, persistent=False)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self.buffers()
+
+
 class ConditionGraph(Graph):
-    """Keys and values of z_t and, as one row more of the batch, of what branches that do not see it
-    read instead: once for all guidance branches."""
+    """Keys and values of z_t, once for all guidance branches; what those that do not see it read
+    instead are constants."""
 
     def __init__(self, model: CanvasMAR) -> None:
         super().__init__(model, "condition")
-        self.spatial = model.spatial
+        self.spatial, tokens = model.spatial, model.config.temporal_tokens
+
+        def unseen() -> Iterable[Tensor]:
+            condition = self.spatial.no_temporal.expand(1, tokens, -1)
+            return itertools.chain(*self.spatial.condition_keys_values(condition))
+
+        self.unseen = Constants(unseen)
 
     def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
         t = self.named(args)
-        z_temporal = t["z_temporal"]
-        unseen = self.spatial.no_temporal.expand(1, *z_temporal.shape[1:])
-        cached = self.spatial.condition_keys_values(torch.cat([unseen, z_temporal]))
-        return tuple(in_branches(t["temporal_on"], x[1:], x[:1]) for kv in cached for x in kv)
+        cached = itertools.chain(*self.spatial.condition_keys_values(t["z_temporal"]))
+        pairs = zip(cached, self.unseen, strict=True)
+        return tuple(in_branches(t["temporal_on"], seen, unseen) for seen, unseen in pairs)
+
+
+class UnconditionalGraph(Graph):
+    """Token embeddings of the first set in the guidance branch that sees neither z_t nor the
+    canvas. There nothing depends on the frame but which tokens are picked: a table of all."""
+
+    def __init__(self, model: CanvasMAR) -> None:
+        super().__init__(model, "unconditional")
+        config, spatial = model.config, model.spatial
+        frames, tokens = config.group, config.tokens
+
+        def table() -> Iterable[Tensor]:
+            condition = spatial.no_temporal.expand(1, config.temporal_tokens, -1)
+            mask = spatial.mask.expand(frames, tokens, -1)
+            index = torch.arange(tokens, device=model.device).expand(frames, -1)
+            z = spatial(spatial.read_condition(condition), mask, index, tokens)
+            first = tokens * torch.arange(frames, device=model.device)
+            return z.flatten(0, 1), first[:, None]
+
+        self.table = Constants(table)
+
+    def forward(self, *args: Tensor) -> tuple[Tensor, ...]:
+        (index,), (table, first) = args, self.table
+        if self.config.group > 1:
+            index = index + first
+        return (F.embedding(index, table)[None],)
 
 
 class SpatialGraph(Graph):
@@ -192,12 +239,37 @@ class FlowPrepare(nn.Module):
         )
 
 
-class FlowEvaluation(nn.Module):
-    """One evaluation of the guided velocity and the solver's update (eq. 9, `FlowPlan`)."""
+class CutModulation(nn.Module):
+    """A flow head's modulations as one product each, for an exported graph on the CPU, which copies
+    what it cuts. What is to be 1 + scale is that here. The last shift has gone through the
+    output layer, which leaves C of its channels."""
 
-    def __init__(self, model: FrameModel) -> None:
+    def __init__(self, head: FlowHead) -> None:
+        super().__init__()
+        count, out = 3 * head.config.blocks + 2, head.out.weight
+        weights = list(head.modulation.weight.chunk(count))
+        biases = [
+            bias + 1 if i % 3 == 1 else bias
+            for i, bias in enumerate(head.modulation.bias.chunk(count))
+        ]
+        weights[-2], biases[-2] = (
+            (out.double() @ x[-2].double()).to(out.dtype) for x in (weights, biases)
+        )
+        self.weights, self.biases = Constants(lambda: weights), Constants(lambda: biases)
+
+    def forward(self, m: Tensor) -> tuple[Tensor, ...]:
+        """SiLU of time and condition (..., W) -> its parts (..., W), the last but one (..., C)."""
+        return tuple(map(F.linear, itertools.repeat(m), self.weights, self.biases))
+
+
+class FlowEvaluation(nn.Module):
+    """One evaluation of the guided velocity and the solver's update (eq. 9, `FlowPlan`); with `cut`
+    and a joint modulation, that in parts."""
+
+    def __init__(self, model: FrameModel, *, cut: bool = False) -> None:
         super().__init__()
         self.flow = model.flow
+        self.cut = CutModulation(model.flow) if cut and not model.flow.additive else None
 
     def forward(
         self,
@@ -210,7 +282,11 @@ class FlowEvaluation(nn.Module):
         *given: Tensor,
     ) -> tuple[Tensor, Tensor]:
         """x and the last velocity (B, S, C) -> the next ones."""
-        branches = self.flow.evaluate(x, time, given)
+        if self.cut is None:
+            branches = self.flow.evaluate(x, time, given)
+        else:
+            (condition,) = given
+            branches = self.flow.modulated(x, self.cut(F.silu(time + condition)), shifted=True)
         guided = (branches * branch_weight[:, None, None, None]).sum(0)
         return x + step_new * guided + step_old * velocity, guided
 
@@ -262,6 +338,7 @@ def graph(model: FrameModel, name: str) -> Graph:
         "temporal": TemporalGraph,
         "canvas": CanvasGraph,
         "condition": ConditionGraph,
+        "unconditional": UnconditionalGraph,
         "flow": FlowGraph,
         "split": SplitGraph,
     }

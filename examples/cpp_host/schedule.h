@@ -69,7 +69,7 @@ struct Branches {
 inline Branches guidance_branches(const Sampling& sampling, bool has_canvas) {
   const double w_t = sampling.temporal_guidance;
   const double w_s = has_canvas ? sampling.canvas_guidance : 0.0;
-  const double table[3][3] = {{0, 0, 1 - w_t}, {1, 0, w_t - w_s}, {1, 1, w_s}};
+  const double table[3][3] = {{1, 1, w_s}, {1, 0, w_t - w_s}, {0, 0, 1 - w_t}};
   Branches branches;
   for (const auto& row : table) {
     if (std::abs(row[2]) <= 1e-9) continue;

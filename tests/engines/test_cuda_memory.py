@@ -119,7 +119,12 @@ def test_without_a_mirror_there_is_no_host_memory(cuda: FakeCuda) -> None:
     group = CudaMemory().group(LAYOUT, mirrored=False)
     assert cuda.calls["cudaHostAlloc"] == 0
     assert all(b.host is None for b in group.buffers.values())
-    assert group.buffers["bits"].row(1).address == group.buffers["bits"].address + 10
+    bits = group.buffers["bits"]
+    assert bits.row(1).address == bits.address + 10
+    assert (bits.head(1).address, bits.head(1).shape) == (bits.address, (1, *bits.shape[1:]))
+    for count in (0, bits.shape[0] + 1):
+        with pytest.raises(IndexError, match=f"the first {count} of"):
+            bits.head(count)
 
 
 def test_a_group_may_be_empty(cuda: FakeCuda) -> None:

@@ -13,6 +13,7 @@ import onnxruntime
 import pytest
 import torch
 from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
 
 import canvasmar_rt
 from canvasmar_rt.bundle import (
@@ -32,7 +33,7 @@ from canvasmar_rt.export import exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
-from canvasmar_rt.verify import verify
+from canvasmar_rt.verify import difference, verify
 from tests.conftest import least_config
 
 LEAST = least_config()
@@ -112,6 +113,33 @@ def test_a_bundle_is_a_checkpoint(bundle: Bundle, model: CanvasMAR) -> None:
         torch.testing.assert_close(state[name], want, rtol=0, atol=0, msg=name)
 
 
+def test_a_joint_modulation_is_stored_in_the_parts_its_graph_reads(bundle: Bundle) -> None:
+    """All but the last shift, which the graph reads multiplied by the output layer."""
+    tensors = load_file(bundle.path / "flow" / "model.safetensors")
+    found = {name for name in tensors if name.startswith("flow.modulation.weight")}
+    shift = 3 * LEAST.flow.blocks
+    assert LEAST.flow.modulation == "joint"
+    assert found == {
+        f"flow.modulation.weight^{i}" + ("^T" if i != shift else "") for i in range(shift + 2)
+    }
+    (loop,) = (n for n in onnx.load(bundle.file("flow")).graph.node if n.op_type == "Scan")
+    kinds = [n.op_type for n in next(a.g for a in loop.attribute if a.name == "body").node]
+    assert "Split" not in kinds
+    assert kinds.count("MatMul") == (shift + 2) + 2 * LEAST.flow.blocks + 2
+
+
+@pytest.mark.parametrize("change", ["missing", "narrow"])
+def test_parts_that_do_not_make_a_weight_are_refused(bundle: Bundle, change: str) -> None:
+    path = bundle.path / "flow" / "model.safetensors"
+    tensors = load_file(path)
+    part = tensors.pop("flow.modulation.weight^1^T")
+    if change == "narrow":
+        tensors["flow.modulation.weight^1^T"] = part[1:].copy()
+    save_file(tensors, path)
+    with pytest.raises(BundleError, match=r"flow\.modulation\.weight"):
+        load_model(bundle)
+
+
 def test_the_certificate_holds_what_was_measured(bundle: Bundle) -> None:
     certificate = bundle.manifest.parity
     assert certificate is not None
@@ -178,6 +206,22 @@ def test_a_graph_tensorrt_refuses_leaves_nothing(
     with pytest.raises(BundleError, match=r"flow: TensorRT would refuse .*Scan"):
         export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("off", "by", "relative"), [(4, 1, 0.0), (5, 1, 5**0.5 / 2000), (1, 2, 1e-3)]
+)
+def test_pixels_rounded_the_other_way_make_no_difference(
+    off: int, by: int, relative: float
+) -> None:
+    want = np.full(400, 100, np.uint8)
+    got = want.copy()
+    got[:off] += by
+    found = difference({"frames": got}, {"frames": want})
+    assert found.max_abs == by
+    assert found.relative == pytest.approx(relative)
+    values = {"latent": want.astype(np.float32)}
+    assert difference({"latent": got}, values).relative > 0
 
 
 def test_replacing_needs_force_and_is_all_or_nothing(bundle: Bundle, model: CanvasMAR) -> None:

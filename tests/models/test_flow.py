@@ -16,7 +16,7 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.models.canvasmar import FlowHead
 from canvasmar_rt.models.families import build
-from canvasmar_rt.models.graphs import graph, put_tokens
+from canvasmar_rt.models.graphs import CutModulation, graph, put_tokens
 from canvasmar_rt.schedule import flow_plan, guidance_branches
 
 Array = npt.NDArray[np.float64]
@@ -103,6 +103,17 @@ def test_velocity_equals_numpy(modulation: str) -> None:
         for token in range(4):
             want = numpy_velocity(flow, x[token].double().numpy(), u, z[token].double().numpy())
             np.testing.assert_allclose(got[token], want, rtol=1e-4, atol=1e-4)
+
+
+def test_a_joint_modulation_in_parts_is_the_same_velocity() -> None:
+    """As the float32 graphs have it: the last shift behind the output layer, C wide."""
+    flow = head("joint")
+    x, condition = random(3, C), flow.embed_condition(random(2, 3, D, seed=2))
+    time = flow.embed_time(torch.tensor([0.3]))[0]
+    parts = CutModulation(flow)(torch.nn.functional.silu(time + condition))
+    assert [part.shape[-1] for part in parts] == [W] * (3 * BLOCKS) + [C, W]
+    got = flow.modulated(x, parts, shifted=True)
+    torch.testing.assert_close(got, flow.velocity(x, time, condition), rtol=1e-4, atol=1e-5)
 
 
 def test_embed_time_equals_numpy() -> None:
@@ -197,7 +208,7 @@ def test_component_integrates_the_guided_velocity(modulation: str, solver: Any) 
     )
     branches, plan = guidance_branches(sampling, has_canvas=True), flow_plan(sampling)
     tokens = 16
-    z = random(3, 2, 4, D, seed=3)  # branches: none, temporal, temporal + canvas
+    z = random(3, 2, 4, D, seed=3)  # branches: temporal + canvas, temporal, none
     select = torch.tensor([[3, 0, 9, 15], [7, 8, 1, 2]])
     noise, partial = random(2, tokens, C, seed=4), random(2, tokens, C, seed=5)
     tensors = {
@@ -217,7 +228,7 @@ def test_component_integrates_the_guided_velocity(modulation: str, solver: Any) 
         for s, position in enumerate(select[row].tolist()):
 
             def guided(x: Array, u: float, row: int = row, s: int = s) -> Array:
-                v_0, v_t, v_ts = (
+                v_ts, v_t, v_0 = (
                     numpy_velocity(model.flow, x, u, z[g, row, s].double().numpy())
                     for g in range(3)
                 )

@@ -419,6 +419,20 @@ def test_branches_substitute_the_learned_vectors(norm: str, attend: str) -> None
     torch.testing.assert_close(first[2], want, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("canvas", [True, False])
+@every_kind
+def test_a_branch_that_sees_nothing_is_looked_up(norm: str, attend: str, canvas: bool) -> None:
+    """What the first AR step gives it is the same for every frame, whatever the order."""
+    model = make(norm, attend, canvas=canvas)
+    positions = order(2)
+    (got,) = graph(model, "unconditional")(positions[:, :6])
+    condition = model.spatial.no_temporal.expand(2, P, D)
+    mask = model.spatial.mask.expand(2, N, D)
+    want = run(model.spatial, condition, mask, random(2, N, C), positions, 0, 6)
+    assert got.shape == (1, 2, 6, D)
+    torch.testing.assert_close(got[0], want, rtol=1e-4, atol=1e-5)
+
+
 def test_branch_tokens_are_exact() -> None:
     model = make("expert")
     z_t, z_c = random(2, P, D), random(2, N, D)
