@@ -247,8 +247,11 @@ def machine() -> dict[str, Any]:
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as file:
-            names = [x.split(":")[1].strip() for x in file if x.startswith("model name")]
-        model = names[0] if names else model
+            lines = [x.split(":") for x in file.read().partition("\n\n")[0].splitlines()]
+        first = {x[0].strip(): x[-1].strip() for x in lines}
+        model = first.get("model name", model)
+        if "cpu family" in first:  # a virtual machine may keep the name short
+            model += f" (family {first['cpu family']}, model {first['model']})"
     except OSError:
         pass
     found = {
