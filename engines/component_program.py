@@ -305,9 +305,10 @@ class ComponentProgram:
 
     def _bound_spatial(self, step: ArStep, have: Mapping[str, Buffer], seeing: int) -> list[Run]:
         """The embeddings of a set, in the first step of the `seeing` branches alone: those of one
-        that sees nothing are looked up."""
+        that sees nothing are looked up. In int8 all share a scale: one less would change it."""
         z = have["z_tokens"]
-        if step.known or seeing == z.shape[0] or "unconditional" not in self._table:
+        known = "unconditional" in self._table and not step.known and seeing < z.shape[0]
+        if not known or self._engine.bundle.manifest.quantization != "none":
             return [self._bound("spatial" if step.known else "spatial_first", have)]
         found = self._group({"z_tokens": ((1, *z.shape[1:]), "hidden")}, mirrored=False).buffers
         runs = [

@@ -65,8 +65,8 @@ Progress = Callable[[str], None]
 class ExportOptions:
     """What `canvasmar-rt export` can choose. `weights` "fp16" stores float32 graphs with weights
     rounded to float16, half the size; parity is then against the model with those weights.
-    `opset` 0 takes 23, where attention is one node, and for unquantised float32 20, as TensorRT
-    does not build that node in float32.
+    `opset` 0 takes 20 for float32 graphs, else 23, where attention is one node: TensorRT does not
+    build it in float32, and hosts with an ONNX Runtime before 1.23 do not know it.
     `quantize` "int8" runs the matrix products of float32 graphs in int8 (`export.quantize`), for
     the CPU; parity is against the float32 model.
     `drift_frames` is the length of the rollout compared with PyTorch. `card` is Markdown that
@@ -107,7 +107,7 @@ class ExportOptions:
         if self.drift_frames < 1:
             raise ConfigError(f"drift_frames must be >= 1, got {self.drift_frames}")
         if not self.opset:
-            object.__setattr__(self, "opset", 20 if self.plain else 23)
+            object.__setattr__(self, "opset", 20 if self.dtype == "fp32" else 23)
         if self.opset not in tensorrt_ops.OPSETS:
             raise ConfigError(f"opset must be one of {tensorrt_ops.OPSETS}, got {self.opset}")
         if self.opset != 20 and self.plain:

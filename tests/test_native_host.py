@@ -250,7 +250,7 @@ def copy(tmp_path: Path) -> Path:
     ("spoil", "message"),
     [
         (lambda b: shutil.rmtree(b), "canvasmar_config.json: not found; give the folder"),
-        (lambda b: edit(b, '"schema_version": 1', '"schema_version": 2'), "schema version 2"),
+        (lambda b: edit(b, '"schema_version": 2', '"schema_version": 1'), "schema version 1"),
         (lambda b: edit(b, "{", "", 1), "canvasmar_host: manifest: "),
         (lambda b: edit(b, '"README.md"', '"../README.md"'), "../README.md lies outside"),
         (lambda b: (b / "frame.onnx").unlink(), "frame.onnx is missing; copy or export"),

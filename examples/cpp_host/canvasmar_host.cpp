@@ -38,7 +38,7 @@ using Values = std::map<std::string, Ort::Value>;
 using Picture = std::vector<unsigned char>;  // RGB, (H, W, 3)
 using Action = std::optional<std::vector<float>>;
 
-constexpr int kSchemaVersion = 1;
+constexpr int kSchemaVersion = 2;
 constexpr float kMasked = -1e4f;
 constexpr std::uint64_t kMostThreads = 1024;
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
