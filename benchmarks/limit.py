@@ -41,7 +41,7 @@ from canvasmar_rt.config import (
 )
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.schedule import ArStep, ar_steps, branch_inputs, flow_plan, seeing_branches
+from canvasmar_rt.schedule import ArStep, ar_steps, branch_inputs, first_step_branches, flow_plan
 
 KIND = "predicted (roofline)"
 DTYPE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
@@ -140,12 +140,11 @@ def frame_costs(
         ConfigError: if there are more AR steps than tokens.
     """
     inputs = branch_inputs(sampling, has_canvas=config.canvas)
-    branches = drawing = len(inputs["branch_weight"])
+    branches = len(inputs["branch_weight"])
     evaluations = len(flow_plan(sampling).time)
     steps = ar_steps(config.tokens, sampling.ar_steps)
     table = components(config)
-    if "unconditional" in table:
-        drawing = seeing_branches(inputs)  # in the first AR step
+    first = first_step_branches(inputs, table)
     each = batch * config.group  # frames that are drawn
     sizes = {"B": batch, "G": branches, "E": evaluations, "R": each}
 
@@ -162,7 +161,7 @@ def frame_costs(
         costs["condition"] = once("condition", _condition(config, batch))
     passes, moved = [], 0
     for step in steps:
-        name, rows = ("spatial", branches) if step.known else ("spatial_first", drawing)
+        name, rows = ("spatial", branches) if step.known else ("spatial_first", first)
         passes.append(
             _drawing(config, batch, rows, step)
             if config.family == "unified"
@@ -283,7 +282,7 @@ def _spatial(config: ModelConfig, rows: int, step: ArStep) -> _Pass:
 
 
 def _modulations(config: ModelConfig) -> int:
-    return config.flow.width * (3 * config.flow.blocks + 2)
+    return config.flow.width * config.flow.modulations
 
 
 def _flow_prepare(config: ModelConfig, rows: int, evaluations: int) -> _Pass:

@@ -125,6 +125,12 @@ class FlowConfig:
             f"got {self.modulation!r}",
         )
 
+    @property
+    def modulations(self) -> int:
+        """Vectors that modulate a token: shift, scale and gate of every block, then shift and scale
+        of the output norm."""
+        return 3 * self.blocks + 2
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:

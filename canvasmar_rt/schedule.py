@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -192,11 +192,12 @@ def branch_inputs(sampling: SamplingConfig, *, has_canvas: bool) -> dict[str, Fl
     }
 
 
-def seeing_branches(inputs: Mapping[str, Float32]) -> int:
-    """How many of the branches in `branch_inputs` see anything; one that sees nothing is the
+def first_step_branches(inputs: Mapping[str, Float32], components: Collection[str]) -> int:
+    """How many of the branches in `branch_inputs` the first AR step draws: all, or, where
+    `unconditional` is among the components, those that see anything; one that does not is the
     last."""
     nothing = not (inputs["temporal_on"][-1] or inputs["canvas_on"][-1])
-    return len(inputs["branch_weight"]) - int(nothing)
+    return len(inputs["branch_weight"]) - int(nothing and "unconditional" in components)
 
 
 def time_rotation(time: int, pairs: int) -> Float32:

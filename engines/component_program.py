@@ -35,8 +35,8 @@ from canvasmar_rt.schedule import (
     ArStep,
     ar_steps,
     branch_inputs,
+    first_step_branches,
     generation_order,
-    seeing_branches,
     solver_inputs,
 )
 
@@ -269,7 +269,10 @@ class ComponentProgram:
     def _bind_branches(self, level: _Level, has_canvas: bool) -> _Branches:
         c, b = self._config, self._batch
         inputs = branch_inputs(level.sampling, has_canvas=has_canvas)
-        fixed, seeing = self._constants(inputs), seeing_branches(inputs)
+        # in int8 all branches share a scale: one less would change the others
+        exact = self._engine.bundle.manifest.quantization == "none"
+        first = first_step_branches(inputs, self._table if exact else ())
+        fixed = self._constants(inputs)
         g = fixed["branch_weight"].shape[0]
         layout: Shapes = {
             f"z_tokens_{k}": ((g, b, *c.group_shape, step.drawn, c.dim), "hidden")
@@ -294,7 +297,7 @@ class ComponentProgram:
                 else self._work[f"partial_{1 + k % 2}"],
                 "flow_noise": self._noise.buffers["flow_noise"],
             }
-            steps += [("spatial", run) for run in self._bound_spatial(step, have, seeing)]
+            steps += [("spatial", run) for run in self._bound_spatial(step, have, first)]
             if c.group > 1:  # to the flow head the frames of a group are rows
                 for name in ("select_index", "partial", "next_partial", "flow_noise"):
                     have[name] = have[name].view(b * c.group, *have[name].shape[2:])
@@ -303,22 +306,20 @@ class ComponentProgram:
             steps.append(("flow", self._bound("flow", have)))
         return _Branches(own, condition, steps)
 
-    def _bound_spatial(self, step: ArStep, have: Mapping[str, Buffer], seeing: int) -> list[Run]:
-        """The embeddings of a set, in the first step of the `seeing` branches alone: those of one
-        that sees nothing are looked up. In int8 all share a scale: one less would change it."""
-        z = have["z_tokens"]
-        known = "unconditional" in self._table and not step.known and seeing < z.shape[0]
-        if not known or self._engine.bundle.manifest.quantization != "none":
-            return [self._bound("spatial" if step.known else "spatial_first", have)]
-        found = self._group({"z_tokens": ((1, *z.shape[1:]), "hidden")}, mirrored=False).buffers
-        runs = [
-            self._bound("unconditional", {**have, **found}),
-            self._memory.spread(found["z_tokens"].row(0), z.row(seeing)),
-        ]
-        if seeing:
-            first = self._table["spatial_first"]
-            per_branch = [s.name for s in (*first.inputs, *first.outputs) if "G" in s.dims]
-            seen = {name: have[name].head(seeing) for name in per_branch}
+    def _bound_spatial(self, step: ArStep, have: Mapping[str, Buffer], first: int) -> list[Run]:
+        """The embeddings of a set; in the first step of the `first` branches, with those of the one
+        after them, if any, looked up."""
+        if step.known:
+            return [self._bound("spatial", have)]
+        z, runs = have["z_tokens"], []
+        if first < z.shape[0]:
+            found = self._group({"z_tokens": ((1, *z.shape[1:]), "hidden")}, mirrored=False).buffers
+            runs.append(self._bound("unconditional", {**have, **found}))
+            runs.append(self._memory.spread(found["z_tokens"].row(0), z.row(first)))
+        if first:
+            graph = self._table["spatial_first"]
+            per_branch = [s.name for s in (*graph.inputs, *graph.outputs) if "G" in s.dims]
+            seen = {name: have[name].head(first) for name in per_branch}
             runs.append(self._bound("spatial_first", {**have, **seen}))
         return runs
 

@@ -185,7 +185,7 @@ class FlowKernel:
                 )
         self._programs = programs
         rows, width, channels = tokens * branches, head.config.width, head.out.out_features
-        self._modulations = (3 * head.config.blocks + 2) * width
+        self._modulations = head.config.modulations * width
 
         def scratch(size: int, dtype: torch.dtype = dtype) -> Tensor:
             return torch.zeros(size, dtype=dtype, device=device)

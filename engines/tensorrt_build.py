@@ -33,7 +33,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
 )
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.schedule import ar_steps, branch_inputs, flow_plan, seeing_branches
+from canvasmar_rt.schedule import ar_steps, branch_inputs, first_step_branches, flow_plan
 
 Progress = Callable[[str, int, int], None]
 """Component, steps done, steps in all of the phase TensorRT is in."""
@@ -142,8 +142,8 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
     busiest = max(drawn(default) or steps, key=lambda step: step["S"])
     branches = branch_inputs(default, has_canvas=manifest.model.canvas)
     usual = len(branches["branch_weight"])
-    if component == "spatial_first" and "unconditional" in manifest.components:
-        usual = max(1, seeing_branches(branches))
+    if component == "spatial_first":
+        usual = max(1, first_step_branches(branches, manifest.components))
     evaluations = [len(flow_plan(sampling).time) for sampling in taken]
     ranges = {
         "B": (batch.minimum, batch.optimum, batch.maximum),

@@ -54,7 +54,8 @@ def load_model(bundle: Bundle) -> FrameModel:
                 scale = scales.get(plain + SCALE)
                 state[plain] = value if scale is None else value * scale[:, None]
     for first in [name for name in state if name.endswith(f"{PART}0")]:
-        name, parts = first.removesuffix(f"{PART}0"), []
+        name = first.removesuffix(f"{PART}0")
+        parts: list[Tensor] = []
         while (part := f"{name}{PART}{len(parts)}") in state:
             parts.append(state.pop(part))
         try:

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.memory import STORAGE, Array, capturing
 from canvasmar_rt.engines.program import (
@@ -39,8 +40,8 @@ from canvasmar_rt.schedule import (
     ArStep,
     ar_steps,
     branch_inputs,
+    first_step_branches,
     order_temperatures,
-    seeing_branches,
     solver_inputs,
 )
 
@@ -135,7 +136,7 @@ class _Level:
     steps: tuple[ArStep, ...]
     fixed: Mapping[str, Tensor]
     branches: Mapping[bool, Mapping[str, Tensor]]
-    seeing: Mapping[bool, int]
+    first: Mapping[bool, int]
 
 
 class TorchProgram:
@@ -238,10 +239,11 @@ class TorchProgram:
     def add_level(self, sampling: SamplingConfig) -> None:
         inputs = {on: branch_inputs(sampling, has_canvas=on) for on in (False, True)}
         branches = {on: self._constants(values) for on, values in inputs.items()}
-        seeing = {on: seeing_branches(values) for on, values in inputs.items()}
+        table = components(self._config)
+        first = {on: first_step_branches(values, table) for on, values in inputs.items()}
         steps = ar_steps(self._config.tokens, sampling.ar_steps)
         fixed = self._constants(solver_inputs(sampling))
-        self._levels.append(_Level(sampling, steps, fixed, branches, seeing))
+        self._levels.append(_Level(sampling, steps, fixed, branches, first))
 
     def _constants(self, values: Mapping[str, Float32]) -> dict[str, Tensor]:
         return {name: torch.from_numpy(x).to(self._device) for name, x in values.items()}
@@ -254,21 +256,18 @@ class TorchProgram:
             out = module(*(have[s.name] for s in module.component.inputs))
         return {s.name: x for s, x in zip(module.component.outputs, out, strict=True)}
 
-    def _spatial(self, step: ArStep, have: Mapping[str, Tensor], seeing: int) -> Tensor:
-        """The embeddings of a set, in the first step of the `seeing` branches alone: those of one
-        that sees nothing are looked up."""
+    def _spatial(self, step: ArStep, have: Mapping[str, Tensor], first: int) -> Tensor:
+        """The embeddings of a set; in the first step of the `first` branches, with those of the one
+        after them, if any, looked up."""
         if step.known:
             return self._run("spatial", have)["z_tokens"]
         found = []
-        if self._config.family != "unified" and seeing < len(have["branch_weight"]):
-            found = [self._run("unconditional", have)["z_tokens"]]
-            first = self._component("spatial_first").component
-            have = {
-                **have,
-                **{s.name: have[s.name][:seeing] for s in first.inputs if "G" in s.dims},
-            }
-        if seeing or not found:
-            found.insert(0, self._run("spatial_first", have)["z_tokens"])
+        if first:
+            per_branch = self._component("spatial_first").component.inputs
+            seen = {s.name: have[s.name][:first] for s in per_branch if "G" in s.dims}
+            found.append(self._run("spatial_first", {**have, **seen})["z_tokens"])
+        if first < len(have["branch_weight"]):
+            found.append(self._run("unconditional", have)["z_tokens"])
         return torch.cat(found)
 
     def _flow(self, have: Mapping[str, Tensor]) -> Tensor:
@@ -359,7 +358,7 @@ class TorchProgram:
         for step in level.steps:
             have |= {f"{kind}_index": order[..., part] for kind, part in step.parts.items()}
             have["partial"] = partial
-            have["z_tokens"] = self._spatial(step, have, level.seeing[has_canvas])
+            have["z_tokens"] = self._spatial(step, have, level.first[has_canvas])
             if self._config.group > 1:  # to the flow head the frames of a group are rows
                 rows = {n: have[n].flatten(0, 1) for n in ("select_index", "partial", "flow_noise")}
                 rows["z_tokens"] = have["z_tokens"].flatten(1, 2)

@@ -454,7 +454,7 @@ def write_graphs(
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
     if cut:  # as `CutModulation` does
         whole = state.pop(name := "flow.modulation.weight")
-        parts = whole.chunk(3 * config.flow.blocks + 2)
+        parts = whole.chunk(config.flow.modulations)
         state |= {f"{name}{PART}{i}": part.contiguous() for i, part in enumerate(parts)}
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents

@@ -17,12 +17,12 @@ from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.schedule import (
     ROTARY_BASE,
     branch_inputs,
+    first_step_branches,
     flow_plan,
     flow_temperature,
     generation_order,
     guidance_branches,
     order_temperatures,
-    seeing_branches,
     set_sizes,
     time_rotation,
 )
@@ -274,7 +274,9 @@ def test_branches_that_vanish_are_not_computed(
     branches = guidance_branches(sampling, has_canvas=has_canvas)
     assert list(zip(branches.temporal_on, branches.canvas_on, strict=True)) == kept
     inputs = branch_inputs(sampling, has_canvas=has_canvas)
-    assert seeing_branches(inputs) == sum(branch != (0, 0) for branch in kept)
+    seeing = sum(branch != (0, 0) for branch in kept)
+    assert first_step_branches(inputs, ["spatial", "unconditional"]) == seeing
+    assert first_step_branches(inputs, ["spatial"]) == len(kept)
 
 
 # -- flow solvers

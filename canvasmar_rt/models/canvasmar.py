@@ -463,7 +463,7 @@ class FlowHead(nn.Module):
         self.embed = nn.Linear(channels, width)
         self.condition = nn.Linear(dim, width)
         self.time = nn.Sequential(nn.Linear(256, width), nn.SiLU(), nn.Linear(width, width))
-        modulations = width * (3 * config.blocks + 2)
+        modulations = width * config.modulations
         self.modulation = nn.Linear(width, modulations)
         if self.additive:
             self.time_modulation = nn.Linear(width, modulations, bias=False)
@@ -502,12 +502,12 @@ class FlowHead(nn.Module):
         m = time + condition
         if not self.additive:
             m = self.modulation(F.silu(m))
-        return self.modulated(x, self._parts(m))
+        return self.modulated(x, self.parts(m))
 
     def given(self, condition: Tensor) -> tuple[Tensor, ...]:
         """`embed_condition` as `evaluate` takes it in an exported graph: for additive modulation in
         its parts, which are then cut once and not at every evaluation."""
-        return self._parts(condition) if self.additive else (condition,)
+        return self.parts(condition) if self.additive else (condition,)
 
     def evaluate(self, x: Tensor, time: Tensor, given: Sequence[Tensor]) -> Tensor:
         """`velocity` of a condition, or of its parts (`given`); eager PyTorch is faster with it
@@ -528,9 +528,9 @@ class FlowHead(nn.Module):
         scaled = self.final_norm(h) * scale
         return (self.out(scaled) + shift if shifted else self.out(scaled + shift)).float()
 
-    def _parts(self, m: Tensor) -> tuple[Tensor, ...]:
+    def parts(self, m: Tensor) -> tuple[Tensor, ...]:
         """Modulations (..., M) one by one; what is to be 1 + scale is that here."""
-        parts = m.chunk(3 * self.config.blocks + 2, dim=-1)
+        parts = m.chunk(self.config.modulations, dim=-1)
         return tuple(part + 1 if i % 3 == 1 else part for i, part in enumerate(parts))
 
 

@@ -246,12 +246,9 @@ class CutModulation(nn.Module):
 
     def __init__(self, head: FlowHead) -> None:
         super().__init__()
-        count, out = 3 * head.config.blocks + 2, head.out.weight
-        weights = list(head.modulation.weight.chunk(count))
-        biases = [
-            bias + 1 if i % 3 == 1 else bias
-            for i, bias in enumerate(head.modulation.bias.chunk(count))
-        ]
+        out = head.out.weight
+        weights = list(head.modulation.weight.chunk(head.config.modulations))
+        biases = list(head.parts(head.modulation.bias))
         weights[-2], biases[-2] = (
             (out.double() @ x[-2].double()).to(out.dtype) for x in (weights, biases)
         )
