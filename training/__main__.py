@@ -39,7 +39,7 @@ from training.transfer import transfer, translate
 FITTED_CLIPS = 64
 """Held-out clips on which the latents of two autoencoders are fitted to each other."""
 
-DRAWN_AHEAD = 1024
+DRAWN_AHEAD = 2048
 """ToyTable clips that a GPU draws at once."""
 
 app = typer.Typer(
@@ -162,7 +162,8 @@ def model(
     data: DataOfLatents = "",
     root: Root = None,
     latents: Annotated[
-        Path | None, typer.Option(help="Train on latents that `encode` wrote.")
+        list[Path] | None,
+        typer.Option(help="Train on latents that `encode` wrote; repeat for several directories."),
     ] = None,
     init: Init = None,
     set_: Set = None,
@@ -180,9 +181,9 @@ def model(
     network = _with_autoencoder(chosen.model, trained, settings.seed)
     described: dict[str, Any] = {"autoencoder": stages.weights_id(trained.autoencoder)}
     source: ClipSource | None = None
-    if latents is not None:
-        source = LatentSource(latents, seed=settings.seed)
-        _check_latents(source, latents, autoencoder, described["autoencoder"], settings.frames)
+    if latents:
+        source = LatentSource(*latents, seed=settings.seed)
+        _check_latents(source, latents[0], autoencoder, described["autoencoder"], settings.frames)
         data, root = _data_of(source.about, data, root)
         described["data"] = source.about
     data = data or "toytable"

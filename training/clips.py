@@ -186,10 +186,12 @@ def batches(
     rank: int = 0,
     world: int = 1,
     stay: int = 1,
+    pinned: bool = False,
 ) -> Iterator[Clips | LatentClips]:
     """This rank's share of the batches of steps first_step ... steps - 1, the next one being
     prepared in a thread while the last is used. `batch` counts the clips of all ranks; a clip
-    stays in its slot for `stay` steps (`age`).
+    stays in its slot for `stay` steps (`age`). What is on the CPU is `pinned` if asked for, so that
+    nobody waits for it to be copied to a GPU.
 
     Raises:
         InputError: if `batch` cannot be shared evenly.
@@ -200,6 +202,10 @@ def batches(
     held: dict[int, tuple[int, Clips | LatentClips]] = {}  # by slot: a clip's number, and the clip
 
     def prepare(step: int) -> Clips | LatentClips:
+        clips = gather(step)
+        return _each(clips, lambda t: t if t.is_cuda else t.pin_memory()) if pinned else clips
+
+    def gather(step: int) -> Clips | LatentClips:
         if stay == 1:
             return source.clips(step * batch + slots.start, share)
         for slot in slots:
@@ -226,39 +232,39 @@ def _together(parts: Sequence[AnyClips]) -> AnyClips:
 
 def to_device(clips: AnyClips, device: torch.device) -> AnyClips:
     """The same clips on another device."""
+    return _each(clips, lambda t: t.to(device, non_blocking=True))
+
+
+def _each(clips: AnyClips, change: Callable[[Tensor], Tensor]) -> AnyClips:
     tensors = {f.name: getattr(clips, f.name) for f in fields(clips)}
-    return replace(
-        clips, **{n: t.to(device, non_blocking=True) for n, t in tensors.items() if t is not None}
-    )
+    return replace(clips, **{n: change(t) for n, t in tensors.items() if t is not None})
 
 
 # -- latents made once
 
 
 class LatentSource:
-    """Latents written by `write_latents`, read whole into memory and shuffled anew every epoch."""
+    """Latents written by `write_latents`, into one directory or several, shuffled anew every
+    epoch."""
 
-    def __init__(self, directory: Path, *, seed: int = 0) -> None:
+    def __init__(self, *directories: Path, seed: int = 0) -> None:
         """
         Raises:
             BundleError: if a shard is missing or cut, or shards do not belong together.
+            InputError: if directories do not belong together.
         """
-        path = directory / _LATENTS_FILE
-        self._actions: Tensor | None = None
-        try:
-            self.about: dict[str, Any] = json.loads(path.read_text())
-            shards = [load_file(directory / name) for name in self.about["shards"]]
-            self._latents = torch.cat([s["latents"] for s in shards])
-            if self.action_dim:
-                self._actions = torch.cat([s["actions"] for s in shards])
-            found = {len(x) for x in (self._latents, self._actions) if x is not None}
-            if found != {self.about["clips"]}:
-                raise ValueError(f"expected {self.about['clips']} clips, found {found}")
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
-            raise BundleError(
-                f"{directory}: no whole set of latents ({error}); make it again with "
-                "`python -m training encode`"
-            ) from None
+        self.about: dict[str, Any] = {}
+        self._shards: list[dict[str, Tensor]] = []
+        for directory in directories:
+            about, shards = _read_latents(directory)
+            self.about = self.about or about | {"shards": [], "clips": 0}
+            own = {"shards": [], "clips": 0}
+            if about | own != self.about | own:
+                raise InputError(f"{directory}: latents of other data than {directories[0]}")
+            self.about["shards"] += about["shards"]
+            self.about["clips"] += about["clips"]
+            self._shards += shards
+        self._ends = np.cumsum([len(s["latents"]) for s in self._shards])
         self._seed, self._epoch, self._order = seed, -1, np.empty(0, np.int64)
 
     @property
@@ -277,19 +283,44 @@ class LatentSource:
     def action_dim(self) -> int:
         return int(self.about["action_dim"])
 
-    def _pick(self, index: int) -> int:
-        epoch, place = divmod(index, len(self._latents))
+    def _pick(self, index: int) -> tuple[int, int]:
+        """Shard and row of the clip in a place of the endless stream."""
+        epoch, place = divmod(index, int(self._ends[-1]))
         if epoch != self._epoch:
-            self._order = np.random.default_rng((self._seed, epoch)).permutation(len(self._latents))
+            self._order = np.random.default_rng((self._seed, epoch)).permutation(self._ends[-1])
             self._epoch = epoch
-        return int(self._order[place])
+        number = self._order[place]
+        shard = int(np.searchsorted(self._ends, number, side="right"))
+        return shard, int(number - self._ends[shard])  # counted from the shard's end
 
     def clips(self, first: int, count: int) -> LatentClips:
-        rows = torch.tensor([self._pick(i) for i in range(first, first + count)])
-        return LatentClips(
-            latents=self._latents[rows].float(),
-            actions=None if self._actions is None else self._actions[rows],
-        )
+        picked = [self._pick(i) for i in range(first, first + count)]
+
+        def gathered(name: str) -> Tensor:
+            return torch.stack([self._shards[shard][name][row] for shard, row in picked]).float()
+
+        actions = gathered("actions") if self.action_dim else None
+        return LatentClips(latents=gathered("latents"), actions=actions)
+
+
+def _read_latents(directory: Path) -> tuple[dict[str, Any], list[dict[str, Tensor]]]:
+    """What a directory's listing tells, and its shards, mapped from disk."""
+    try:
+        about: dict[str, Any] = json.loads((directory / _LATENTS_FILE).read_text())
+        shards = [load_file(directory / name) for name in about["shards"]]
+        names = ("latents", "actions") if int(about["action_dim"]) else ("latents",)
+        for name in names:
+            if len({shard[name].shape[1:] for shard in shards}) > 1:
+                raise ValueError(f"shards whose {name} differ in size")
+            found = sum(len(shard[name]) for shard in shards)
+            if found != about["clips"]:
+                raise ValueError(f"expected {about['clips']} clips, found {found}")
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
+        raise BundleError(
+            f"{directory}: no whole set of latents ({error}); make it again with "
+            "`python -m training encode`"
+        ) from None
+    return about, shards
 
 
 def write_latents(

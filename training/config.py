@@ -96,8 +96,13 @@ class ModelTraining(RunConfig):
     multiplier), or with `flow_time_of` "frame" for the tokens of a latent frame together: additive
     modulation then embeds a time a frame, which takes an eighth off a step.
 
+    `mask_all` (not in the paper) is the chance of a step to mask every token, which MAR's
+    distribution of the mask ratio hardly ever does: what a single AR step has to draw.
+
     `mar_weight` multiplies L_MAR; with 0 the Temporal ViT and the Canvas ViT learn alone, in less
     time, and the others keep their weights.
+
+    `compiled` runs the networks through torch.compile, for a minute of waiting: for a GPU.
 
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or
@@ -119,12 +124,14 @@ class ModelTraining(RunConfig):
     own_history: int = 0
     mask_ratio_min: float = 0.7
     mask_ratio_std: float = 0.25
+    mask_all: float = 0.0
     flow_repeat: int = 4
     flow_time: FlowTime = "uniform"
     flow_time_of: FlowTimeOf = "token"
     teacher: Teacher = "ctf"
     frame_intervals: int = 1
     lengths: tuple[int, ...] = ()
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -138,6 +145,7 @@ class ModelTraining(RunConfig):
             _require(0 <= low <= high <= 1, f"training: {name} must be a range within [0, 1]")
         _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
         _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
+        _require(0 <= self.mask_all <= 1, "training: mask_all must lie in [0, 1]")
         _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
         for name in ("mar_weight", "canvas_weight", "static_weight"):
             weight = getattr(self, name)

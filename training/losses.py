@@ -12,6 +12,8 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterable
+from functools import cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -140,6 +142,18 @@ class CanvasMarLoss(nn.Module):
         if not config.mar_weight:
             for part in (self.spatial, self.flow):
                 part.requires_grad_(False)
+        if config.compiled:
+            self._compile()
+
+    def _compile(self) -> None:
+        self.temporal.compile()
+        if self.canvas is not None:
+            self.canvas.compile()
+        self.spatial.compile()
+        spatial: Any = self.spatial  # methods take no other in their place, says mypy
+        flow: Any = self.flow
+        spatial.condition_keys_values = torch.compile(spatial.condition_keys_values)
+        flow.velocity = torch.compile(flow.velocity)
 
     def forward(
         self,
@@ -173,7 +187,7 @@ class CanvasMarLoss(nn.Module):
         if self.canvas is None:
             canvas_on = torch.zeros_like(canvas_on)
         else:
-            z_canvas, canvas_terms = self._canvas(history, groups, starts, z_temporal, draws)
+            z_canvas, canvas_terms = self._canvas(history, groups, starts, z_temporal, draws, begin)
             canvas_on = canvas_on * (starts > 0).float().repeat(batch)[:, None, None]  # not at BOS
         weights = {"canvas": c.canvas_weight, "static": c.static_weight}
         guess = sum(weights[name] * term for name, term in canvas_terms.items())
@@ -243,12 +257,18 @@ class CanvasMarLoss(nn.Module):
         return z_temporal[:, starts]
 
     def _canvas(
-        self, latents: Tensor, groups: Tensor, starts: Tensor, z_temporal: Tensor, draws: Draws
+        self,
+        latents: Tensor,
+        groups: Tensor,
+        starts: Tensor,
+        z_temporal: Tensor,
+        draws: Draws,
+        begin: int = 0,
     ) -> tuple[Tensor, Terms]:
         """Canvas tokens with eq. 12's noise (B*M*J, N, D), and the losses of eqs. 5 and 7 over the
-        groups (B, M, J, N, C) that have a frame before them: means over tokens and channels where
-        the paper writes sums, as L_MAR is one. The staticness target keeps eq. 6's sum over
-        channels, which the confidence temperature of 6.5 goes with."""
+        groups (B, M, J, N, C), from frame `begin` on, that have a frame before them: means over
+        tokens and channels where the paper writes sums, as L_MAR is one. The staticness target
+        keeps eq. 6's sum over channels, which the confidence temperature of 6.5 goes with."""
         assert self.canvas is not None
         c, count = self.config, len(starts)
         read = latents[:, (starts - 1).clamp(min=0)]  # the one before the first is not used
@@ -258,9 +278,10 @@ class CanvasMarLoss(nn.Module):
         z_canvas, canvas, staticness = self.canvas(
             z_temporal, noised.flatten(0, 1), read.flatten(0, 1)
         )
-        after = (canvas.view_as(groups) - groups)[:, starts > 0]
+        led = slice(0 if begin else 1, None)  # no look at `starts`, for which a GPU would be waited
+        after = (canvas.view_as(groups) - groups)[:, led]
         error = (after**2).sum(-1)  # (B, <=M, J, N), eq. 6
-        still = staticness.view(groups.shape[:-1])[:, starts > 0]
+        still = staticness.view(groups.shape[:-1])[:, led]
         static = ((still - torch.exp(-error.detach())) ** 2).mean()
         z_canvas = z_canvas.reshape(-1, *z_canvas.shape[-2:])
         low, high = c.canvas_noise
@@ -351,7 +372,7 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
         ConfigError: options that this model's loss does not have.
     """
     if isinstance(model, UnifiedMAR):
-        for field, wanted in (("own_history", 0), ("mar_weight", 1.0)):
+        for field, wanted in (("own_history", 0), ("mar_weight", 1.0), ("compiled", False)):
             if getattr(config, field) != wanted:
                 raise ConfigError(f"training: {field} is no option of unified models")
         return UnifiedLoss(model, config)
@@ -383,6 +404,8 @@ def hidden_tokens(
     once for the step."""
     c = config
     ratio = mask_ratio(draws.shared_uniform(), low=c.mask_ratio_min, std=c.mask_ratio_std)
+    if c.mask_all and draws.shared_uniform() < c.mask_all:
+        ratio = 1.0
     masked = max(1, math.ceil(ratio * tokens))
     order = draws.uniform(frames, tokens).flatten(0, 1).argsort(dim=1)
     return order[:, :masked], order[:, masked:]
@@ -430,8 +453,14 @@ def told_history(
 
 def rotations(model: ModelConfig, times: Iterable[int], device: torch.device) -> Tensor:
     """Rotary angles (T, 2, pairs) of latent times."""
-    table = np.stack([time_rotation(i, model.time_rotary_pairs) for i in times])
-    return torch.from_numpy(table).to(device)
+    return _rotations(model.time_rotary_pairs, tuple(times), device)
+
+
+@cache
+def _rotations(pairs: int, times: tuple[int, ...], device: torch.device) -> Tensor:
+    """Copied to a GPU once: it would be waited for at every step."""
+    with torch.inference_mode(False):
+        return torch.from_numpy(np.stack([time_rotation(i, pairs) for i in times])).to(device)
 
 
 def flow_loss(

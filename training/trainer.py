@@ -57,6 +57,9 @@ STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
 LOG_FILE = "log.jsonl"
 CARRIED = "carried"
 
+UNCHECKED_STEPS = 32
+"""Steps on a GPU after which it is seen whether their losses were finite."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Ranks:
@@ -283,6 +286,7 @@ class Trainer:
         self.average = Average(stage.loss, self.config.ema_decay)
         self.step = 0
         self.seconds = 0.0
+        self._unchecked: list[Tensor] = []  # loss and gradient norm of the latest steps
         checkpoints = find_checkpoints(directory)
         if checkpoints:
             self._load(checkpoints[-1])
@@ -305,7 +309,7 @@ class Trainer:
                 writer = SummaryWriter(str(self.directory), purge_step=self.step + 1)
         data = batches(
             self.source, first_step=self.step, steps=end, batch=c.batch, rank=r.rank, world=r.world,
-            stay=self.stage.stay,
+            stay=self.stage.stay, pinned=r.device.type == "cuda",
         )  # fmt: skip
         began, before = time.monotonic(), self.seconds
         try:
@@ -343,14 +347,9 @@ class Trainer:
             total, terms = self.module(**inputs, draws=draws)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)
-        loss, size = torch.stack([total.detach(), norm]).tolist()
-        if not (math.isfinite(loss) and math.isfinite(size)):
-            kept = find_checkpoints(self.directory)
-            intact = f"the last checkpoint, {kept[-1]}, is intact: " if kept else ""
-            raise StateError(
-                f"step {self.step}: the loss is {loss} and its gradient's norm {size}; {intact}"
-                "start another run with a lower learning_rate or with precision fp32"
-            )
+        self._unchecked.append(torch.stack([total.detach(), norm]))
+        if r.device.type == "cpu" or len(self._unchecked) == UNCHECKED_STEPS:
+            self._check(self.step)
         factor = learning_rate_factor(c, self.step)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -363,12 +362,35 @@ class Trainer:
             name: value.detach() for name, value in terms.items()
         }
 
+    def _check(self, last: int) -> None:
+        """See that losses and gradients up to step `last` were finite; a GPU is asked once for many
+        steps, as it would have to wait for the next one.
+
+        Raises:
+            StateError: naming the first step that was not.
+        """
+        if not self._unchecked:
+            return
+        first = last + 1 - len(self._unchecked)
+        found = torch.stack(self._unchecked).tolist()
+        self._unchecked.clear()
+        for step, (loss, size) in enumerate(found, first):
+            if math.isfinite(loss) and math.isfinite(size):
+                continue
+            kept = find_checkpoints(self.directory)
+            intact = f"the last checkpoint, {kept[-1]}, is intact: " if kept else ""
+            raise StateError(
+                f"step {step}: the loss is {loss} and its gradient's norm {size}; {intact}"
+                "start another run with a lower learning_rate or with precision fp32"
+            )
+
     def _autocast(self) -> torch.autocast:
         return torch.autocast(
             self.ranks.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"
         )
 
     def _log(self, writer: SummaryWriter | None, terms: Terms) -> str:
+        self._check(self.step - 1)
         values = torch.stack([v.float() for v in terms.values()])
         if self.ranks.world > 1:
             dist.all_reduce(values)
@@ -409,7 +431,9 @@ class Trainer:
 
         Raises:
             InputError: if it cannot be written.
+            StateError: if a loss since the last one was not finite.
         """
+        self._check(self.step - 1)
         carried = self._all_carried()
         if self.ranks.main:
             place = self.directory / f"step_{self.step:08d}"

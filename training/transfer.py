@@ -1,5 +1,6 @@
 """Starting a model from the weights of another: the same, one that draws frames one by one, one
-that is not residual, one of another resolution, or one on the latents of another autoencoder."""
+that is not residual, a narrower or shallower one, one of another resolution, or one on the latents
+of another autoencoder."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.models.canvasmar import FrameModel
 
@@ -18,8 +20,24 @@ OF_GROUPS = ("canvas.heads.", "spatial.frame", "spatial.group.")
 CONVOLUTIONS = "canvas.convs."
 """Weights that only models have whose canvas has convolutions."""
 
-SILENT = re.compile(r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$|\.conv2\.\w+$")
-"""Of those, what is zero at first, so that they add nothing."""
+BLOCK = re.compile(r"^\w+\.blocks\.\d+\.")
+LAYER = re.compile(r"\.(blocks|heads|group)\.")
+"""Layers of a transformer, and others all of whose axes are as wide as its tokens or in
+proportion."""
+
+SILENT = re.compile(
+    r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$|\.conv2\.\w+$"
+    r"|\.out\.experts\.\d+\.\w+$|\.mlp\.(experts\.\d+\.)?2\.\w+$"
+)
+"""Of weights that are added, what is zero at first, so that they add nothing."""
+
+STREAM_NORM = re.compile(r"^(temporal|canvas|spatial)\..*norm.*\.(weight|bias)$")
+STREAM_READER = re.compile(
+    r"\.qkv\.|\.mlp\.(experts\.\d+\.)?0\.|\.heads\.\d+\.0\.|\.conv1\."
+    r"|^canvas\.(canvas|staticness)\.|^flow\.condition\."
+)
+"""Norms of the transformers' tokens (..., D), and layers that read them or what a norm makes of
+them. All others of these modules write into them."""
 
 READERS = ("temporal.embed", "canvas.embed", "spatial.embed", "flow.embed")
 WRITERS = ("canvas.canvas", "flow.out")
@@ -64,10 +82,13 @@ def transfer(
         if name.startswith("autoencoder.") and not autoencoder:
             continue
         added = name.startswith(CONVOLUTIONS) and not given.config.canvas_conv
+        added = added or (name not in old and BLOCK.match(name) is not None)
         if added or (grouped and name.startswith(OF_GROUPS)):
             new[name] = torch.zeros_like(own) if SILENT.search(name) else own
             continue
         value = old.get(name)
+        if value is not None and _wider(given.config, network.config):
+            value = _widened(name, value, own)
         if value is not None and value.shape != own.shape:
             value = _fitted(name, value, own, given, network, grouped)
         if value is None:
@@ -116,6 +137,35 @@ def _fitted(
         resized = F.interpolate(picture, after, mode="bicubic", align_corners=False)
         return resized[0].flatten(1).T
     return None
+
+
+def _wider(given: ModelConfig, wanted: ModelConfig) -> bool:
+    """Whether the model has more heads of the same size, and so more channels."""
+    return wanted.dim > given.dim and wanted.head_dim == given.head_dim
+
+
+def _widened(name: str, value: Tensor, own: Tensor) -> Tensor:
+    """A weight for tokens of D' channels that computes what it did for D: they are 0 in the new
+    ones, where nothing is written, and their mean, which norms take away, is 0 too, so a norm finds
+    D/D' of their variance, and is told. What reads the new channels, and new heads and hidden
+    units, are `own`; what they write is 0."""
+    if STREAM_NORM.match(name):
+        if name.endswith("weight"):
+            value = value * (len(value) / len(own)) ** 0.5
+        return torch.cat([value, own[len(value) :]])
+    if STREAM_READER.search(name):
+        parts = 3 if ".qkv." in name else 1
+        value, base = value.unflatten(0, (parts, -1)), own.unflatten(0, (parts, -1)).clone()
+    elif name.startswith("flow."):
+        return value
+    else:
+        axis = value.ndim - 1 if name in GRIDS else 0
+        value = value - value.mean(axis, keepdim=True)
+        size = list(own.shape if LAYER.search(name) else value.shape)
+        size[axis] = own.shape[axis]
+        base = own.new_zeros(size)
+    base[tuple(slice(n) for n in value.shape)] = value
+    return base.flatten(0, 1) if STREAM_READER.search(name) else base
 
 
 def _grid(model: FrameModel, name: str) -> tuple[int, int]:

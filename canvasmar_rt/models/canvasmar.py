@@ -28,7 +28,7 @@ from canvasmar_rt.models.layers import (
 )
 
 QUERY_FRAMES = 2
-"""Frames of a clip whose attention the Temporal ViT computes at a time in training."""
+"""Frames of a clip whose attention the Temporal ViT computes at a time in training on a CPU."""
 
 
 def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
@@ -196,7 +196,10 @@ class TemporalViT(nn.Module):
 
     def _in_window(self, q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         """Attention of a clip's queries (B, T*P, D) to the F frames each may see, `QUERY_FRAMES` at
-        a time: of the scores that `bias` (T*P, T*P) hides few are computed."""
+        a time: of the scores that `bias` (T*P, T*P) hides few are computed. For a GPU launches cost
+        more than scores."""
+        if q.device.type != "cpu":
+            return attention(q, k, v, self.config.heads, bias)
         tokens, window = self.config.temporal_tokens, self.config.context_frames
         out = []
         for i, queries in enumerate(q.split(QUERY_FRAMES * tokens, dim=1)):

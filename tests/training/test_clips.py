@@ -268,6 +268,22 @@ def test_every_epoch_is_a_permutation(tmp_path: Path) -> None:
     )
 
 
+def test_latents_of_several_directories_are_one_set(tmp_path: Path) -> None:
+    parts = [tmp_path / name for name in "ab"]
+    for part in parts:
+        part.mkdir()
+    write(parts[0])
+    write(parts[1], source=Waves(seed=1))
+    source = LatentSource(*parts)
+    assert source.about["clips"] == 22
+    rows = {tuple(r) for r in source.clips(0, 22).latents.flatten(1).tolist()}
+    each = [LatentSource(part).clips(0, 11).latents.flatten(1).tolist() for part in parts]
+    assert rows == {tuple(r) for part in each for r in part}
+    rewrite(autoencoder="another")(parts[1])
+    with pytest.raises(InputError, match=r"b: latents of other data than .*a$"):
+        LatentSource(*parts)
+
+
 def cut(directory: Path) -> None:
     shard = directory / "latents_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])

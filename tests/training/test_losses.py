@@ -142,6 +142,43 @@ def test_a_share_of_whole_frames_is_hidden() -> None:
     assert calls.inputs[5] is None
 
 
+def test_a_share_of_steps_hides_every_token() -> None:
+    latents, whole = normal(B, T, N, C), []
+    for share in (0.0, 0.3):
+        loss = model_loss(mask_all=share, mask_ratio_min=0.6)
+        calls = Calls(loss.spatial)
+        found = []
+        for step in range(80):
+            loss(latents, None, draws(step))
+            found.append(calls.inputs[3] == N)
+        whole.append(np.mean(found))
+    assert whole[0] < 0.35  # what the distribution of the ratio gives
+    assert whole[1] - whole[0] == pytest.approx(0.3 * (1 - whole[0]), abs=0.12)
+
+
+def test_compiled_networks_compute_the_same(
+    clip: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[str] = []
+
+    def compiled(function: Any, **_: Any) -> Any:
+        def call(*arguments: Any, **named: Any) -> Any:
+            called.append(function.__name__)
+            return function(*arguments, **named)
+
+        return call
+
+    config = small_config(condition_attention="isolated")
+    plain = model_loss(config)
+    monkeypatch.setattr(torch, "compile", compiled)
+    loss = model_loss(config, compiled=True)
+    assert loss.state_dict().keys() == plain.state_dict().keys()
+    for step in range(3):
+        assert torch.equal(loss(*clip, draws(step))[0], plain(*clip, draws(step))[0])
+    names = ("_call_impl", "condition_keys_values", "velocity")
+    assert {name: called.count(name) for name in names} == dict(zip(names, (9, 3, 3), strict=True))
+
+
 def test_each_frame_is_masked_by_itself(clip: tuple[Tensor, Tensor]) -> None:
     loss = model_loss()
     calls = Calls(loss.spatial)

@@ -16,14 +16,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 from typer.testing import CliRunner
 
 from canvasmar_rt.command import run_command
 from canvasmar_rt.models import sampler
+from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel
 from canvasmar_rt.models.checkpoint import load_checkpoint
 from training.__main__ import app
 from training.clips import LatentSource, ToyTableSource
 from training.config import recipe
+from training.losses import rotations
 from training.stages import weights_id
 from training.trainer import latest_checkpoint, load_weights
 from training.transfer import READERS, WRITERS
@@ -209,6 +212,61 @@ def test_a_model_can_start_from_one_of_a_coarser_temporal_patch(
     torch.testing.assert_close(fine.embed(token), coarse.embed(token.repeat(1, 4)))
     assert fine.bos.shape == (4 * len(coarse.bos), coarse.bos.shape[1])
     torch.testing.assert_close(fine.bos.mean(0), coarse.bos.mean(0), atol=0.1, rtol=0)
+
+
+def test_a_model_can_start_from_a_narrower_and_shallower_one(
+    autoencoder: Path, tmp_path: Path
+) -> None:
+    """What is added computes nothing at first."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    wider = ["dim=64", "heads=4", "temporal_layers=2", "canvas_layers=3", "spatial_layers=4"]
+    changed = [word for size in wider for word in ("--set-model", size)]
+    run(*TRAIN, *changed, "-o", second, "--autoencoder", autoencoder, "--init", first,
+        "--until", 1, "--set", "learning_rate=1e-12")  # fmt: skip
+    given, grown = (load_checkpoint(latest_checkpoint(d))[0] for d in (first, second))
+    assert (grown.config.dim, grown.config.spatial_layers) == (64, 4)
+    ae, generator = given.config.autoencoder, torch.Generator().manual_seed(0)
+    latents = torch.randn(2, 3, given.config.tokens, ae.latent_channels, generator=generator)
+    told = latents, torch.randn(2, 3, given.config.action_dim, generator=generator)
+    with torch.no_grad():
+        seen = [computed(model, *told) for model in (given, grown)]
+    for old, new in zip(*seen, strict=True):
+        torch.testing.assert_close(new[..., : old.shape[-1]], old, atol=5e-3, rtol=0)
+        assert not new[..., old.shape[-1] :].abs().gt(5e-3).any()
+
+
+def computed(model: FrameModel, latents: Tensor, actions: Tensor) -> tuple[Tensor, ...]:
+    """What every network makes of clips (2, 3, N, C) and their actions."""
+    assert isinstance(model, CanvasMAR)
+    assert model.canvas is not None
+    on, flow = torch.ones(2, 3), model.flow
+    is_first = torch.zeros_like(on).index_fill(1, torch.tensor(0), 1.0)
+    times = rotations(model.config, range(3), torch.device("cpu"))
+    z = model.temporal(latents, is_first, actions, on, times).flatten(0, 1)
+    tokens = latents.flatten(0, 1)
+    z_canvas, canvas, staticness = model.canvas(z, tokens, tokens)
+    every = torch.arange(tokens.shape[1]).expand(len(tokens), -1)
+    z_set = model.spatial(z, z_canvas, every[:, :3], 3, tokens[:, 3:], every[:, 3:])
+    time = flow.embed_time(torch.tensor([0.3]))
+    velocity = flow.velocity(tokens[:, :3], time, flow.embed_condition(z_set))
+    return z, z_canvas, canvas, staticness, z_set, velocity
+
+
+def test_a_model_cannot_start_from_a_wider_one(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    first = tmp_path / "first"
+    run(*TRAIN, "--set-model", "spatial_layers=3", "-o", first, "--autoencoder", autoencoder,
+        "--until", 1)  # fmt: skip
+    for other, reason in (
+        (["dim=16", "heads=1"], "does not fit"),
+        (["dim=64", "heads=2"], "does not fit"),  # heads of another size
+        ([], "there is no place for its spatial.blocks.2."),
+    ):
+        changed = [w for s in other for w in ("--set-model", s)]
+        assert reason in fails(*TRAIN, *changed, "-o", tmp_path / "second", "--autoencoder",
+                               autoencoder, "--init", first)  # fmt: skip
 
 
 def test_progress_is_shown_unless_quiet(autoencoder: Path, tmp_path: Path) -> None:

@@ -518,6 +518,17 @@ def test_a_loss_that_is_no_number_at_once_leaves_no_checkpoint_to_name(tmp_path:
         run.run()
 
 
+def test_losses_of_many_steps_are_looked_at_together(tmp_path: Path) -> None:
+    """As on a GPU: the first step that went wrong is named, and no checkpoint is written."""
+    run = trainer(model_stage(), tmp_path)
+    run.run(2)
+    run._unchecked = [torch.tensor(x) for x in ([1.0, 1.0], [1.0, np.inf], [np.nan, np.nan])]
+    run.step = 5
+    with pytest.raises(StateError, match=r"step 3: the loss is 1\.0 and its gradient's norm inf"):
+        run.save()
+    assert "step_00000005" not in names(tmp_path)
+
+
 @pytest.mark.parametrize("name", ["mar_weight", "canvas_weight", "static_weight"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_weights_of_losses_are_finite_and_not_negative(name: str, value: float) -> None:
