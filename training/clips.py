@@ -237,7 +237,8 @@ def to_device(clips: AnyClips, device: torch.device) -> AnyClips:
 
 def _each(clips: AnyClips, change: Callable[[Tensor], Tensor]) -> AnyClips:
     tensors = {f.name: getattr(clips, f.name) for f in fields(clips)}
-    return replace(clips, **{n: change(t) for n, t in tensors.items() if t is not None})
+    changed: dict[str, Any] = {n: change(t) for n, t in tensors.items() if t is not None}
+    return replace(clips, **changed)
 
 
 # -- latents made once

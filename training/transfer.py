@@ -155,7 +155,8 @@ def _widened(name: str, value: Tensor, own: Tensor) -> Tensor:
         return torch.cat([value, own[len(value) :]])
     if STREAM_READER.search(name):
         parts = 3 if ".qkv." in name else 1
-        value, base = value.unflatten(0, (parts, -1)), own.unflatten(0, (parts, -1)).clone()
+        value = value.reshape(parts, -1, *value.shape[1:])
+        base = own.reshape(parts, -1, *own.shape[1:]).clone()
     elif name.startswith("flow."):
         return value
     else:
