@@ -6,6 +6,7 @@ One process a GPU: start the stages with `torchrun --nproc-per-node N -m trainin
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,6 +127,9 @@ def encode(
     data: Data = "toytable",
     root: Root = None,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
+    minutes: Annotated[
+        float | None, typer.Option(min=0, help="Stop after so long, with what is whole by then.")
+    ] = None,
     device: Device = "",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -150,6 +154,7 @@ def encode(
             autoencoder=stages.weights_id(model.autoencoder),
             data=_described(data, root),
             batch=16 if ranks.device.type == "cpu" else 512,
+            seconds=math.inf if minutes is None else 60 * minutes,
             progress=lambda done: advance(done, None),
         )
 

@@ -6,6 +6,8 @@ Notation: B clips, T pixel frames, A action size per pixel frame, t pixel frames
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, fields, replace
@@ -335,9 +337,11 @@ def write_latents(
     data: Mapping[str, str],
     batch: int = 16,
     shard: int = 2048,
+    seconds: float = math.inf,
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
-    """Encode clips 0 ... `clips` - 1 of a source into float16 shards. `encode` maps uint8 frames
+    """Encode clips 0 ... `clips` - 1 of a source into float16 shards, or as many whole shards as
+    are begun within so many `seconds`. `encode` maps uint8 frames
     (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it, `data` tells the
     source's name and root. The list of shards is written last: without it nothing reads the
     directory.
@@ -349,7 +353,10 @@ def write_latents(
     check_writable(listing)
     listing.unlink(missing_ok=True)
     names: list[str] = []
+    begun, encoded = time.monotonic(), 0
     for start in range(0, clips, shard):
+        if names and time.monotonic() - begun > seconds:
+            break
         parts: dict[str, list[Tensor]] = {"latents": [], "actions": []}
         for first in range(start, min(start + shard, clips), batch):
             drawn = source.clips(first, min(batch, start + shard - first, clips - first))
@@ -363,10 +370,11 @@ def write_latents(
         tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
         with refusals(directory / names[-1]):
             save_file(tensors, directory / names[-1])
+        encoded += len(tensors["latents"])
     about = {
         **data,
         "shards": names,
-        "clips": clips,
+        "clips": encoded,
         "frames": source.frames,
         "height": source.height,
         "width": source.width,

@@ -29,7 +29,9 @@ def _require(ok: bool, message: str) -> None:
 class RunConfig:
     """The optimisation of either stage. `batch` counts the clips of all ranks; `frames` is the
     length of a clip in pixel frames. The learning rate warms up linearly, stays, and falls
-    linearly to zero over the last `decay_steps`. `bf16` runs the networks under autocast with
+    linearly to zero over the last `decay_steps`. With `minutes` the clock ends the training, after
+    whatever steps there were time for, and the learning rate falls over the same share of the
+    time. `bf16` runs the networks under autocast with
     float32 weights. "muon" orthogonalises the updates of the matrices of transformer blocks and of
     convolutions, scaled to AdamW's size; all other weights keep AdamW."""
 
@@ -44,6 +46,7 @@ class RunConfig:
     weight_decay: float = 0.02
     warmup_steps: int = 1000
     decay_steps: int = 0
+    minutes: float = 0.0
     clip_norm: float = 1.0
     ema_decay: float = 0.9999
     checkpoint_every: int = 5000
@@ -57,6 +60,7 @@ class RunConfig:
         for name in ("warmup_steps", "decay_steps", "sample_every", "weight_decay"):
             _require(getattr(self, name) >= 0, f"training: {name} must not be negative")
         _require(self.log_every >= 1, "training: log_every must be at least 1")
+        _require(0 <= self.minutes < math.inf, "training: minutes must not be negative")
         _require(self.seed >= 0, "training: seed must not be negative")
         _require(self.learning_rate > 0, "training: learning_rate must be above 0")
         _require(all(0 <= b < 1 for b in self.betas), "training: betas must lie in [0, 1)")

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -160,11 +161,13 @@ class Stage(Protocol):
     def sample(self, writer: SummaryWriter, step: int, directory: Path) -> None: ...
 
 
-def learning_rate_factor(config: RunConfig, step: int) -> float:
-    """Warm-up, plateau, linear decay: the factor of the learning rate at `step` (from 0)."""
+def learning_rate_factor(config: RunConfig, step: int, seconds: float = 0.0) -> float:
+    """Warm-up, plateau, linear decay: the factor of the learning rate at `step` (from 0), where
+    the clock counts after `seconds` of training."""
     factor = min(1.0, (step + 1) / (config.warmup_steps + 1))
+    done = config.steps * seconds / (60 * config.minutes) if config.minutes else step
     if config.decay_steps:
-        factor *= min(1.0, max(0.0, (config.steps - step) / config.decay_steps))
+        factor *= min(1.0, max(0.0, (config.steps - done) / config.decay_steps))
     return factor
 
 
@@ -276,6 +279,8 @@ class Trainer:
         _check_source(stage, source)
         _check_source(stage, stage.held_out, "held-out ", "; give the --data and --root trained on")
         check_shared(self.config.batch, ranks.world)
+        if self.config.minutes and ranks.world > 1:
+            raise ConfigError("training: minutes are for one process; several have no common clock")
         stage.model.to(ranks.device)
         stage.loss.train()
         self._claim(description or {})
@@ -286,20 +291,24 @@ class Trainer:
         self.average = Average(stage.loss, self.config.ema_decay)
         self.step = 0
         self.seconds = 0.0
+        self._factor = 0.0  # of the learning rate, at the latest step
         self._unchecked: list[Tensor] = []  # loss and gradient norm of the latest steps
         checkpoints = find_checkpoints(directory)
         if checkpoints:
             self._load(checkpoints[-1])
 
     def run(self, until: int | None = None) -> None:
-        """Train to `until` steps, by default all; ends with a checkpoint. A run interrupted by the
-        user or a signal loses what came after its last checkpoint."""
+        """Train to `until` steps, by default to the end; ends with a checkpoint. A run interrupted
+        by the user or a signal loses what came after its last checkpoint."""
         c, r = self.config, self.ranks
-        end = c.steps if until is None else min(until, c.steps)
-        if self.step >= end:
+        steps = sys.maxsize if c.minutes else c.steps
+        end = steps if until is None else min(until, steps)
+        if self._ended(end):
             if r.main and not self.quiet:
                 stderr.print(
-                    f"{self.stage.name}: already at step {self.step} of {c.steps}", highlight=False
+                    f"{self.stage.name}: already at step {self.step} of "
+                    + (f"{c.minutes:g} minutes" if c.minutes else f"{c.steps}"),
+                    highlight=False,
                 )
             return
         writer = None
@@ -314,25 +323,37 @@ class Trainer:
         began, before = time.monotonic(), self.seconds
         try:
             quiet = self.quiet or not r.main
-            with progress_bar(self.stage.name, end, quiet, done=self.step) as advance:
+            name, done, total = self.stage.name, self.step, end
+            if c.minutes and until is None:
+                name, done, total = f"{name}, seconds", int(before), round(60 * c.minutes)
+            with progress_bar(name, total, quiet, done=done) as advance:
                 for clips in data:
                     terms = self._step(to_device(clips, r.device))
                     self.step += 1
                     self.seconds = before + time.monotonic() - began
-                    if self.step % c.log_every == 0 or self.step == end:
+                    ended = self._ended(end)
+                    if self.step % c.log_every == 0 or ended:
                         shown = self._log(writer, terms)
                     else:
                         shown = None
-                    advance(1, shown)
+                    now = self.step if total == end else int(self.seconds)
+                    advance(now - done, shown)
+                    done = now
                     if c.sample_every and self.step % c.sample_every == 0 and writer is not None:
                         with refusals(self.directory), self._averaged():
                             self.stage.sample(writer, self.step, self.directory)
-                    if self.step % c.checkpoint_every == 0 or self.step == end:
+                    if self.step % c.checkpoint_every == 0 or ended:
                         self.save()
+                    if ended:
+                        break
         finally:
             if writer is not None:
                 with refusals(self.directory):
                     writer.close()
+
+    def _ended(self, end: int) -> bool:
+        limit = 60 * self.config.minutes or math.inf
+        return self.step >= end or self.seconds >= limit
 
     def _step(self, clips: Clips | LatentClips) -> Terms:
         c, r = self.config, self.ranks
@@ -350,10 +371,10 @@ class Trainer:
         self._unchecked.append(torch.stack([total.detach(), norm]))
         if r.device.type == "cpu" or len(self._unchecked) == UNCHECKED_STEPS:
             self._check(self.step)
-        factor = learning_rate_factor(c, self.step)
+        self._factor = learning_rate_factor(c, self.step, self.seconds)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
-                group["lr"] = c.learning_rate * factor
+                group["lr"] = c.learning_rate * self._factor
             optimizer.step()
         self.average.update(self.stage.loss, self.step)
         with self._autocast():
@@ -398,7 +419,7 @@ class Trainer:
         named = dict(zip(terms, values.tolist(), strict=True))
         if writer is not None:
             line = json.dumps({"step": self.step, "seconds": round(self.seconds, 1), **named})
-            rate = self.config.learning_rate * learning_rate_factor(self.config, self.step - 1)
+            rate = self.config.learning_rate * self._factor
             with refusals(self.directory / LOG_FILE):
                 for name, value in (*named.items(), ("learning_rate", rate)):
                     writer.add_scalar(f"{self.stage.name}/{name}", value, self.step)
@@ -533,8 +554,8 @@ class Trainer:
                     f"{path}: cannot be read ({error}); choose another directory"
                 ) from None
             # a longer run, or other habits of logging, may go on from the same checkpoints
-            free = {"steps", "decay_steps", "checkpoint_every", "keep_checkpoints", "log_every",
-                    "sample_every"}  # fmt: skip
+            free = {"steps", "decay_steps", "minutes", "checkpoint_every", "keep_checkpoints",
+                    "log_every", "sample_every", "compiled"}  # fmt: skip
             differing = [
                 k for k in ("stage", "model", "autoencoder") if found.get(k) != wanted.get(k)
             ]
@@ -542,7 +563,9 @@ class Trainer:
                 differing.append("data")
             if "stage" not in differing:
                 now = wanted["training"]
-                differing += [k for k in now if k not in free and now[k] != before.get(k)]
+                usual = to_dict(type(self.config)(steps=1, batch=1))
+                before = usual | before  # options that there were not yet
+                differing += [k for k in now if k not in free and now[k] != before[k]]
             if differing and find_checkpoints(self.directory):
                 raise ConfigError(
                     f"{self.directory}: holds a run with another {' and '.join(differing)}; choose "

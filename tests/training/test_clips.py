@@ -284,6 +284,13 @@ def test_latents_of_several_directories_are_one_set(tmp_path: Path) -> None:
         LatentSource(*parts)
 
 
+def test_encoding_stops_with_the_shard_that_was_begun_in_time(tmp_path: Path) -> None:
+    write(tmp_path, seconds=0.0)
+    source = LatentSource(tmp_path)
+    assert (source.about["clips"], len(source.about["shards"])) == (4, 1)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
 def cut(directory: Path) -> None:
     shard = directory / "latents_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])

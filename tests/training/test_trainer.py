@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -516,6 +517,42 @@ def test_a_loss_that_is_no_number_at_once_leaves_no_checkpoint_to_name(tmp_path:
         next(run.stage.loss.parameters()).fill_(float("nan"))
     with pytest.raises(StateError, match=r"step 0: .*norm nan; start another run"):
         run.run()
+
+
+def test_the_clock_ends_a_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step takes a minute here: of ten, the last four are at a falling learning rate."""
+    clock = iter(range(0, 6000, 60))
+    watch = SimpleNamespace(monotonic=lambda: float(next(clock)))
+    monkeypatch.setattr("training.trainer.time", watch)
+    options: Any = {"minutes": 10, "steps": 5, "decay_steps": 2}
+    rates = []
+    for until in (3, None, None):
+        run = trainer(model_stage(**options), tmp_path)
+        run.stage.advance = lambda *_, run=run: rates.append(run._factor)  # type: ignore[method-assign]
+        run.run(until)
+    assert (run.step, run.seconds) == (10, 600)
+    np.testing.assert_allclose(rates, [1, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+    assert [line["step"] for line in logged(tmp_path)] == list(range(1, 11))
+    assert names(tmp_path) == ["step_00000003", "step_00000010"]
+
+
+def test_a_clock_is_not_shared(tmp_path: Path) -> None:
+    ranks = Ranks(0, 2, torch.device("cpu"))
+    with pytest.raises(ConfigError, match="minutes are for one process"):
+        trainer(model_stage(minutes=1), tmp_path, ranks)
+
+
+def test_a_run_of_before_an_option_goes_on(tmp_path: Path) -> None:
+    trainer(model_stage(), tmp_path).run(1)
+    about = json.loads((tmp_path / RUN_FILE).read_text())
+    for option in ("minutes", "mask_all", "lengths"):
+        del about["training"][option]
+    (tmp_path / RUN_FILE).write_text(json.dumps(about))
+    with pytest.raises(ConfigError, match="another mask_all"):
+        trainer(model_stage(mask_all=0.5), tmp_path)
+    run = trainer(model_stage(), tmp_path)
+    run.run(2)
+    assert run.step == 2
 
 
 def test_losses_of_many_steps_are_looked_at_together(tmp_path: Path) -> None:
