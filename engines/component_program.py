@@ -269,9 +269,7 @@ class ComponentProgram:
     def _bind_branches(self, level: _Level, has_canvas: bool) -> _Branches:
         c, b = self._config, self._batch
         inputs = branch_inputs(level.sampling, has_canvas=has_canvas)
-        # in int8 all branches share a scale: one less would change the others
-        exact = self._engine.bundle.manifest.quantization == "none"
-        first = first_step_branches(inputs, self._table if exact else ())
+        first = first_step_branches(inputs, self._table)
         fixed = self._constants(inputs)
         g = fixed["branch_weight"].shape[0]
         layout: Shapes = {

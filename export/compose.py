@@ -6,7 +6,7 @@ what its parts compute. Weights keep their names and are shared by all inlined c
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -247,10 +247,13 @@ def whole_frame(
     dtype: str,
     opset: int,
     dims: Mapping[str, int],
+    *,
+    look_up: bool = False,
 ) -> ModelProto:
     """One latent frame as one graph: every component but encoder and decoder, K AR steps unrolled,
     the order drawn inside. Set sizes and order temperatures are constants; guidance weights, the
-    flow plan and all noise are inputs."""
+    flow plan and all noise are inputs. With `look_up` the first AR step is of the branches that
+    see anything, as where components run one by one: in int8 those of a call share a scale."""
     component = components(config)["frame"]
     sizes = set_sizes(config.tokens, sampling.ar_steps)
     b = Builder()
@@ -280,13 +283,43 @@ def whole_frame(
         }
         if k:
             step["known_index"] = _concat(b, indices[:k])
-        z = run("spatial" if k else "spatial_first", k, **step)
+        if look_up and not k:
+            z = _seeing(b, run, have, parts["spatial_first"], step)
+        else:
+            z = run("spatial" if k else "spatial_first", k, **step)
         partial = run("flow", k, **step, **z)["next_partial"]
     have["next_latent"], have["order"] = partial, _concat(b, indices)
     for spec in component.outputs:
         if have[spec.name] != spec.name:
             b.identity(have[spec.name], spec.name)
     return model(b, component, dtype, opset, dims)
+
+
+def _seeing(
+    b: Builder,
+    run: Callable[..., dict[str, str]],
+    have: Mapping[str, str],
+    part: ModelProto,
+    step: Mapping[str, str],
+) -> dict[str, str]:
+    """The first set's embeddings in the branches that see anything, then those of the one that
+    does not, if there is one."""
+    front = b.constant(np.array([0]), "front")
+    on = [have[name] for name in ("temporal_on", "canvas_on") if name in have]
+    count = b.op("ReduceSum", [b.op("Max", on), front], keepdims=1)
+    seeing = b.op("Cast", [count], to=TensorProto.INT64)
+    rest = b.op("Sub", [b.op("Shape", [on[0]]), seeing])
+
+    def head(value: str, end: str) -> str:
+        return b.op("Slice", [value, front, end, front])
+
+    branches = {
+        i.name for i in part.graph.input if i.type.tensor_type.shape.dim[0].dim_param == "G"
+    }
+    heads = {name: head(have[name], seeing) for name in sorted(branches)}
+    seen = run("spatial_first", 0, **step, **heads)["z_tokens"]
+    found = head(run("unconditional", 0, **step)["z_tokens"], rest)
+    return {"z_tokens": b.op("Concat", [seen, found], axis=0)}
 
 
 def _remembered(b: Builder, have: Mapping[str, str]) -> dict[str, str]:

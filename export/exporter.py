@@ -347,7 +347,13 @@ def trace(
     if "frame" in table:
         progress("composing the whole frame")
         graphs["frame"] = compose.whole_frame(
-            graphs, config, sampling, dtype_name, opset, fixed["frame"]
+            graphs,
+            config,
+            sampling,
+            dtype_name,
+            opset,
+            fixed["frame"],
+            look_up=options.quantize != "none" and "unconditional" in graphs,
         )
     return graphs
 

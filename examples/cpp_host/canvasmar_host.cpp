@@ -164,6 +164,29 @@ std::vector<float> floats(const Ort::Value& value) {
   return {data, data + value.GetTensorTypeAndShapeInfo().GetElementCount()};
 }
 
+// The first `rows` of a tensor, in its memory.
+Ort::Value head(Ort::Value& value, std::int64_t rows) {
+  const auto info = value.GetTensorTypeAndShapeInfo();
+  Shape shape = info.GetShape();
+  const std::size_t bytes = byte_size(value) / shape[0] * rows;
+  shape[0] = rows;
+  return Ort::Value::CreateTensor(
+      Ort::MemoryInfo::CreateCpu(OrtDeviceAllocator, OrtMemTypeDefault),
+      value.GetTensorMutableRawData(), bytes, shape.data(), shape.size(), info.GetElementType());
+}
+
+// The rows of two tensors, one after the other.
+Ort::Value joined(const Ort::Value& first, const Ort::Value& second) {
+  const auto info = first.GetTensorTypeAndShapeInfo();
+  Shape shape = info.GetShape();
+  shape[0] += second.GetTensorTypeAndShapeInfo().GetShape()[0];
+  Ort::Value out = zeros(shape, info.GetElementType());
+  char* place = static_cast<char*>(out.GetTensorMutableRawData());
+  std::memcpy(place, first.GetTensorRawData(), byte_size(first));
+  std::memcpy(place + byte_size(first), second.GetTensorRawData(), byte_size(second));
+  return out;
+}
+
 // -- the loop
 
 // One video being predicted (batch 1).
@@ -363,12 +386,36 @@ class Rollout {
       values_["select_index"] = part(known, known + size);
       values_["mask_index"] = part(known, tokens_);
       values_["known_index"] = part(0, known);
-      run(known ? "spatial" : "spatial_first", values_);
+      if (known)
+        run("spatial", values_);
+      else
+        embed_first();
       run("flow", values_);
       values_["partial"] = std::move(values_["next_partial"]);
       known += size;
     }
     values_["latent"] = std::move(values_["partial"]);
+  }
+
+  // The embeddings of the first set; those of a guidance branch that sees nothing, the last if
+  // there is one, are looked up.
+  void embed_first() {
+    const auto on = floats(values_.at("temporal_on")), canvas_on = floats(values_.at("canvas_on"));
+    std::int64_t seeing = 0;
+    for (std::size_t i = 0; i < on.size(); ++i) seeing += on[i] > 0 || canvas_on[i] > 0;
+    if (seeing == static_cast<std::int64_t>(on.size())) return run("spatial_first", values_);
+    run("unconditional", values_);
+    const Ort::Value found = std::move(values_.at("z_tokens"));
+    Values whole;
+    for (const json& input : bundle_.manifest.at("components").at("spatial_first").at("inputs")) {
+      if (input.at("dims").empty() || input.at("dims")[0] != "G") continue;
+      const std::string name = input.at("name");
+      whole[name] = std::move(values_.at(name));
+      values_[name] = head(whole[name], seeing);
+    }
+    run("spatial_first", values_);
+    for (auto& [name, value] : whole) values_[name] = std::move(value);
+    values_["z_tokens"] = joined(values_.at("z_tokens"), found);
   }
 
   // Decodes the latest latent frame; also what keeps the decoder's histories up to date.
