@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.export.quantize import SMALLEST, quantize_products, quantize_weight
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build, cast
+from canvasmar_rt.schedule import set_sizes
 from canvasmar_rt.verify import verify
 from tests.conftest import least_config
 
@@ -260,3 +261,40 @@ def test_options_that_contradict_are_refused() -> None:
         ExportOptions(quantize="int4")
     with pytest.raises(ConfigError, match="leave --dtype fp16 out"):
         ExportOptions(quantize="int8", dtype="fp16", opset=23)
+
+
+def test_the_whole_frame_draws_as_the_components_do(bundle: Bundle) -> None:
+    """Which branches a product sees decides its scale, so both must give it the same."""
+    golden = load_file(bundle.path / "golden" / "frame.safetensors")
+    have = {n.removeprefix("in."): x for n, x in golden.items() if n.startswith("in.")}
+    whole = run(bundle, "frame", have)
+    pair = {n: have[n][:2] for n in ("temporal_on", "canvas_on", "branch_weight")}
+    assert np.isfinite(run(bundle, "frame", have | pair)["next_latent"]).all()
+    on = np.maximum(have["temporal_on"], have["canvas_on"]) > 0
+    assert on.tolist() == [True, True, False]
+    have |= run(bundle, "temporal", have)
+    have |= run(bundle, "canvas", have)
+    have |= run(bundle, "condition", have) if "condition" in bundle.manifest.components else {}
+    have["partial"], known = np.zeros_like(have["flow_noise"]), 0
+    for size in set_sizes(CONFIG.tokens, SAMPLING.ar_steps):
+        order = whole["order"]
+        have["select_index"] = order[:, known : known + size]
+        have["mask_index"], have["known_index"] = order[:, known:], order[:, :known]
+        if known:
+            have |= run(bundle, "spatial", have)
+        else:
+            table = components(CONFIG)["spatial_first"].inputs
+            seen = {s.name: have[s.name][on] for s in table if "G" in s.dims}
+            found = [run(bundle, "spatial_first", have | seen), run(bundle, "unconditional", have)]
+            have["z_tokens"] = np.concatenate([x["z_tokens"] for x in found])
+            of_all = run(bundle, "spatial_first", have)["z_tokens"]
+            assert not np.allclose(of_all, have["z_tokens"], atol=1e-5)
+        have["partial"] = run(bundle, "flow", have)["next_partial"]
+        known += size
+    np.testing.assert_allclose(have["partial"], whole["next_latent"], atol=1e-5)
+
+
+def run(bundle: Bundle, component: str, have: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    session = ort.InferenceSession(bundle.file(component), providers=["CPUExecutionProvider"])
+    made = session.run(None, {i.name: have[i.name] for i in session.get_inputs()})
+    return {o.name: x for o, x in zip(session.get_outputs(), made, strict=True)}
