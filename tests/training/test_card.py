@@ -85,8 +85,36 @@ def test_the_sampling_table_is_measured_as_it_says() -> None:
         ]
 
 
+def test_what_the_packaged_model_was_sampled_with_is_measured_as_it_says() -> None:
+    changed = {
+        "as `g1`: noise 0.2, w_s 1.5": ("as_g1", {}),
+        "w_s 1.35": ("ws135", {"canvas_guidance": 1.35}),
+        "w_s 1.2": ("ws12", {"canvas_guidance": 1.2}),
+        "no noise on the canvas tokens (`fast`)": ("cn0", {"canvas_noise": 0.0}),
+        "the same, w_s 1.3": ("cn0ws13", {"canvas_noise": 0.0, "canvas_guidance": 1.3}),
+        "noise 0.1 on the frame the canvas reads, for 0.3": ("fn1", {"frame_noise": 0.1}),
+        "w_t 1": ("wt1", {"temporal_guidance": 1.0}),
+        "w_t 1.4": ("wt14", {"temporal_guidance": 1.4}),
+        "K = 2": ("k2", {"ar_steps": 2}),
+    }
+    rows = {}
+    for label, (name, options) in changed.items():
+        told = report(f"h2_long_{name}")
+        long = told["result"]
+        usual = {"ar_steps": 1, "flow_steps": 4, "temporal_guidance": 1.2, "canvas_guidance": 1.5}
+        wanted = {**usual, "frame_noise": 0.3, "canvas_noise": 0.2, **options}
+        assert {n: told["sampling"][n] for n in wanted} == wanted, name
+        rows[label] = [
+            windows(long),
+            f"{long['gripper_penalised_px']:.1f}",
+            f"{long['toys_kept']:.0%}",
+            f"{long['all_toys_kept']:.0%}",
+        ]
+    assert missing(rows, "toytable.md") == []
+
+
 def test_the_card_of_next_2_quotes_the_committed_figures() -> None:
-    models = ("next_2", "next_2_500", "toytable")
+    models = ("next_2", "next_2_500", "toytable_g1")
     short, long = ([report(n, m)["result"] for m in models] for n in ("rollouts", "long"))
     pairs = [(r["with_actions"], r["without_actions"]) for r in short]
     rows = {
