@@ -646,7 +646,8 @@ def _session(path: Path, device: str, threads: int | None) -> ort.InferenceSessi
 def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None = None) -> Predictor:
     """The no-canvas MAR of a predictor's size, on its engine and device, by `ar_steps` AR steps.
 
-    The Temporal ViT takes over the Canvas ViT's layers. The weights are random, which changes what
+    The Temporal ViT takes over the Canvas ViT's layers, and for its convolutions as many more as
+    have their size. The weights are random, which changes what
     is predicted, not how long it takes; dtypes and graphs are the predictor's. The engine's options
     are its defaults. `threads` as `canvasmar_rt.load` takes them.
 
@@ -655,12 +656,14 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
         ConfigError: more AR steps than tokens.
     """
     model = predictor.config
+    # two 3x3 convolutions have 18 * dim * canvas_conv weights, a transformer's layer 12 * dim**2
+    convolutions = round(model.canvas_layers * 1.5 * model.canvas_conv / model.dim)
     config = dataclasses.replace(
         model,
         name=f"{model.name}-no-canvas",
         canvas=False,
         canvas_conv=0,
-        temporal_layers=model.temporal_layers + model.canvas_layers,
+        temporal_layers=model.temporal_layers + model.canvas_layers + convolutions,
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)
     set_sizes(config.tokens, ar_steps)  # refuses too many before the export does its work

@@ -106,7 +106,7 @@ def test_profiles_hold_every_call_of_a_frame(bundle: Bundle) -> None:
     for batch, (s, k) in itertools.product((1, 8), zip(drawn, known, strict=True)):
         assert flow["select_index"].takes((batch, s))
         for g in (1, 2, 3):
-            assert flow["z_tokens"].takes((g, batch, s, 192))
+            assert flow["z_tokens"].takes((g, batch, s, 256))
         if k:
             assert spatial["known_index"].takes((batch, k))
             assert spatial["mask_index"].takes((batch, 64 - k))

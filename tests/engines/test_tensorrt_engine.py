@@ -190,7 +190,7 @@ def test_bound_once_and_run_on_the_stream(library: Library, directory: Path) -> 
     run, buffers, memory = bound(engine, "flow")
     (context,) = library.contexts
     assert context.addresses == {name: b.address for name, b in buffers.items()}
-    assert context.shapes["z_tokens"] == (3, 2, 5, 192)
+    assert context.shapes["z_tokens"] == (3, 2, 5, 256)
     assert context.scratch[1] >= SCRATCH
     assert context.scratch[0] % 256 == 0
     run()

@@ -221,14 +221,19 @@ def test_a_group_starts_as_copies_of_its_first_frame(kind: str) -> None:
         ({"action_dim": 2, "dim": 48}, {}, r"(temporal|canvas|spatial|flow)\.\S+"),
         ({"action_dim": 2, "canvas": False}, {}, r"canvas\.\S+"),
         ({"action_dim": 4}, {}, r"temporal\.action\.weight"),  # of which three do not make 6
-        ({"action_dim": 2}, {"spatial_layers": 7}, r"spatial\.blocks\.6\.\S+"),
     ],
-    ids=["width", "canvas", "actions", "layers"],
+    ids=["width", "canvas", "actions"],
 )
 def test_what_does_not_fit_is_named(old: dict[str, Any], new: dict[str, Any], weight: str) -> None:
     given = build(small_config("given", **{"spatial_layers": 6} | old))
     with pytest.raises(ConfigError, match=rf"there: another model; {weight} does not fit"):
         transfer(given, build(grouped(**new)), "there")
+
+
+def test_a_deeper_model_has_no_place() -> None:
+    given = build(small_config("given", spatial_layers=7, action_dim=2))
+    with pytest.raises(ConfigError, match=r"there: .*no place for its spatial\.blocks\.\d"):
+        transfer(given, build(grouped()), "there")
 
 
 @pytest.mark.parametrize("group", [1, 3])

@@ -318,13 +318,18 @@ def test_a_model_reads_and_writes_the_latents_of_another_autoencoder(config: Mod
         (small_config(temporal_patch=1), "mask"),
         (unified_config(dim=48), "bos"),
         (unified_config(action_dim=2), r"action\.weight"),
-        (unified_config(temporal_layers=1), r"blocks\.1\.\S+"),
     ],
-    ids=["family", "dim", "actions", "layers"],
+    ids=["family", "dim", "actions"],
 )
 def test_another_model_is_refused(given: ModelConfig, weight: str) -> None:
     with pytest.raises(ConfigError, match=rf"here: another model; temporal\.{weight} does not fit"):
         transfer(build(given), make(), "here")
+
+
+def test_a_deeper_model_has_no_place() -> None:
+    deeper = build(unified_config(temporal_layers=make().config.temporal_layers + 1))
+    with pytest.raises(ConfigError, match=r"here: .*no place for its temporal\.blocks\.\d"):
+        transfer(deeper, make(), "here")
 
 
 # -- configuration and components
