@@ -647,9 +647,9 @@ def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None =
     """The no-canvas MAR of a predictor's size, on its engine and device, by `ar_steps` AR steps.
 
     The Temporal ViT takes over the Canvas ViT's layers, and for its convolutions as many more as
-    have their size. The weights are random, which changes what
-    is predicted, not how long it takes; dtypes and graphs are the predictor's. The engine's options
-    are its defaults. `threads` as `canvasmar_rt.load` takes them.
+    have their size. The weights are random, which changes what is predicted, not how long it takes;
+    dtypes and graphs are the predictor's. The engine's options are its defaults. `threads` as
+    `canvasmar_rt.load` takes them.
 
     Raises:
         EngineError: no PyTorch, or an engine that needs more than a bundle.

@@ -284,7 +284,7 @@ def whole_frame(
         if k:
             step["known_index"] = _concat(b, indices[:k])
         if look_up and not k:
-            z = _seeing(b, run, have, parts["spatial_first"], step)
+            z = _seeing(b, run, have, components(config)["spatial_first"], step)
         else:
             z = run("spatial" if k else "spatial_first", k, **step)
         partial = run("flow", k, **step, **z)["next_partial"]
@@ -299,7 +299,7 @@ def _seeing(
     b: Builder,
     run: Callable[..., dict[str, str]],
     have: Mapping[str, str],
-    part: ModelProto,
+    first: Component,
     step: Mapping[str, str],
 ) -> dict[str, str]:
     """The first set's embeddings in the branches that see anything, then those of the one that
@@ -313,10 +313,7 @@ def _seeing(
     def head(value: str, end: str) -> str:
         return b.op("Slice", [value, front, end, front])
 
-    branches = {
-        i.name for i in part.graph.input if i.type.tensor_type.shape.dim[0].dim_param == "G"
-    }
-    heads = {name: head(have[name], seeing) for name in sorted(branches)}
+    heads = {s.name: head(have[s.name], seeing) for s in first.inputs if "G" in s.dims}
     seen = run("spatial_first", 0, **step, **heads)["z_tokens"]
     found = head(run("unconditional", 0, **step)["z_tokens"], rest)
     return {"z_tokens": b.op("Concat", [seen, found], axis=0)}

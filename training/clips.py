@@ -316,7 +316,7 @@ def _read_latents(directory: Path) -> tuple[dict[str, Any], list[dict[str, Tenso
             if len({shard[name].shape[1:] for shard in shards}) > 1:
                 raise ValueError(f"shards whose {name} differ in size")
             found = sum(len(shard[name]) for shard in shards)
-            if found != about["clips"]:
+            if not found or found != about["clips"]:
                 raise ValueError(f"expected {about['clips']} clips, found {found}")
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError) as error:
         raise BundleError(
@@ -341,10 +341,9 @@ def write_latents(
     progress: Callable[[int], None] = lambda done: None,
 ) -> None:
     """Encode clips 0 ... `clips` - 1 of a source into float16 shards, or as many whole shards as
-    are begun within so many `seconds`. `encode` maps uint8 frames
-    (B, T, H, W, 3) to latents (B, 1+n, N, C); `autoencoder` identifies it, `data` tells the
-    source's name and root. The list of shards is written last: without it nothing reads the
-    directory.
+    are begun within so many `seconds`. `encode` maps uint8 frames (B, T, H, W, 3) to latents
+    (B, 1+n, N, C); `autoencoder` identifies it, `data` tells the source's name and root. The list
+    of shards is written last: without it nothing reads the directory.
 
     Raises:
         InputError: if a file cannot be written.

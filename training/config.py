@@ -30,10 +30,10 @@ class RunConfig:
     """The optimisation of either stage. `batch` counts the clips of all ranks; `frames` is the
     length of a clip in pixel frames. The learning rate warms up linearly, stays, and falls
     linearly to zero over the last `decay_steps`. With `minutes` the clock ends the training, after
-    whatever steps there were time for, and the learning rate falls over the same share of the
-    time. `bf16` runs the networks under autocast with
-    float32 weights. "muon" orthogonalises the updates of the matrices of transformer blocks and of
-    convolutions, scaled to AdamW's size; all other weights keep AdamW."""
+    whatever steps there were time for, and the learning rate falls over the same share of the time.
+    `bf16` runs the networks under autocast with float32 weights. "muon" orthogonalises the updates
+    of the matrices of transformer blocks and of convolutions, scaled to AdamW's size; all other
+    weights keep AdamW."""
 
     steps: int
     batch: int
@@ -106,8 +106,6 @@ class ModelTraining(RunConfig):
     `mar_weight` multiplies L_MAR; with 0 the Temporal ViT and the Canvas ViT learn alone, in less
     time, and the others keep their weights.
 
-    `compiled` runs the networks through torch.compile, for a minute of waiting: for a GPU.
-
     Unified models alone: `teacher` is what a masked frame sees of the frames before it: their
     clean copies ("ctf", MAGI's complete teacher forcing), masked copies ("mtf", its ablation), or
     clean frames before the one masked frame that ends the clip ("next-frame", VideoMAR).
@@ -135,7 +133,6 @@ class ModelTraining(RunConfig):
     teacher: Teacher = "ctf"
     frame_intervals: int = 1
     lengths: tuple[int, ...] = ()
-    compiled: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()

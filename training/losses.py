@@ -13,7 +13,6 @@ import dataclasses
 import math
 from collections.abc import Iterable
 from functools import cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -142,18 +141,6 @@ class CanvasMarLoss(nn.Module):
         if not config.mar_weight:
             for part in (self.spatial, self.flow):
                 part.requires_grad_(False)
-        if config.compiled:
-            self._compile()
-
-    def _compile(self) -> None:
-        self.temporal.compile()
-        if self.canvas is not None:
-            self.canvas.compile()
-        self.spatial.compile()
-        spatial: Any = self.spatial  # methods take no other in their place, says mypy
-        flow: Any = self.flow
-        spatial.condition_keys_values = torch.compile(spatial.condition_keys_values)
-        flow.velocity = torch.compile(flow.velocity)
 
     def forward(
         self,
@@ -372,7 +359,7 @@ def model_loss(model: FrameModel, config: ModelTraining) -> CanvasMarLoss | Unif
         ConfigError: options that this model's loss does not have.
     """
     if isinstance(model, UnifiedMAR):
-        for field, wanted in (("own_history", 0), ("mar_weight", 1.0), ("compiled", False)):
+        for field, wanted in (("own_history", 0), ("mar_weight", 1.0)):
             if getattr(config, field) != wanted:
                 raise ConfigError(f"training: {field} is no option of unified models")
         return UnifiedLoss(model, config)

@@ -292,7 +292,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self._factor = 0.0  # of the learning rate, at the latest step
-        self._unchecked: list[Tensor] = []  # loss and gradient norm of the latest steps
+        self._unchecked: list[tuple[int, Tensor]] = []  # steps; their loss and gradient norm
         checkpoints = find_checkpoints(directory)
         if checkpoints:
             self._load(checkpoints[-1])
@@ -368,9 +368,9 @@ class Trainer:
             total, terms = self.module(**inputs, draws=draws)
         total.backward()
         norm = nn.utils.clip_grad_norm_(self.stage.loss.parameters(), c.clip_norm)
-        self._unchecked.append(torch.stack([total.detach(), norm]))
+        self._unchecked.append((self.step, torch.stack([total.detach(), norm])))
         if r.device.type == "cpu" or len(self._unchecked) == UNCHECKED_STEPS:
-            self._check(self.step)
+            self._check()
         self._factor = learning_rate_factor(c, self.step, self.seconds)
         for optimizer in self.optimizers.values():
             for group in optimizer.param_groups:
@@ -383,19 +383,18 @@ class Trainer:
             name: value.detach() for name, value in terms.items()
         }
 
-    def _check(self, last: int) -> None:
-        """See that losses and gradients up to step `last` were finite; a GPU is asked once for many
-        steps, as it would have to wait for the next one.
+    def _check(self) -> None:
+        """See that losses and gradients so far were finite; a GPU is asked once for many steps, as
+        it would have to wait for the next one.
 
         Raises:
             StateError: naming the first step that was not.
         """
         if not self._unchecked:
             return
-        first = last + 1 - len(self._unchecked)
-        found = torch.stack(self._unchecked).tolist()
+        steps, found = zip(*self._unchecked, strict=True)
         self._unchecked.clear()
-        for step, (loss, size) in enumerate(found, first):
+        for step, (loss, size) in zip(steps, torch.stack(found).tolist(), strict=True):
             if math.isfinite(loss) and math.isfinite(size):
                 continue
             kept = find_checkpoints(self.directory)
@@ -411,7 +410,7 @@ class Trainer:
         )
 
     def _log(self, writer: SummaryWriter | None, terms: Terms) -> str:
-        self._check(self.step - 1)
+        self._check()
         values = torch.stack([v.float() for v in terms.values()])
         if self.ranks.world > 1:
             dist.all_reduce(values)
@@ -454,7 +453,7 @@ class Trainer:
             InputError: if it cannot be written.
             StateError: if a loss since the last one was not finite.
         """
-        self._check(self.step - 1)
+        self._check()
         carried = self._all_carried()
         if self.ranks.main:
             place = self.directory / f"step_{self.step:08d}"
@@ -555,7 +554,7 @@ class Trainer:
                 ) from None
             # a longer run, or other habits of logging, may go on from the same checkpoints
             free = {"steps", "decay_steps", "minutes", "checkpoint_every", "keep_checkpoints",
-                    "log_every", "sample_every", "compiled"}  # fmt: skip
+                    "log_every", "sample_every"}  # fmt: skip
             differing = [
                 k for k in ("stage", "model", "autoencoder") if found.get(k) != wanted.get(k)
             ]

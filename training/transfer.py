@@ -21,9 +21,10 @@ CONVOLUTIONS = "canvas.convs."
 """Weights that only models have whose canvas has convolutions."""
 
 BLOCK = re.compile(r"^\w+\.blocks\.\d+\.")
+"""Layers of a transformer."""
+
 LAYER = re.compile(r"\.(blocks|heads|group)\.")
-"""Layers of a transformer, and others all of whose axes are as wide as its tokens or in
-proportion."""
+"""Those and others all of whose axes are as wide as a transformer's tokens or in proportion."""
 
 SILENT = re.compile(
     r"\.frame$|\.attn\.out\.\w+$|\.heads\.\d+\.2\.\w+$|\.conv2\.\w+$"
@@ -155,18 +156,21 @@ def _widened(name: str, value: Tensor, own: Tensor) -> Tensor:
         return torch.cat([value, own[len(value) :]])
     if STREAM_READER.search(name):
         parts = 3 if ".qkv." in name else 1
-        value = value.reshape(parts, -1, *value.shape[1:])
-        base = own.reshape(parts, -1, *own.shape[1:]).clone()
-    elif name.startswith("flow."):
+        apart = (x.reshape(parts, -1, *x.shape[1:]) for x in (value, own))
+        return _placed(*apart).flatten(0, 1)
+    if name.startswith("flow."):
         return value
-    else:
-        axis = value.ndim - 1 if name in GRIDS else 0
-        value = value - value.mean(axis, keepdim=True)
-        size = list(own.shape if LAYER.search(name) else value.shape)
-        size[axis] = own.shape[axis]
-        base = own.new_zeros(size)
-    base[tuple(slice(n) for n in value.shape)] = value
-    return base.flatten(0, 1) if STREAM_READER.search(name) else base
+    axis = value.ndim - 1 if name in GRIDS else 0
+    size = list(own.shape if LAYER.search(name) else value.shape)
+    size[axis] = own.shape[axis]
+    return _placed(value - value.mean(axis, keepdim=True), own.new_zeros(size))
+
+
+def _placed(value: Tensor, base: Tensor) -> Tensor:
+    """`base` with `value` in its first corner."""
+    whole = base.clone()
+    whole[tuple(slice(n) for n in value.shape)] = value
+    return whole
 
 
 def _grid(model: FrameModel, name: str) -> tuple[int, int]:

@@ -326,6 +326,7 @@ def rewrite(**changes: Any) -> Callable[[Path], None]:
         shorter,
         no_actions,
         rewrite(shards=[]),
+        rewrite(shards=[], clips=0),
         rewrite(shards=3),
         lambda d: (d / "latents_00002.safetensors").unlink(),
         lambda d: (d / "latents.json").unlink(),

@@ -156,29 +156,6 @@ def test_a_share_of_steps_hides_every_token() -> None:
     assert whole[1] - whole[0] == pytest.approx(0.3 * (1 - whole[0]), abs=0.12)
 
 
-def test_compiled_networks_compute_the_same(
-    clip: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    called: list[str] = []
-
-    def compiled(function: Any, **_: Any) -> Any:
-        def call(*arguments: Any, **named: Any) -> Any:
-            called.append(function.__name__)
-            return function(*arguments, **named)
-
-        return call
-
-    config = small_config(condition_attention="isolated")
-    plain = model_loss(config)
-    monkeypatch.setattr(torch, "compile", compiled)
-    loss = model_loss(config, compiled=True)
-    assert loss.state_dict().keys() == plain.state_dict().keys()
-    for step in range(3):
-        assert torch.equal(loss(*clip, draws(step))[0], plain(*clip, draws(step))[0])
-    names = ("_call_impl", "condition_keys_values", "velocity")
-    assert {name: called.count(name) for name in names} == dict(zip(names, (9, 3, 3), strict=True))
-
-
 def test_each_frame_is_masked_by_itself(clip: tuple[Tensor, Tensor]) -> None:
     loss = model_loss()
     calls = Calls(loss.spatial)

@@ -559,7 +559,8 @@ def test_losses_of_many_steps_are_looked_at_together(tmp_path: Path) -> None:
     """As on a GPU: the first step that went wrong is named, and no checkpoint is written."""
     run = trainer(model_stage(), tmp_path)
     run.run(2)
-    run._unchecked = [torch.tensor(x) for x in ([1.0, 1.0], [1.0, np.inf], [np.nan, np.nan])]
+    found = [1.0, 1.0], [1.0, np.inf], [np.nan, np.nan]
+    run._unchecked = [(step, torch.tensor(x)) for step, x in enumerate(found, 2)]
     run.step = 5
     with pytest.raises(StateError, match=r"step 3: the loss is 1\.0 and its gradient's norm inf"):
         run.save()
