@@ -30,7 +30,13 @@ from canvasmar_rt.engines.torch_engine import TorchEngine
 from canvasmar_rt.engines.torch_program import Parcel, exact_float32
 from canvasmar_rt.export.exporter import to_onnx
 from canvasmar_rt.export.quantize import quantize_products
-from canvasmar_rt.models.layers import Attention, attention, init_weights, rotate
+from canvasmar_rt.models.layers import (
+    Attention,
+    attention,
+    init_weights,
+    rotation_tables,
+    split_qkv,
+)
 
 LEVEL_CHANNELS = 256
 """Width of the sinusoidal embedding of a noise level."""
@@ -80,8 +86,7 @@ class Block(nn.Module):
         parts = self.modulation(condition).chunk(6, dim=-1)
         shift, scale, gate = parts[:3]
         h = modulated(x, shift, scale).flatten(1, 2)  # (R, L, D)
-        q, k, v = self.attention.qkv(h).chunk(3, dim=-1)
-        q, k = (rotate(y, tables, self.heads) for y in (q, k))
+        q, k, v = split_qkv(self.attention.qkv(h), tables, self.heads)
         h = self.attention.out(attention(q, k, v, self.heads))
         x = x + gate * h.unflatten(1, (frames, -1))
         shift, scale, gate = parts[3:]
@@ -106,7 +111,7 @@ class Dfot(nn.Module):
         self.modulation = nn.Linear(dim, 2 * dim)
         self.out = nn.Linear(dim, config.channels)
         half = LEVEL_CHANNELS // 2
-        cos, sin = rotary_tables(config)
+        cos, sin = rotation_tables(*rotary_tables(config))
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
         frequencies = LONGEST_PERIOD ** (-torch.arange(half) / half)

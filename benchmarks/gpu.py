@@ -145,6 +145,7 @@ class Frames:
 
     def _programmed(self) -> None:
         self._program.noise.fill(
+            self._sampling,
             seed=0,
             streams=range(self._batch),
             frame=self._time,

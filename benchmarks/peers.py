@@ -364,6 +364,7 @@ class NaiveOnnxContestant:
         """The state after the next latent frame, and its pixels (B, t, H, W, 3)."""
         sampling, noise = self._sampling, self._noise
         noise.fill(
+            sampling,
             seed=self._seed,
             streams=range(self._batch),
             frame=state.time,

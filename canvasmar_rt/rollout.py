@@ -343,6 +343,7 @@ class Rollout:
             return None if self._levels[chosen] is None else chosen
 
         self._program.noise.fill(
+            self.sampling,
             seed=self._seed,
             streams=self._streams,
             frame=frame,

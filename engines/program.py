@@ -52,23 +52,34 @@ class Clock:
 class Noise:
     """Host arrays a rollout fills before every frame, float32: flow and frame (B, N, C), canvas
     (B, N, D), order (B, K, N); flow, canvas and order (B, J, ...) of a group. Frame and canvas are
-    left alone where there is no canvas."""
+    left alone where there is no canvas, and 0 where the sampling takes none of them."""
 
     flow: Float32
     frame: Float32
     canvas: Float32
     order: Float32
 
-    def fill(self, *, seed: int, streams: Sequence[int], frame: int, has_canvas: bool) -> None:
+    def fill(
+        self,
+        sampling: SamplingConfig,
+        *,
+        seed: int,
+        streams: Sequence[int],
+        frame: int,
+        has_canvas: bool,
+    ) -> None:
         """Draw the noise of a latent frame."""
-        normals = [(self.flow, Purpose.FLOW)]
+        normals = [(self.flow, Purpose.FLOW, 1.0)]
         if has_canvas:
             normals += [
-                (self.frame, Purpose.FRAME_AUGMENTATION),
-                (self.canvas, Purpose.CANVAS_AUGMENTATION),
+                (self.frame, Purpose.FRAME_AUGMENTATION, sampling.frame_noise),
+                (self.canvas, Purpose.CANVAS_AUGMENTATION, sampling.canvas_noise),
             ]
-        for out, purpose in normals:
-            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
+        for out, purpose, level in normals:
+            if level:
+                fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
+            else:
+                out.fill(0.0)
         fill_gumbel(self.order, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
 
 

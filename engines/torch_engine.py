@@ -50,9 +50,13 @@ def load_model(bundle: Bundle) -> FrameModel:
             scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(SCALE)}
             for key, tensor in tensors.items():
                 plain = key.removesuffix(TRANSPOSED)
-                value = tensor.T.contiguous() if key.endswith(TRANSPOSED) else tensor
+                value = tensor
+                if key.endswith(TRANSPOSED):  # a convolution's is (3, 3, C, N)
+                    value = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
                 scale = scales.get(plain + SCALE)
-                state[plain] = value if scale is None else value * scale[:, None]
+                if scale is not None:
+                    value = value * scale.view(-1, *[1] * (value.ndim - 1))
+                state[plain] = value.contiguous()
     for first in [name for name in state if name.endswith(f"{PART}0")]:
         name = first.removesuffix(f"{PART}0")
         parts: list[Tensor] = []

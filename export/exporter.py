@@ -22,6 +22,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
+from onnxscript import opset20 as op
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,7 +47,7 @@ from canvasmar_rt.engines.torch_engine import PART, SCALE, TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
-from canvasmar_rt.export.quantize import quantize_products, quantize_weight
+from canvasmar_rt.export.quantize import as_product, quantize_products, quantize_weight
 from canvasmar_rt.files import refusals
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
@@ -296,7 +297,7 @@ def trace(
             [s.name for s in component.outputs],
             opset,
         )
-        graphs[name] = traced if name in ("encoder", "decoder") else finished(traced)
+        graphs[name] = traced if name == "encoder" else finished(traced)
     progress("tracing flow")
     specs = {s.name: s for s in table["flow"].inputs}
     names = ("z_tokens", "select_index", "flow_noise", "flow_time")
@@ -393,6 +394,7 @@ def to_onnx(
             dynamic_shapes=dynamic_shapes,
             input_names=inputs,
             output_names=outputs,
+            custom_translation_table=None if opset >= 23 else {ATTENTION: _attention},
             verbose=False,
         )
     assert program is not None
@@ -405,6 +407,19 @@ def to_onnx(
     made: ModelProto = proto
     assert not made.functions
     return made
+
+
+ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
+
+
+def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+    """Attention of (R, H, L, Dh) in opsets without a node for it. PyTorch's own translation swaps
+    the axes of the keys through their shape, eight nodes a layer, and takes a copy for it."""
+    scale = op.CastLike(op.Constant(value_float=query.shape[-1] ** -0.5), query)
+    scores = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
+    if attn_mask is not None:
+        scores = op.Add(scores, attn_mask)
+    return op.MatMul(op.Softmax(scores, axis=-1), value)
 
 
 @contextlib.contextmanager
@@ -442,7 +457,8 @@ def write_graphs(
 
     Every tensor of the state dictionary is in exactly one file, under its own name, or transposed
     (name + "^T") if its graph reads it that way: a bundle is also a checkpoint. One that the graphs
-    read in int8 is there as such, transposed, with the scales of its channels (name + "^scale").
+    read in int8 is there as such, transposed, a convolution (N, C, 3, 3) as (3, 3, C, N), with the
+    scales of its channels (name + "^scale").
     One that the graphs read in parts is there in parts (name + "^0", "^1", ...).
 
     Returns:
@@ -470,11 +486,13 @@ def write_graphs(
         known.setdefault(_digest(tensor), name)
         if tensor.ndim == 2:
             known.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
-        if tensor.ndim == 2 and quantized:
-            weight, scale = quantize_weight(tensor.T.contiguous().numpy())
-            int8[name] = torch.from_numpy(weight), torch.from_numpy(scale)
-            known.setdefault(_digest(int8[name][0]), name + TRANSPOSED)
-            known.setdefault(_digest(int8[name][1]), name + SCALE)
+        if tensor.ndim in (2, 4) and quantized:
+            x = tensor.numpy()
+            weight, scale = quantize_weight(as_product(x) if x.ndim == 4 else x.T.copy())
+            known.setdefault(_digest(torch.from_numpy(weight)), name + TRANSPOSED)
+            known.setdefault(_digest(torch.from_numpy(scale)), name + SCALE)
+            shape = x.transpose(2, 3, 1, 0).shape if x.ndim == 4 else weight.shape
+            int8[name] = torch.from_numpy(weight.reshape(shape)), torch.from_numpy(scale)
 
     uses: dict[str, dict[str, list[str]]] = {}  # graph -> key -> initializers
     stored: set[str] = set()

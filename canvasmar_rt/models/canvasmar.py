@@ -24,7 +24,7 @@ from canvasmar_rt.models.layers import (
     Rotary,
     attention,
     init_weights,
-    rotate,
+    split_qkv,
 )
 
 QUERY_FRAMES = 2
@@ -53,9 +53,10 @@ class VitBlock(nn.Module):
         self.norm1, self.norm2 = LayerNorm(dim), LayerNorm(dim)
         self.attn, self.mlp = Attention(dim), Mlp(dim)
 
-    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = self.attn.qkv(self.norm1(x)).chunk(3, dim=-1)
-        return q, k, v
+    def qkv(
+        self, x: Tensor, tables: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return split_qkv(self.attn.qkv(self.norm1(x)), tables, self.heads)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         x = x + self.attn.out(attended)
@@ -156,8 +157,7 @@ class TemporalViT(nn.Module):
         bias = bias.expand(-1, -1, tokens, -1)
         new: list[Tensor] = []
         for layer, block in enumerate(self.blocks):
-            q, k, v = block.qkv(x)
-            q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
+            q, k, v = block.qkv(x, tables)
             new += [k, v]
             if layer + 1 == len(self.blocks) and not self.reads_out:
                 break
@@ -189,8 +189,7 @@ class TemporalViT(nn.Module):
         bias = bias.masked_fill(~visible, -math.inf)
         tables = self.rotary.tables(times)
         for block in self.blocks:
-            q, k, v = block.qkv(x)
-            q, k = (rotate(y, tables, self.config.heads) for y in (q, k))
+            q, k, v = block.qkv(x, tables)
             x = block.finish(x, self._in_window(q, k, v, bias))
         return self.norm(x).unflatten(1, (frames, -1))
 
@@ -225,9 +224,9 @@ class GridConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
-        picture = self.norm(x).transpose(1, 2).unflatten(2, self.grid)
+        picture = self.norm(x).unflatten(1, self.grid).permute(0, 3, 1, 2)
         moved: Tensor = self.conv2(F.silu(self.conv1(picture)))
-        return x + moved.flatten(2).transpose(1, 2)
+        return x + moved.permute(0, 2, 3, 1).flatten(1, 2)
 
 
 class CanvasViT(nn.Module):

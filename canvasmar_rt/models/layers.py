@@ -103,22 +103,42 @@ class Rotary:
         return self._space[device]
 
     def tables(self, time: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines (T*P, Dh/2) of frames with time rotations `time` (T, 2, pairs)."""
+        """Cosines (T*P, 1, 1, Dh/2) and sines (T*P, 1, 2, Dh/2), as `rotate` takes them, of frames
+        with time rotations `time` (T, 2, pairs)."""
         out = []
         for part, space in enumerate(self._space_on(time.device)):
             frames, tokens = time.shape[0], space.shape[0]
             t = time[:, None, part].expand(frames, tokens, self.time_pairs)
             s = space[None].expand(frames, tokens, space.shape[1])
             out.append(torch.cat([t, s], dim=-1).flatten(0, 1))
-        return out[0], out[1]
+        return rotation_tables(*out)
+
+
+def rotation_tables(cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (L, Dh/2) of the tokens' angles as `rotate` takes them."""
+    return cos[:, None, None], torch.stack([-sin, sin], dim=-2)[:, None]
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor], heads: int) -> Tensor:
-    """Rotate x (R, L, D) by tables (L, Dh/2) in float32."""
-    cos, sin = (t[:, None] for t in tables)  # (L, 1, Dh/2), the same for every head
-    a, b = x.float().unflatten(-1, (heads, 2, -1)).unbind(-2)  # each (R, L, H, Dh/2)
-    out = torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-2)
+    """Rotate x (R, L, D) by tables (L, 1, 1 and 2, Dh/2), the same for every head, in float32."""
+    cos, sin = tables
+    pairs = x.float().unflatten(-1, (heads, 2, -1))  # (R, L, H, 2, Dh/2)
+    out = pairs * cos + pairs.flip(-2) * sin
     return out.flatten(-3).to(x.dtype)
+
+
+def split_qkv(
+    qkv: Tensor, tables: tuple[Tensor, Tensor] | None, heads: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries, keys and values (R, L, D) of their projection (R, L, 3*D), queries and keys rotated
+    together where there are `tables`."""
+    if tables is None:
+        q, k, v = qkv.chunk(3, dim=-1)
+        return q, k, v
+    dim = qkv.shape[-1] // 3
+    qk, v = qkv.split([2 * dim, dim], dim=-1)
+    q, k = rotate(qk, tables, 2 * heads).chunk(2, dim=-1)
+    return q, k, v
 
 
 class Attention(nn.Module):

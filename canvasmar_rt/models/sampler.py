@@ -75,18 +75,19 @@ def draw_noise(
     """Noise of one frame, from the counter-based generator (`canvasmar_rt.noise`)."""
     b, n, c = len(streams), config.tokens, config.autoencoder.latent_channels
 
-    def normal(purpose: Purpose, *shape: int) -> Tensor:
-        out = np.empty(shape, np.float32)
-        fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
+    def normal(purpose: Purpose, level: float, *shape: int) -> Tensor:
+        out = np.zeros(shape, np.float32)
+        if level:
+            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
         return torch.from_numpy(out)
 
     group = config.group_shape
     gumbel = np.empty((b, *group, sampling.ar_steps, n), np.float32)
     fill_gumbel(gumbel, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
     return FrameNoise(
-        flow=flow_temperature(sampling, frame) * normal(Purpose.FLOW, b, *group, n, c),
-        frame=normal(Purpose.FRAME_AUGMENTATION, b, n, c),
-        canvas=normal(Purpose.CANVAS_AUGMENTATION, b, *group, n, config.dim),
+        flow=flow_temperature(sampling, frame) * normal(Purpose.FLOW, 1.0, b, *group, n, c),
+        frame=normal(Purpose.FRAME_AUGMENTATION, sampling.frame_noise, b, n, c),
+        canvas=normal(Purpose.CANVAS_AUGMENTATION, sampling.canvas_noise, b, *group, n, config.dim),
         order=torch.from_numpy(gumbel),
     )
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from canvasmar_rt.components import MASKED
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.models.canvasmar import FrameModel, TemporalViT, gather_tokens, put_tokens
-from canvasmar_rt.models.layers import attention, rotate
+from canvasmar_rt.models.layers import attention
 
 
 class UnifiedTransformer(TemporalViT):
@@ -76,8 +76,7 @@ class UnifiedTransformer(TemporalViT):
         x, selected = rows(x), rows(select_index)
         tables = self.rotary.tables(time[None])
         for layer, block in enumerate(self.blocks):
-            q, k, v = block.qkv(x)
-            q, k = (rotate(y, tables, heads) for y in (q, k))
+            q, k, v = block.qkv(x, tables)
             keys, values = (
                 torch.cat([rows(cache.transpose(0, 1).flatten(1, 2)), y], dim=1)
                 for cache, y in zip(caches[2 * layer : 2 * layer + 2], (k, v), strict=True)
@@ -146,18 +145,16 @@ class UnifiedTransformer(TemporalViT):
 
         last = len(self.blocks) - 1
         for layer, block in enumerate(self.blocks):
-            hq, hk, hv = block.qkv(h)
-            q, k, v = block.qkv(x)
-            q, k = (rotate(y, tables, heads) for y in (q, k))
-            hk = rotate(hk, past_tables, heads)
+            hq, hk, hv = block.qkv(h, past_tables)
+            q, k, v = block.qkv(x, tables)
             keys, values = (
                 torch.cat([windows(old, frames), by_frame(new)], dim=1)
                 for old, new in ((hk, k), (hv, v))
             )
             x = block.finish(x, attention(by_frame(q), keys, values, heads, before).view_as(x))
             if layer < last:
-                hq = by_frame(rotate(hq, past_tables, heads))
-                attended = attention(hq, windows(hk, past), windows(hv, past), heads, among)
+                old = windows(hk, past), windows(hv, past)
+                attended = attention(by_frame(hq), *old, heads, among)
                 h = block.finish(h, attended.view_as(h))
         return self.norm(x).unflatten(1, (count, tokens))
 

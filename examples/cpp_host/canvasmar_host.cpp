@@ -348,17 +348,19 @@ class Rollout {
   }
 
   void draw_noise(std::uint64_t frame) {
-    const auto normals = [&](const char* component, const char* input, noise::Purpose purpose) {
+    const auto normals = [&](const char* component, const char* input, noise::Purpose purpose,
+                             double level) {
       const Shape shape = bundle_.shape(component, input);
       std::size_t count = 1;
       for (std::int64_t dim : shape) count *= static_cast<std::size_t>(dim);
-      const noise::Philox source(seed_, stream_, frame, purpose);
-      values_[input] = tensor<float>(shape, noise::normals(source, count));
+      std::vector<float> drawn(level > 0 ? 0 : count);
+      if (level > 0) drawn = noise::normals({seed_, stream_, frame, purpose}, count);
+      values_[input] = tensor<float>(shape, drawn);
     };
-    normals("flow", "flow_noise", noise::kFlow);
+    normals("flow", "flow_noise", noise::kFlow, 1.0);
     if (bundle_.has("canvas")) {
-      normals("canvas", "frame_noise", noise::kFrame);
-      normals("canvas", "canvas_noise", noise::kCanvas);
+      normals("canvas", "frame_noise", noise::kFrame, sampling_.frame_noise);
+      normals("canvas", "canvas_noise", noise::kCanvas, sampling_.canvas_noise);
     }
     const std::size_t count = static_cast<std::size_t>(sampling_.ar_steps) * tokens_;
     order_noise_ = noise::gumbel({seed_, stream_, frame, noise::kOrder}, count);

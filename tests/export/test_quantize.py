@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,23 @@ from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.export import exporter
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
-from canvasmar_rt.export.quantize import SMALLEST, quantize_products, quantize_weight
+from canvasmar_rt.export.quantize import (
+    NARROWEST,
+    SMALLEST,
+    quantize_products,
+    quantize_weight,
+)
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.schedule import set_sizes
 from canvasmar_rt.verify import verify
 from tests.conftest import least_config
 
-CONFIG = least_config("wide", flow=FlowConfig(width=192, blocks=1), dim=192)
+CONFIG = least_config("wide", flow=FlowConfig(width=192, blocks=1), dim=192, canvas_conv=64)
+CONFIG = dataclasses.replace(
+    CONFIG,
+    autoencoder=dataclasses.replace(CONFIG.autoencoder, height=16, width=16, widths=(64, 32)),
+)
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
 Export = Callable[..., Bundle]
@@ -157,22 +167,109 @@ def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
     assert [n.op_type for n in fused.graph.node].count("DynamicQuantizeMatMul") == 2
 
 
+def convolution(weight: np.ndarray, *, biased: bool = True, **attributes: Any) -> ModelProto:
+    """y = Conv(x) of (B, C, 5, 7), and z, that of y's SiLU by the same weight."""
+    node = attributes.pop("node", {"pads": [1, 1, 1, 1], "kernel_shape": list(weight.shape[2:])})
+    names = ["w", "b"] if biased else ["w"]
+    values = {"w": weight, "b": np.linspace(-1, 1, len(weight), dtype=np.float32)}
+    make = helper.make_node
+    nodes = [
+        make("Conv", ["x", *names], ["y"], "first", **(node | attributes)),
+        make("Sigmoid", ["y"], ["s"]),
+        make("Mul", ["y", "s"], ["silu"]),
+        make("Conv", ["silu", *names], ["z"], "second", **(node | attributes)),
+    ]
+    graph = helper.make_graph(
+        nodes,
+        "convolutions",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["B", weight.shape[1], 5, 7])],
+        [
+            helper.make_tensor_value_info(n, TensorProto.FLOAT, [n + d for d in "BNHW"])
+            for n in "yz"
+        ],
+        [numpy_helper.from_array(values[name], name) for name in names],
+    )
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+@pytest.mark.parametrize("biased", [True, False])
+def test_convolutions_run_in_int8(biased: bool) -> None:
+    """The quantised picture, with zeros around, by the quantised weight."""
+    rng = np.random.default_rng(2)
+    weight = (rng.normal(size=(64, 64, 3, 3)) / 24).astype(np.float32)
+    model = convolution(weight, biased=biased)
+    made = quantize_products(model)
+    onnx.checker.check_model(made)
+    kinds = [node.op_type for node in made.graph.node]
+    assert "Conv" not in kinds
+    assert kinds.count("MatMulInteger") == 2
+    sizes = {t.name: list(t.dims) for t in made.graph.initializer}
+    assert sizes.pop("w_int8") == [9 * 64, 64]
+    assert sizes["around_5x7"] == [5, 7, 9]
+    assert "w" not in sizes
+
+    x = rng.normal(size=(2, 64, 5, 7)).astype(np.float32)
+    low, high = min(x.min(), 0), max(x.max(), 0)
+    step = (high - low) / 255
+    quantised = np.clip(np.rint(x / step) + np.rint(-low / step), 0, 255) - np.rint(-low / step)
+    w, scales = quantize_weight(weight.reshape(64, -1).T.copy())
+    exact = torch.nn.functional.conv2d(
+        torch.from_numpy(quantised.astype(np.float64)),
+        torch.from_numpy(w.T.reshape(weight.shape).astype(np.float64)),
+        padding=1,
+    ).numpy()
+    bias = np.linspace(-1, 1, 64)[:, None, None] if biased else 0
+    y, z = sessions(made)[0].run(None, {"x": x})
+    np.testing.assert_allclose(y, exact * (step * scales)[:, None, None] + bias, atol=1e-4)
+    want_y, want_z = sessions(model)[0].run(None, {"x": x})
+    for got, want in ((y, want_y), (z, want_z)):
+        assert 1e-3 < np.linalg.norm(got - want) / np.linalg.norm(want) < 2e-2
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((64, 64, 3, 3), {"strides": [2, 2]}),
+        ((64, 64, 3, 3), {"dilations": [2, 2]}),
+        ((64, 32, 3, 3), {"group": 2}),
+        ((64, 64, 3, 3), {"pads": [0, 0, 0, 0]}),
+        ((64, 64, 3, 3), {"node": {"auto_pad": "SAME_UPPER"}}),
+        ((64, 64, 1, 1), {}),
+        ((NARROWEST - 1, NARROWEST - 1, 3, 3), {}),
+    ],
+)
+def test_other_convolutions_stay(shape: tuple[int, ...], options: dict[str, Any]) -> None:
+    model = convolution(np.ones(shape, np.float32), **options)
+    assert [n.op_type for n in quantize_products(model).graph.node].count("Conv") == 2
+
+
+def sessions(*models: ModelProto) -> list[ort.InferenceSession]:
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return [
+        ort.InferenceSession(m.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        for m in models
+    ]
+
+
 # A bundle
 
 LARGE = {
     name
     for name, tensor in build(CONFIG).state_dict().items()
-    if tensor.ndim == 2 and min(tensor.shape) >= SMALLEST and not name.startswith("flow.time")
+    if (tensor.ndim == 2 and min(tensor.shape) >= SMALLEST and not name.startswith("flow.time"))
+    or (tensor.ndim == 4 and len(tensor) >= NARROWEST and "encoder" not in name.split("."))
 }
-"""Weights of products over tokens; the flow's time is embedded once for all of them."""
+"""Weights of products over tokens and of convolutions; the flow's time is embedded once for all."""
 
 
-EXACT = ("encoder", "decoder", "unconditional")
+EXACT = ("encoder", "unconditional")
 """Components without a product in int8."""
 
 
 def test_products_over_tokens_are_stored_in_int8(bundle: Bundle) -> None:
-    assert len(LARGE) == 4 * 4 + 4  # four in each of four layers; flow: condition, modulation, MLP
+    # four in each of four layers; flow: condition, modulation, MLP; two in canvas, three in decoder
+    assert len(LARGE) == 4 * 4 + 4 + 2 + 3
     tensors = stored(bundle)
     int8 = {name for name, tensor in tensors.items() if tensor.dtype == np.int8}
     assert int8 == {f"{name}^T" for name in LARGE}
@@ -190,8 +287,15 @@ def test_every_graph_computes_them_in_int8(bundle: Bundle) -> None:
             for node in every_node(model.graph)
             if node.op_type in ("MatMul", "MatMulInteger") and node.input[1] in sizes
         ]
-        large = [op_type for op_type, dims in products if min(dims) >= SMALLEST]
-        assert set(large) == (set() if name in EXACT else {"MatMulInteger"}), name
+        convolved = (9 * 192, 9 * 64, 9 * 32)
+        convolutions = [kind for kind, dims in products if dims[0] in convolved]
+        assert convolutions == ["MatMulInteger"] * {"canvas": 2, "decoder": 3, "frame": 2}.get(
+            name, 0
+        )
+        large = [k for k, dims in products if min(dims) >= SMALLEST and dims[0] not in convolved]
+        assert set(large) == (set() if name in (*EXACT, "decoder") else {"MatMulInteger"}), name
+        narrow = any(node.op_type == "Conv" for node in every_node(model.graph))
+        assert narrow == (name in ("encoder", "decoder"))
         gemms = sum(node.op_type == "Gemm" for node in every_node(model.graph))
         assert gemms == {"temporal": 1, "flow": 2, "frame": 1 + 2 * 2}.get(name, 0)
         options = ort.SessionOptions()
@@ -201,6 +305,7 @@ def test_every_graph_computes_them_in_int8(bundle: Bundle) -> None:
         fused = onnx.load(options.optimized_model_filepath, load_external_data=False).graph
         kinds = [node.op_type for node in every_node(fused)]
         assert kinds.count("DynamicQuantizeMatMul") == len(large), name
+        assert kinds.count("MatMulIntegerToFloat") == len(convolutions), name
 
 
 def test_it_is_near_the_float_model_and_says_how_near(bundle: Bundle) -> None:
@@ -223,7 +328,8 @@ def test_it_is_a_checkpoint_of_the_weights_it_computes_with(
 ) -> None:
     tensors, state = stored(bundle), load_model(bundle).state_dict()
     for name, want in model.state_dict().items():
-        half = 0.5001 * torch.from_numpy(tensors[f"{name}^scale"])[:, None] if name in LARGE else 0
+        scale = torch.from_numpy(tensors[f"{name}^scale"]) if name in LARGE else torch.zeros(1)
+        half = 0.5001 * scale.view(-1, *[1] * max(want.ndim - 1, 0))
         assert (state[name] - want).abs().le(half).all(), name
         assert (name in LARGE) == (not torch.equal(state[name], want)), name
     report = verify(bundle.path, engine="torch")
