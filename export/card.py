@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from canvasmar_rt.bundle import Manifest
-from canvasmar_rt.export.quantize import SMALLEST
+from canvasmar_rt.export.quantize import NARROWEST, SMALLEST
 from canvasmar_rt.models.families import count_parameters
 
 INT8 = f"""
-Matrix products over tokens, from {SMALLEST} x {SMALLEST} on, are int8: weights with a scale for
-every output channel, activations with one for the whole tensor, found at run time. For the CPU
-only: TensorRT takes no such products, so its operator table was not applied to these graphs.
+Matrix products over tokens, from {SMALLEST} x {SMALLEST} on, are int8, and so are the 3x3
+convolutions of canvas and decoder to {NARROWEST} channels or more: weights with a scale for every
+output channel, activations with one for the whole tensor, found at run time. For the CPU only:
+TensorRT takes no such products, so its operator table was not applied to these graphs.
 """
 
 INT8_PARITY = """

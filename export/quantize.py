@@ -152,6 +152,7 @@ def _convolution(
     values, x_scale, zero, quantize = _activations(name, last, y)
     make = helper.make_node
     add = [make("Add", [out, *bias], [biased], f"{name}/bias")] if bias else []
+    made = biased if bias else out
     return [
         make("Transpose", [x], [last], f"{name}/channels_last", perm=[0, 2, 3, 1]),
         quantize,
@@ -161,7 +162,7 @@ def _convolution(
         make("Reshape", [taken, shape], [windows], f"{name}/windows"),
         *_product(name, windows, out, weight, (x_scale, zero)),
         *add,
-        make("Transpose", [biased if bias else out], [y], f"{name}/channels_first", perm=[0, 3, 1, 2]),
+        make("Transpose", [made], [y], f"{name}/channels_first", perm=[0, 3, 1, 2]),
     ]
 
 

@@ -112,15 +112,19 @@ def reconstruction(
     clips: Clip = 256,
     frames: Annotated[int, typer.Option(min=1)] = 17,
     batch: Batch = 16,
+    engine: Engine = "",
     device: Device = "cpu",
     threads: Threads = None,
     quiet: Quiet = False,
 ) -> None:
-    """PSNR of held-out clips through the autoencoder."""
+    """PSNR of held-out clips through the autoencoder; with --engine, decoded there."""
     model, _ = _load_toytable(checkpoint, output, device, threads, None, whole=False)
+    predictor = _predictor(checkpoint, engine, device, threads)
     with _ticking("reconstruction", clips, quiet) as tick:
-        result = measure_reconstruction(model, clips=clips, frames=frames, batch=batch, tick=tick)
-    _write(output, "reconstruction", model, None, result, quiet)
+        result = measure_reconstruction(
+            model, clips=clips, frames=frames, batch=batch, tick=tick, predictor=predictor
+        )
+    _write(output, "reconstruction", model, None, result, quiet, engine)
 
 
 @app.command()

@@ -34,6 +34,7 @@ from training.metrics import GaussianStats, psnr
 from training.stages import (
     HELD_OUT_SEED,
     continue_clips,
+    decode_by,
     decode_clips,
     encode_clips,
     reconstruct,
@@ -86,9 +87,16 @@ def check_predicted(model: FrameModel, frames: int) -> None:
 
 
 def measure_reconstruction(
-    model: FrameModel, *, clips: int, frames: int, batch: int, tick: Callable[[int], None]
+    model: FrameModel,
+    *,
+    clips: int,
+    frames: int,
+    batch: int,
+    tick: Callable[[int], None],
+    predictor: Predictor | None = None,
 ) -> dict[str, Any]:
-    """PSNR of clips through the autoencoder: the mean over all frames, over each frame of a clip
+    """PSNR of clips through the autoencoder, decoded by the engine of `predictor` where there is
+    one: the mean over all frames, over each frame of a clip
     (one that drifts shows), and that of the mean squared error of all pixels, which the worst
     frames weigh on. And the root mean square of how far normalised latents move from one frame to
     the next where no pixel of their patch changes by more than a grey level, and elsewhere: what
@@ -101,7 +109,8 @@ def measure_reconstruction(
     values, moves, stays = [], [], []
     for _, given in batches(model, clips, batch, frames):
         latents = sampler.encode(model, given.frames.to(model.device))
-        values.append(psnr(given.frames, decode_clips(model, latents)))
+        decoded = decode_by(predictor, latents) if predictor else decode_clips(model, latents)
+        values.append(psnr(given.frames, decoded))
         moves.append(latents.diff(dim=1).square().mean(-1).cpu())
         stays.append(still_patches(model.config.autoencoder, given.frames))
         tick(len(given.frames))

@@ -16,12 +16,14 @@ from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-
 from torch import Tensor, nn
 from torch.utils.tensorboard import SummaryWriter
 
+from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.rollout import Predictor
+from canvasmar_rt.verify import run_component
 from training.clips import Clips, ClipSource, LatentClips, latent_actions
 from training.config import AutoencoderTraining, ModelTraining
 from training.losses import AutoencoderLoss, CanvasMarLoss, Draws, model_loss
@@ -116,6 +118,26 @@ def decode_clips(model: FrameModel, latents: Tensor) -> Tensor:
     state = sampler.empty_state(model, len(latents))
     output, _ = model.autoencoder.decode(latents, state.decoder)
     return output[:, model.config.autoencoder.temporal_compression - 1 :].cpu()
+
+
+def decode_by(predictor: Predictor, latents: Tensor) -> Tensor:
+    """`decode_clips` by the decoder of the predictor's engine, a latent frame at a time."""
+    component = components(predictor.config)["decoder"]
+    shapes = {s.name: (len(latents), *map(int, s.dims[1:])) for s in component.outputs}
+    states = {
+        s.name: np.zeros((len(latents), *map(int, s.dims[1:])), np.float32)
+        for s in component.inputs[1:]
+    }
+    pictures = []
+    for latent in latents.cpu().numpy().swapaxes(0, 1):
+        made = run_component(
+            predictor.engine, "decoder", {component.inputs[0].name: latent, **states}, shapes
+        )
+        frames, *new = (made[s.name] for s in component.outputs)
+        pictures.append(frames)
+        states = dict(zip(states, new, strict=True))
+    clips = np.concatenate(pictures, axis=1)
+    return torch.from_numpy(clips[:, predictor.config.autoencoder.temporal_compression - 1 :])
 
 
 class ModelStage:

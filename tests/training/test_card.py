@@ -22,7 +22,8 @@ def test_the_figures_are_the_committed_ones() -> None:
     one, long, both = result("one_step"), result("long"), result("rollouts")
     with_actions, without = both["with_actions"], both["without_actions"]
     quoted = [
-        f"**{result('reconstruction')['psnr_db']:.1f} dB**",
+        f"**{result('reconstruction_float')['psnr_db']:.1f} dB**",
+        f"| the same, decoded in int8 | | {result('reconstruction')['psnr_db']:.1f} dB |",
         f"prediction | far below both | **{one['prediction']['frechet']:.1f}**",
         f"| its canvas alone | | {one['canvas']['frechet']:.1f} |",
         f"| a copy of the last frame | | {one['copy']['frechet']:.1f} |",
@@ -42,6 +43,7 @@ def test_the_figures_are_the_committed_ones() -> None:
 def test_all_figures_are_of_one_model() -> None:
     names = ("one_step", "rollouts", "long", "reconstruction")
     assert len({report(name)["weights"] for name in names}) == 1
+    assert report("reconstruction")["engine"] == "onnxruntime"
 
 
 def test_figure_3_is_the_measured_one() -> None:

@@ -282,13 +282,15 @@ def test_an_engine_continues_clips_as_the_sampler_does(
         ("one-step", ("--clips", 3, "--batch", 2, "--context", 1)),
         ("rollouts", ("--clips", 3, "--batch", 2, "--frames", 4)),
         ("long", ("--clips", 4, "--frames", 36)),
+        ("reconstruction", ("--clips", 3, "--batch", 2, "--frames", 5)),
     ],
 )
 def test_an_engine_gives_the_figures_of_the_sampler(
     command: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, options: Any
 ) -> None:
     monkeypatch.setattr(torch, "autocast", lambda *_: nullcontext())
-    for option in ("ar_steps=2", "flow_steps=1", "temporal_guidance=1", "canvas_guidance=1"):
+    samplings = ("ar_steps=2", "flow_steps=1", "temporal_guidance=1", "canvas_guidance=1")
+    for option in samplings if name != "reconstruction" else ():
         options = (*options, "--set", option)
     theirs, ours = (
         measured(command, tmp_path / f"{len(e)}" / "out.json", name, "toytable", *options, *e)
@@ -296,7 +298,8 @@ def test_an_engine_gives_the_figures_of_the_sampler(
     )
     assert (theirs.pop("engine"), ours.pop("engine")) == (None, "onnxruntime")
     figures = [[float(n) for n in re.findall(r"[0-9.]+", str(r["result"]))] for r in (theirs, ours)]
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
+    # a pixel between two levels may be rounded either way, which moves what is read from pixels
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-3)
     assert ours | {"result": None} == theirs | {"result": None}
 
 
