@@ -22,7 +22,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
-from onnxscript import opset20 as op
+from onnxscript import opset20
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -415,6 +415,7 @@ ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
     """Attention of (R, H, L, Dh) in opsets without a node for it. PyTorch's own translation swaps
     the axes of the keys through their shape, eight nodes a layer, and takes a copy for it."""
+    op: Any = opset20  # its types want to know the dtype
     scale = op.CastLike(op.Constant(value_float=query.shape[-1] ** -0.5), query)
     scores = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))
     if attn_mask is not None:

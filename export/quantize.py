@@ -81,8 +81,9 @@ def quantize_products(model: ModelProto) -> ModelProto:
         if int8 not in new:
             values = numpy_helper.to_array(weight)
             product = values if node.op_type == "MatMul" else as_product(values)
-            for name, value in zip((int8, scale), quantize_weight(product), strict=True):
-                constant(name, value)
+            narrow, scales = quantize_weight(product)
+            constant(int8, narrow)
+            constant(scale, scales)
         x, y = node.input[0], node.output[0]
         if node.op_type == "MatMul":
             name = f"{node.name}/int8"

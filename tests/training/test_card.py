@@ -136,6 +136,17 @@ def test_the_card_of_next_2_quotes_the_committed_figures() -> None:
     assert missing(rows, "toytable_next_2.md") == []
 
 
+def test_what_fast_costs_in_quality_is_the_committed_result() -> None:
+    """Nothing: it may be 5% further from the truth than the paper's sampling."""
+    paper, fast = (report(f"h2_sampling_{name}") for name in ("default", "fast"))
+    assert (paper["sampling"]["ar_steps"], paper["sampling"]["flow_steps"]) == (4, 30)
+    assert paper["weights"] == fast["weights"] == report("long")["weights"]
+    theirs, ours = (r["result"]["with_actions"]["frechet"] for r in (paper, fast))
+    assert ours <= 1.05 * theirs
+    page = (ROOT / "docs" / "benchmarks.md").read_text()
+    assert f"Fréchet distance {theirs:.2f} against {ours:.2f} over 64 clips" in page
+
+
 def test_what_convolutions_are_worth_is_the_committed_result() -> None:
     rows = {}
     for label, losses, short, long in (
