@@ -51,9 +51,19 @@ def _uniform(
 
 
 def fill_normal(
-    out: Float32, *, seed: int, streams: Sequence[int], frame: int, purpose: Purpose
+    out: Float32,
+    *,
+    seed: int,
+    streams: Sequence[int],
+    frame: int,
+    purpose: Purpose,
+    level: float = 1.0,
 ) -> None:
-    """Fill `out` (B, ...) float32 with standard normals, row b from `streams[b]`."""
+    """Fill `out` (B, ...) float32 with standard normals, row b from `streams[b]`; with zeros, which
+    cost nothing, where the `level` they will be multiplied by is 0."""
+    if not level:
+        out.fill(0.0)
+        return
     size = math.prod(out.shape[1:])
     count = size + size % 2
     for b, stream in zip(range(len(out)), streams, strict=True):

@@ -76,10 +76,7 @@ class Noise:
                 (self.canvas, Purpose.CANVAS_AUGMENTATION, sampling.canvas_noise),
             ]
         for out, purpose, level in normals:
-            if level:
-                fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
-            else:
-                out.fill(0.0)
+            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose, level=level)
         fill_gumbel(self.order, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
 
 

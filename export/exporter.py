@@ -412,9 +412,12 @@ def to_onnx(
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 
 
-def _attention(query: Any, key: Any, value: Any, attn_mask: Any = None, *_: Any, **__: Any) -> Any:
+def _attention(
+    query: Any, key: Any, value: Any, attn_mask: Any = None, *rest: Any, **options: Any
+) -> Any:
     """Attention of (R, H, L, Dh) in opsets without a node for it. PyTorch's own translation swaps
     the axes of the keys through their shape, eight nodes a layer, and takes a copy for it."""
+    assert not any((*rest, *options.values())), "plain attention: no dropout, no causal mask"
     op: Any = opset20  # its types want to know the dtype
     scale = op.CastLike(op.Constant(value_float=query.shape[-1] ** -0.5), query)
     scores = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 3, 2]))

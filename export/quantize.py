@@ -114,15 +114,25 @@ def _large(node: NodeProto, dims: Iterable[int]) -> bool:
     sizes = list(dims)
     if node.op_type == "MatMul":
         return len(sizes) == 2 and min(sizes) >= SMALLEST
+    channels, inputs, *kernel = sizes
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    plain = {"pads": [1] * 4, "strides": [1, 1], "dilations": [1, 1], "group": 1}
-    usual = plain | {"pads": [0] * 4, "auto_pad": b"NOTSET", "kernel_shape": [3, 3]}
     return (
-        usual | given == usual | plain
-        and sizes[2:] == [3, 3]
-        and sizes[0] >= NARROWEST
-        and 9 * sizes[1] >= SMALLEST
+        kernel == [3, 3]
+        and channels >= NARROWEST
+        and 9 * inputs >= SMALLEST
+        and given.pop("pads", None) == [1] * 4
+        and {**UNLESS_GIVEN, **given} == UNLESS_GIVEN
     )
+
+
+UNLESS_GIVEN = {
+    "auto_pad": b"NOTSET",
+    "kernel_shape": [3, 3],
+    "strides": [1, 1],
+    "dilations": [1, 1],
+    "group": 1,
+}
+"""What a 3x3 Conv is without attributes, but for its padding."""
 
 
 ONE_MORE = np.array([0, 0, 0, 0, 1, 0])

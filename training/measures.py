@@ -96,11 +96,11 @@ def measure_reconstruction(
     predictor: Predictor | None = None,
 ) -> dict[str, Any]:
     """PSNR of clips through the autoencoder, decoded by the engine of `predictor` where there is
-    one: the mean over all frames, over each frame of a clip
-    (one that drifts shows), and that of the mean squared error of all pixels, which the worst
-    frames weigh on. And the root mean square of how far normalised latents move from one frame to
-    the next where no pixel of their patch changes by more than a grey level, and elsewhere: what
-    stays is the easier to predict the less its latents move.
+    one: the mean over all frames, over each frame of a clip (one that drifts shows), and that of
+    the mean squared error of all pixels, which the worst frames weigh on. And the root mean square
+    of how far normalised latents move from one frame to the next where no pixel of their patch
+    changes by more than a grey level, and elsewhere: what stays is the easier to predict the less
+    its latents move.
 
     Raises:
         InputError: if the clips are not 1 + n*t frames long.

@@ -123,19 +123,17 @@ def decode_clips(model: FrameModel, latents: Tensor) -> Tensor:
 def decode_by(predictor: Predictor, latents: Tensor) -> Tensor:
     """`decode_clips` by the decoder of the predictor's engine, a latent frame at a time."""
     component = components(predictor.config)["decoder"]
-    shapes = {s.name: (len(latents), *map(int, s.dims[1:])) for s in component.outputs}
-    states = {
-        s.name: np.zeros((len(latents), *map(int, s.dims[1:])), np.float32)
-        for s in component.inputs[1:]
-    }
+    inputs, outputs = (
+        {s.name: (len(latents), *map(int, s.dims[1:])) for s in specs}
+        for specs in (component.inputs, component.outputs)
+    )
+    first, *states = (np.zeros(shape, np.float32) for shape in inputs.values())
     pictures = []
     for latent in latents.cpu().numpy().swapaxes(0, 1):
-        made = run_component(
-            predictor.engine, "decoder", {component.inputs[0].name: latent, **states}, shapes
-        )
-        frames, *new = (made[s.name] for s in component.outputs)
+        first[...] = latent
+        have = dict(zip(inputs, (first, *states), strict=True))
+        frames, *states = run_component(predictor.engine, "decoder", have, outputs).values()
         pictures.append(frames)
-        states = dict(zip(states, new, strict=True))
     clips = np.concatenate(pictures, axis=1)
     return torch.from_numpy(clips[:, predictor.config.autoencoder.temporal_compression - 1 :])
 

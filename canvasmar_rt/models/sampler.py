@@ -76,9 +76,8 @@ def draw_noise(
     b, n, c = len(streams), config.tokens, config.autoencoder.latent_channels
 
     def normal(purpose: Purpose, level: float, *shape: int) -> Tensor:
-        out = np.zeros(shape, np.float32)
-        if level:
-            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose)
+        out = np.empty(shape, np.float32)
+        fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose, level=level)
         return torch.from_numpy(out)
 
     group = config.group_shape

@@ -281,7 +281,7 @@ def test_an_engine_continues_clips_as_the_sampler_does(
     [
         ("one-step", ("--clips", 3, "--batch", 2, "--context", 1)),
         ("rollouts", ("--clips", 3, "--batch", 2, "--frames", 4)),
-        ("long", ("--clips", 4, "--frames", 36)),
+        ("long", ("--clips", 8, "--frames", 36)),
         ("reconstruction", ("--clips", 3, "--batch", 2, "--frames", 5)),
     ],
 )
@@ -298,8 +298,7 @@ def test_an_engine_gives_the_figures_of_the_sampler(
     )
     assert (theirs.pop("engine"), ours.pop("engine")) == (None, "onnxruntime")
     figures = [[float(n) for n in re.findall(r"[0-9.]+", str(r["result"]))] for r in (theirs, ours)]
-    # a pixel between two levels may be rounded either way, which moves what is read from pixels
-    assert figures[1] == pytest.approx(figures[0], rel=1e-3, abs=1e-3)
+    assert figures[1] == pytest.approx(figures[0], rel=1e-3)
     assert ours | {"result": None} == theirs | {"result": None}
 
 
