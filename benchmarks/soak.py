@@ -30,7 +30,7 @@ from canvasmar_rt.deadline import Rung
 from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.predict import context_length, read_actions
+from canvasmar_rt.predict import context_length, read_latent_actions
 from canvasmar_rt.rollout import Prediction, Predictor, Rollout
 from canvasmar_rt.video import read_clip, write_png
 
@@ -178,7 +178,7 @@ def rungs_sheet(predictor: Predictor, latent_frames: int = 8) -> UInt8:
         fps=config.fps,
         min_frames=length + latent_frames * t,
     ).frames
-    actions = read_actions(DEMO_CLIP, config, known + latent_frames)
+    actions = read_latent_actions(DEMO_CLIP, config, known + latent_frames)
     rollout = predictor.start(clip[:length], actions=actions[:known])
     actions = actions[known : known + latent_frames]
     rollout.warmup(deadlines=True)

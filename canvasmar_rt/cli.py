@@ -165,7 +165,7 @@ def predict(
         float | None, typer.Option(help="Sampling rate; the model's by default.")
     ] = None,
     start: Annotated[float, typer.Option(help="Second of the clip to start at.")] = 0.0,
-    actions: Annotated[bool, typer.Option(help="Use the actions stored in the .npz.")] = False,
+    actions: Annotated[bool, typer.Option(help="Use the actions kept with the clip.")] = False,
     engine: Engine = "onnxruntime",
     engine_option: EngineOption = None,
     device: Device = "cpu",

@@ -6,7 +6,6 @@ import dataclasses
 import math
 import os
 import time
-import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from canvasmar_rt._video_writing import check_target
+from canvasmar_rt.actions import find_actions, read_actions
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.contact_sheet import contact_sheet, heatmap
 from canvasmar_rt.errors import InputError
@@ -31,7 +31,6 @@ from canvasmar_rt.video import (
 UInt8 = npt.NDArray[np.uint8]
 
 SHEET_COLUMNS = 12
-MAX_ACTION_BYTES = 64 << 20
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,20 +112,20 @@ def predict_clip(
     clip = read_clip(
         source,
         size=(ae.height, ae.width),
-        fps=rate,
+        fps=None if options.actions else rate,  # actions belong to frames as they were recorded
         start=options.start,
         max_frames=length + options.frames,
         min_frames=length,
     )
     notes = list(clip.notes)
-    if config.action_dim and not options.actions and _holds_actions(source):
+    if config.action_dim and not options.actions and find_actions(source):
         notes.append("the clip's actions are not used; --actions predicts under them")
     context = clip.frames[:length]
     steps, group = math.ceil(options.frames / config.step_frames), config.group
     known = (length - 1) // t
     told = None
     if options.actions:
-        told = read_actions(source, config, known + math.ceil(options.frames / t))
+        told = read_latent_actions(source, config, known + math.ceil(options.frames / t))
         # of the last group only the first frames may be asked for
         told = np.pad(told, ((0, group - 1), (0, 0)))
     begun = time.perf_counter()
@@ -192,45 +191,16 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
     return output, sheet
 
 
-def _holds_actions(source: Path) -> bool:
-    """Of a clip that was read: whether it is an .npz with an array named 'actions'."""
-    if source.suffix != ".npz":
-        return False
-    with zipfile.ZipFile(source) as archive:
-        return "actions.npy" in archive.namelist()
-
-
-def read_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
-    """Actions (latents, A/J) stored in an .npz beside its frames, as one row a latent frame or one
-    row a pixel frame (t of them make one latent frame's action)."""
+def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
+    """A clip's own actions as (latents or more, A/J), stored as one row a latent frame or one row a
+    pixel frame (t of them make one latent frame's action)."""
     if not config.action_dim:
         raise InputError(f"actions: model {config.name} takes none; leave --actions out")
-    if source.suffix != ".npz":
-        raise InputError(f"{source}: actions come from an .npz with an array named 'actions'")
-    try:
-        with np.load(source, allow_pickle=False) as archive:
-            names, member = sorted(archive.files), archive.zip.NameToInfo.get("actions.npy")
-            if member is None:
-                raise InputError(f"{source}: no array named 'actions', only {names}")
-            if member.file_size > MAX_ACTION_BYTES:
-                raise InputError(f"{source}: 'actions' claims {member.file_size} bytes; too many")
-            rows = np.asarray(archive["actions"])
-    except (OSError, TypeError, zipfile.BadZipFile) as error:
-        raise InputError(f"{source}: actions cannot be read ({error})") from None
-    except ValueError as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{source}: actions are not numbers ({error})") from None
-    if rows.dtype.kind not in "iuf":
-        raise InputError(
-            f"{source}: actions must be real numbers, got {rows.dtype.name}; save them as float32"
-        )
-    with np.errstate(over="ignore"):  # what becomes infinite is refused where it is used
-        rows = rows.astype(np.float32)
+    rows = read_actions(source)
     t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
-    if rows.ndim == 2 and rows.shape[1] * t == size:
+    if rows.shape[1] * t == size:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
-    if rows.ndim != 2 or rows.shape[1] != size or len(rows) < latents:
+    if rows.shape[1] != size or len(rows) < latents:
         raise InputError(
             f"{source}: actions have shape {rows.shape}, expected at least ({latents}, {size}) or "
             f"({latents * t}, {size / t:g})"

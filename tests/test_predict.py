@@ -1,4 +1,4 @@
-"""What `predict` refuses before it computes anything, and the actions it reads."""
+"""What `predict` refuses before it computes anything."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.config import preset
 from canvasmar_rt.errors import InputError
-from canvasmar_rt.predict import PredictOptions, predict_clip, read_actions, video_names
+from canvasmar_rt.predict import PredictOptions, predict_clip, video_names
 from canvasmar_rt.rollout import Predictor
+from canvasmar_rt.video import read_clip, write_clip
 
 TOYTABLE, _ = preset("toytable")
 
@@ -57,19 +58,20 @@ def test_a_file_is_no_folder_for_many_clips(tmp_path: Path) -> None:
             video_names([Path("a.mp4"), Path("b.mp4")], output)
 
 
-@pytest.mark.parametrize(
-    "dtype", ["complex64", "bool", "S4", "datetime64[s]"], ids=lambda dtype: dtype[:4]
-)
-def test_actions_of_another_kind_are_refused(dtype: str, tmp_path: Path) -> None:
-    np.savez(tmp_path / "a.npz", actions=np.zeros((8, 4), dtype))
-    with pytest.raises(InputError, match=r"actions must be real numbers, got .* save them"):
-        read_actions(tmp_path / "a.npz", TOYTABLE, 8)
-
-
-@pytest.mark.filterwarnings("error")
-def test_actions_beyond_float32_become_infinite_in_silence(tmp_path: Path) -> None:
-    """A rollout refuses them by its own message."""
-    np.savez(tmp_path / "a.npz", actions=np.full((8, 4), 1e308))
-    assert np.isinf(read_actions(tmp_path / "a.npz", TOYTABLE, 8)).all()
-    np.savez(tmp_path / "a.npz", actions=np.full((8, 4), -3, np.int8))
-    assert (read_actions(tmp_path / "a.npz", TOYTABLE, 8) == -3).all()
+def test_a_video_and_an_archive_with_its_frames_are_continued_alike(tmp_path: Path) -> None:
+    """Under actions every recorded frame counts, at whatever rate the video plays."""
+    with np.load(DEMO_CLIP) as archive:
+        frames, actions = archive["frames"], archive["actions"]
+    write_clip(tmp_path / "a.mp4", frames, 3 * TOYTABLE.fps)
+    np.save(tmp_path / "a.actions.npy", actions)
+    decoded = read_clip(tmp_path / "a.mp4").frames
+    assert len(decoded) == len(frames)
+    np.savez(tmp_path / "b.npz", frames=decoded, actions=actions)
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    options = PredictOptions(frames=2, actions=True)
+    made = []
+    for name in ("a.mp4", "b.npz"):
+        predict_clip(predictor, tmp_path / name, tmp_path / "out.png", options)
+        made.append([p.read_bytes() for p in sorted((tmp_path / "out").iterdir())])
+    assert made[0] == made[1]
+    assert len(made[0]) == 7  # five given

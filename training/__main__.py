@@ -31,9 +31,9 @@ from training.clips import (
     write_latents,
 )
 from training.config import RECIPES, Recipe, recipe
-from training.datasets import READERS, make_source
+from training.datasets import READERS, DataSet
 from training.losses import open_skips, zero_outputs
-from training.options import override
+from training.options import SetData, override
 from training.trainer import Ranks, Trainer, load_weights, process_group, progress_bar
 from training.transfer import transfer, translate
 
@@ -88,6 +88,7 @@ def autoencoder(
     config: Config = "toytable",
     data: Data = "toytable",
     root: Root = None,
+    set_data: SetData = None,
     init: Init = None,
     set_: Set = None,
     set_model: SetModel = None,
@@ -105,16 +106,16 @@ def autoencoder(
         open_skips(network.autoencoder)
     else:
         network = _with_autoencoder(chosen.model, load_weights(init)[0], settings.seed)
+    given = DataSet.of(data, root, set_data)
     with process_group(device) as ranks, _naming(ranks, quiet) as on_skip:
         held_out = _source(
-            chosen.model, data, root, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
+            chosen.model, given, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
         )
         source = _source(
-            chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed,
-            on_skip=on_skip,
-        )  # fmt: skip
+            chosen.model, given, ranks, frames=settings.frames, seed=settings.seed, on_skip=on_skip
+        )
         stage = stages.AutoencoderStage(network, chosen.sampling, settings, held_out)
-        described = {"data": _described(data, root)}
+        described = {"data": given.described()}
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
 
@@ -126,6 +127,7 @@ def encode(
     frames: Annotated[int, typer.Option(min=1, help="Pixel frames of a clip.")] = 25,
     data: Data = "toytable",
     root: Root = None,
+    set_data: SetData = None,
     seed: Annotated[int, typer.Option(help="Seed of the data.")] = 0,
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long, with what is whole by then.")
@@ -137,6 +139,7 @@ def encode(
     """Run a data set through the autoencoder once, to train on its latents many times."""
     _threads(threads)
     model, _ = load_weights(autoencoder)
+    given = DataSet.of(data, root, set_data)
     with (
         process_group(device) as ranks,
         _naming(ranks, quiet) as on_skip,
@@ -146,13 +149,13 @@ def encode(
             raise InputError("encode is one process: start it without torchrun")
         model.to(ranks.device)
         write_latents(
-            _source(model.config, data, root, ranks, frames=frames, seed=seed, on_skip=on_skip),
+            _source(model.config, given, ranks, frames=frames, seed=seed, on_skip=on_skip),
             lambda pixels: stages.encode_clips(model, pixels),
             output,
             clips=clips,
             temporal_compression=model.config.autoencoder.temporal_compression,
             autoencoder=stages.weights_id(model.autoencoder),
-            data=_described(data, root),
+            data=given.described(),
             batch=16 if ranks.device.type == "cpu" else 512,
             seconds=math.inf if minutes is None else 60 * minutes,
             progress=lambda done: advance(done, None),
@@ -166,6 +169,7 @@ def model(
     config: Config = "toytable",
     data: DataOfLatents = "",
     root: Root = None,
+    set_data: SetData = None,
     latents: Annotated[
         list[Path] | None,
         typer.Option(help="Train on latents that `encode` wrote; repeat for several directories."),
@@ -189,26 +193,33 @@ def model(
     if latents:
         source = LatentSource(*latents, seed=settings.seed)
         _check_latents(source, latents[0], autoencoder, described["autoencoder"], settings.frames)
-        data, root = _data_of(source.about, data, root)
+        given = DataSet.of_latents(source.about, data, root, set_data)
         described["data"] = source.about
-    data = data or "toytable"
+    else:
+        given = DataSet.of(data or "toytable", root, set_data)
     with process_group(device) as ranks, _naming(ranks, quiet) as on_skip:
         held_out = _source(
-            chosen.model, data, root, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
+            chosen.model, given, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
         )
         if init is None:
             zero_outputs(network)
         else:
-            given = load_weights(init, whole=True)[0]
-            _translated(given, network, held_out)
-            transfer(given, network, f"--init {init}")
+            before = load_weights(init, whole=True)[0]
+            _translated(before, network, held_out)
+            transfer(before, network, f"--init {init}")
         stage = stages.ModelStage(network, chosen.sampling, settings, held_out)
         if source is None:
             source = _source(
-                chosen.model, data, root, ranks, frames=settings.frames, seed=settings.seed,
+                chosen.model, given, ranks, frames=settings.frames, seed=settings.seed,
                 on_skip=on_skip,
             )  # fmt: skip
-            described["data"] = _described(data, root)
+            described["data"] = given.described()
+        if network.config.action_dim and not source.action_dim and ranks.main and not quiet:
+            stderr.print(
+                "the model takes actions and the data give none: it learns to do without; with "
+                "--set-data action_dim=A the reader takes A numbers a frame",
+                markup=False, highlight=False, soft_wrap=True,
+            )  # fmt: skip
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)
 
 
@@ -224,8 +235,7 @@ def _recipe(name: str, set_model: Sequence[str] | None) -> Recipe:
 
 def _source(
     config: ModelConfig,
-    data: str,
-    root: Path | None,
+    data: DataSet,
     ranks: Ranks,
     *,
     frames: int,
@@ -235,10 +245,11 @@ def _source(
 ) -> ClipSource:
     ae = config.autoencoder
     check_length(frames, ae.temporal_compression)
-    if data == "toytable":
-        if root is not None:
+    if data.name == "toytable":
+        if data.root is not None or data.options:
+            option = "--set-data" if data.root is None else "--root"
             raise InputError(
-                f"--root needs --data, one of {', '.join(READERS)}: toytable reads no directory"
+                f"{option} needs --data, one of {', '.join(READERS)}: toytable reads no directory"
             )
         if ae.height != ae.width:
             raise ConfigError(f"toytable is square, the model wants {ae.height}x{ae.width}")
@@ -251,11 +262,7 @@ def _source(
         )
         apart = ranks.world > 1  # every rank would draw the others' clips too
         return table if table.device == "cpu" or apart else AheadSource(table, DRAWN_AHEAD)
-    if root is None:
-        raise InputError(f"--data {data} needs --root, the directory of the data set")
-    return make_source(
-        data,
-        root,
+    return data.source(
         frames=frames,
         height=ae.height,
         width=ae.width,
@@ -284,10 +291,6 @@ def _naming(ranks: Ranks, quiet: bool) -> Iterator[Callable[[str, str], None]]:
         show(f"recordings left out: {len(names)}")
 
 
-def _described(data: str, root: Path | None) -> dict[str, str]:
-    return {"name": data} | ({} if root is None else {"root": str(root.absolute())})
-
-
 def _check_latents(
     source: LatentSource, latents: Path, autoencoder: Path, weights: str, frames: int
 ) -> None:
@@ -301,15 +304,6 @@ def _check_latents(
             f"{latents}: clips of {source.frames} frames, this training wants {frames}; give --set "
             f"frames={source.frames}, or run `python -m training encode --frames {frames}` again"
         )
-
-
-def _data_of(about: dict[str, Any], data: str, root: Path | None) -> tuple[str, Path | None]:
-    """Data and root of held-out clips: as given, else what the latents were made of."""
-    if data not in ("", about.get("name")):
-        return data, root
-    if root is None and "root" in about:
-        root = Path(about["root"])
-    return data or about.get("name", ""), root
 
 
 def _translated(given: FrameModel, network: FrameModel, held_out: ClipSource) -> None:

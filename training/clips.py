@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import BundleError, InputError
 from canvasmar_rt.files import check_writable, refusals, write_file
 from training.toytable import ToyTableConfig, generate
@@ -145,6 +146,20 @@ def check_length(frames: int, t: int) -> None:
     """
     if frames < 1 or (frames - 1) % t:
         raise InputError(f"clips of {frames} frames: the model wants 1 + n*{t}")
+
+
+def check_actions(config: ModelConfig, action_dim: int, what: str = "", then: str = "") -> None:
+    """See that a model of actions takes those of clips with `action_dim` numbers a frame, if any.
+
+    Raises:
+        InputError: if it takes others; `what` and `then` go around the words.
+    """
+    step = action_dim * config.autoencoder.temporal_compression * config.group
+    if step and config.action_dim not in (0, step):
+        raise InputError(
+            f"{what}actions of {action_dim} numbers a frame make {step} a step, the model's "
+            f"action_dim is {config.action_dim}{then}"
+        )
 
 
 def check_shared(batch: int, world: int) -> None:

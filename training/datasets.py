@@ -29,11 +29,10 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import islice
 from pathlib import Path
-from typing import IO, Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
 
 import av
 import numpy as np
@@ -44,6 +43,7 @@ from numpy.typing import NDArray
 from canvasmar_rt._video_archives import array_header, listing, open_member
 from canvasmar_rt._video_common import PARSER_ERRORS, brief
 from canvasmar_rt._video_streams import open_video
+from canvasmar_rt.actions import is_actions, read_actions
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.video import (
     CLIP_SUFFIXES,
@@ -55,6 +55,7 @@ from canvasmar_rt.video import (
     read_clip,
 )
 from training.clips import Clips
+from training.options import parsed
 from training.tfrecord import Example, Record, read_record, scan_records
 
 Actions = NDArray[np.float32]
@@ -309,8 +310,8 @@ def bair_frames(
     This is how BAIR is kept by those who convert it, `processed_data/{train,test}/../0.png`.
 
     Args:
-        action_dim: A, if each folder holds an `actions.npy` or `actions.csv` (no heading) of as
-            many rows as frames, or one less: row i is taken between frames i and i+1.
+        action_dim: A, if all have actions, kept as `canvasmar_rt.actions` says, as many rows as
+            frames, or one less.
 
     Raises:
         ConfigError: an option is out of range.
@@ -417,8 +418,8 @@ def videos(
 
     Args:
         split: a folder within `root`, if it has such.
-        action_dim: A, if the recordings are .npz archives that hold `actions` or `action` of as
-            many rows as frames, or one less: row i is taken between frames i and i+1.
+        action_dim: A, if all have actions, kept as `canvasmar_rt.actions` says, as many rows as
+            frames, or one less.
 
     Raises:
         ConfigError: an option is out of range.
@@ -426,7 +427,8 @@ def videos(
     """
     _check(options, action_dim)
     folder = _folder(root / split)
-    files = [path for path in _walk(folder) if path.suffix.lower() in CLIP_SUFFIXES]
+    clips = (path for path in _walk(folder) if path.suffix.lower() in CLIP_SUFFIXES)
+    files = [path for path in clips if not is_actions(path)]
     _require(files, folder, "video files or .npz archives", {})
     table = _Videos(files, (options["height"], options["width"]), action_dim)
     return RecordedClips(table, action_dim=action_dim, **options)
@@ -460,7 +462,65 @@ def make_source(name: str, root: Path, **options: Any) -> RecordedClips:
         )
     if absent := sorted({"frames", "height", "width"} - set(options)):
         raise ConfigError(f"{name}: {', '.join(absent)} must be given")
+    for key in own & {"lists", "table"} & set(options):
+        options[key] = Path(str(options[key]))
     return READERS[name](Path(root), **options)
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """A data set as a command line names it: a reader or `toytable`, where it lies, and options of
+    the reader."""
+
+    name: str
+    root: Path | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, root: Path | None, assignments: Sequence[str] | None) -> DataSet:
+        """
+        Raises:
+            ConfigError: an assignment is not name=value, or of what the command itself decides.
+        """
+        options = dict(parsed(assignments))
+        if taken := options.keys() & {"frames", "height", "width", "seed", "split", "on_skip"}:
+            raise ConfigError(f"--set-data {min(taken)}: follows from the other options")
+        return cls(name, root, options)
+
+    @classmethod
+    def of_latents(
+        cls,
+        about: Mapping[str, Any],
+        name: str,
+        root: Path | None,
+        assignments: Sequence[str] | None,
+    ) -> DataSet:
+        """As given, and where it is not, what the latents were made of."""
+        known = about.get("name", "toytable")
+        if name not in ("", known):
+            return cls.of(name, root, assignments)
+        if root is None and "root" in about:
+            root = Path(about["root"])
+        given = cls.of(known, root, assignments)
+        return replace(given, options=about.get("options", {}) | given.options)
+
+    def described(self) -> dict[str, Any]:
+        """What decides on the clips."""
+        options = {k: v for k, v in self.options.items() if k != "workers"}
+        return (
+            {"name": self.name}
+            | ({} if self.root is None else {"root": str(self.root.absolute())})
+            | ({"options": options} if options else {})
+        )
+
+    def source(self, **options: Any) -> RecordedClips:
+        """
+        Raises:
+            ConfigError, InputError: as `make_source`, or there is no root.
+        """
+        if self.root is None:
+            raise InputError(f"--data {self.name} needs --root, the directory of the data set")
+        return make_source(self.name, self.root, **options, **self.options)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -556,8 +616,8 @@ class _Video:
         clip = read_clip(self.path, size=self.size, start=seconds, max_frames=span, min_frames=span)
         actions = None
         if self.action_dim:
-            with _parsing(self.path):
-                table = _action_table(self.path, self.length, self.action_dim)
+            table = read_actions(self.path)
+            _check_actions(self.path, table, self.length, self.action_dim)
             actions = table[start : start + frames - 1]
         return clip.frames[::stride], actions
 
@@ -610,61 +670,13 @@ def _archive_length(path: Path) -> int:
         return int((header.shape or (0,))[0])
 
 
-def _action_table(path: Path, frames: int, action_dim: int) -> Actions:
-    """The (frames or frames - 1, A) actions that belong to a folder of pictures or an .npz."""
-    if path.suffix.lower() == ".npz":
-        with zipfile.ZipFile(path) as archive:
-            held = [key for key in ("actions", "action") if f"{key}.npy" in archive.namelist()]
-            if not held:
-                raise InputError(f"{path}: expected an array called actions, found none")
-            with open_member(path, archive, held[0]) as (header, file, _):
-                return _checked_actions(path, header, file, frames, action_dim)
-    if (path / "actions.npy").is_file():
-        with (path / "actions.npy").open("rb") as file:
-            header = array_header(path, "actions.npy", file)
-            return _checked_actions(path, header, file, frames, action_dim)
-    if not (path / "actions.csv").is_file():
-        raise InputError(f"{path}: expected actions.npy or actions.csv beside the pictures")
-    with (path / "actions.csv").open(encoding="utf-8", newline="") as text:
-        rows = [
-            [float(cell) for cell in row] for row in islice(csv.reader(text), frames + 1) if row
-        ]
-    return _checked_shape(path, np.array(rows, np.float32), frames, action_dim)
-
-
-class _Header(Protocol):
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def fortran(self) -> bool: ...
-    @property
-    def dtype(self) -> np.dtype[Any]: ...
-
-
-def _checked_actions(
-    path: Path, header: _Header, file: IO[bytes], frames: int, action_dim: int
-) -> Actions:
-    if header.dtype.kind not in "fiu":
-        raise InputError(f"{path}: expected actions to be numbers, got {header.dtype}")
-    _check_actions_shape(path, header.shape, frames, action_dim)
-    data = file.read(math.prod(header.shape) * header.dtype.itemsize)
-    order: Literal["F", "C"] = "F" if header.fortran else "C"
-    table = np.frombuffer(data, header.dtype).reshape(header.shape, order=order)
-    return _checked_shape(path, table.astype(np.float32), frames, action_dim)
-
-
-def _checked_shape(path: Path, table: Actions, frames: int, action_dim: int) -> Actions:
-    _check_actions_shape(path, table.shape, frames, action_dim)
+def _check_actions(path: Path, table: Actions, frames: int, action_dim: int) -> None:
+    if table.shape not in ((frames, action_dim), (frames - 1, action_dim)):
+        raise InputError(
+            f"{path}: expected actions ({frames} or {frames - 1}, {action_dim}), got {table.shape}"
+        )
     if not np.isfinite(table).all():
         raise InputError(f"{path}: expected finite actions, found others among them")
-    return table
-
-
-def _check_actions_shape(path: Path, shape: tuple[int, ...], frames: int, action_dim: int) -> None:
-    if shape not in ((frames, action_dim), (frames - 1, action_dim)):
-        raise InputError(
-            f"{path}: expected actions ({frames} or {frames - 1}, {action_dim}), got {shape}"
-        )
 
 
 # ---------------------------------------------------------------------------------------------
@@ -674,6 +686,9 @@ def _check_actions_shape(path: Path, shape: tuple[int, ...], frames: int, action
 def _check(options: ClipOptions, action_dim: int = 0) -> None:
     seed, stride = options.get("seed", 0), options.get("stride", 1)
     workers = options.get("workers", 1)
+    for name, value in (("stride", stride), ("workers", workers), ("action_dim", action_dim)):
+        if not isinstance(value, int):
+            raise ConfigError(f"{name} must be a whole number, got {value!r}")
     checks = {
         "frames must be at least 1": options["frames"] >= 1,
         "height and width must be at least 1": min(options["height"], options["width"]) >= 1,

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 import typer
 from PIL import Image
+from torch import Tensor
 
 from canvasmar_rt import __version__, load
 from canvasmar_rt.command import run_command
@@ -34,7 +35,8 @@ from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
-from training.datasets import READERS, make_source
+from training.clips import check_actions
+from training.datasets import READERS, DataSet, RecordedClips, make_source
 from training.figures import draw_ablations, draw_comparison
 from training.measures import (
     ABLATIONS,
@@ -46,10 +48,11 @@ from training.measures import (
     measure_losses,
     measure_one_step,
     measure_reconstruction,
+    measure_recordings,
     measure_rollouts,
 )
 from training.metrics import I3D, PROTOCOLS, Lpips
-from training.options import override
+from training.options import SetData, override
 from training.protocols import context_frames, measure_protocol
 from training.stages import (
     continue_clips,
@@ -375,16 +378,64 @@ def sheet(
     shown = continue_clips(
         model, sampling, drawn, context=context, seed=seed, first_stream=first
     ).frames
-    picks = range(given - 1, given + frames, every)
+    write_file(output, _pairs(drawn.frames, shown, given, every, first))
+
+
+def _pairs(real: Tensor, shown: Tensor, given: int, every: int, first: int = 0) -> bytes:
+    """A PNG of clips (B, T, H, W, 3) above their continuations, from the last frame given on."""
+    picks = range(given - 1, real.shape[1], every)
     rows = [
         (f"{label} {first + i}", [np.asarray(side[i, j]) for j in picks])
-        for i in range(clips)
-        for label, side in (("true", drawn.frames), ("predicted", shown))
+        for i in range(len(real))
+        for label, side in (("true", real), ("predicted", shown))
     ]
     columns = ["given", *(str(j - given + 1) for j in picks[1:])]
     data = io.BytesIO()
     Image.fromarray(contact_sheet(rows, columns=columns, scale=1)).save(data, "PNG")
-    write_file(output, data.getvalue())
+    return data.getvalue()
+
+
+@app.command()
+def recordings(
+    checkpoint: Checkpoint,
+    output: Output,
+    root: Annotated[Path, typer.Option(help="Where the data set lies.")],
+    data: Annotated[str, typer.Option(help=f"Reader: {', '.join(READERS)}.")] = "videos",
+    set_data: SetData = None,
+    split: Annotated[str, typer.Option(help="Part of the data set.")] = "test",
+    clips: Annotated[int, typer.Option(min=1, help="Clips to predict.")] = 64,
+    frames: Frames = 16,
+    context: Context = 2,
+    batch: Batch = 16,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    engine: Engine = "",
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """PSNR and SSIM of any recordings continued under their actions, beside a copy of the last
+    frame and the autoencoder's bound; and beside the JSON file a sheet of the first four."""
+    picture = output.with_suffix(".png")
+    if picture == output:
+        raise InputError(f"{output}: is for the JSON; the sheet is drawn beside it")
+    check_writable(picture)
+    model, sampling = _load(checkpoint, output, device, threads, set_)
+    predictor = _predictor(checkpoint, engine, device, threads)
+    check_predicted(model, frames)
+    given, ae = given_frames(model, context), model.config.autoencoder
+    source = DataSet.of(data, root, set_data).source(
+        frames=given + frames, height=ae.height, width=ae.width, seed=seed, split=split
+    )
+    check_actions(model.config, source.action_dim)
+    with _ticking("recordings", clips, quiet) as tick:
+        result, real, shown = measure_recordings(
+            model, sampling, source, clips=clips, context=context, batch=batch, seed=seed,
+            tick=tick, predictor=predictor,
+        )  # fmt: skip
+    write_file(picture, _pairs(real[:4], shown[:4], given, max(1, frames // 8)))
+    _write(output, "recordings", model, sampling, result, quiet, engine)
+    _tell_skipped(source)
 
 
 @app.command()
@@ -443,6 +494,10 @@ def protocol(
         )  # fmt: skip
     result["i3d_sha256"] = hashlib.sha256(i3d.read_bytes()).hexdigest()
     _write(output, "protocol", model, sampling, result, quiet)
+    _tell_skipped(source)
+
+
+def _tell_skipped(source: RecordedClips) -> None:
     for recording, reason in list(source.skipped.items())[:1]:
         left = len(source.skipped)
         typer.echo(f"left out {left} recordings, the first: {recording}: {reason}", err=True)

@@ -27,10 +27,10 @@ from canvasmar_rt.models.autoencoder import first_frame_group
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
-from training.clips import Clips, ToyTableSource, check_length, latent_actions
+from training.clips import Clips, ClipSource, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
 from training.losses import Draws, model_loss
-from training.metrics import GaussianStats, psnr
+from training.metrics import GaussianStats, psnr, ssim
 from training.stages import (
     HELD_OUT_SEED,
     continue_clips,
@@ -295,6 +295,70 @@ def measure_rollouts(
         for (start, end), (real, predicted) in parts.items()
     }
     return report
+
+
+@torch.inference_mode()
+def measure_recordings(
+    model: FrameModel,
+    sampling: SamplingConfig,
+    source: ClipSource,
+    *,
+    clips: int,
+    context: int,
+    batch: int,
+    seed: int,
+    tick: Callable[[int], None],
+    predictor: Predictor | None = None,
+) -> tuple[dict[str, Any], Tensor, Tensor]:
+    """Predictions of any recordings, frame by frame, beside a copy of the last frame given and the
+    truth through the autoencoder, which bounds what can be reached. PSNR is that of the mean
+    squared error over clips. With actions where model and data have some, and then without, too.
+
+    Returns:
+        The figures; of the first batch the clips and their predictions, uint8 (B, T, H, W, 3).
+
+    Raises:
+        InputError: if the context leaves nothing to predict, or frames are under 11 pixels a side.
+    """
+    given, count = given_frames(model, context), source.frames
+    told = bool(model.config.action_dim and source.action_dim)
+    sides: dict[str, list[tuple[Tensor, Tensor]]] = {}
+    first_batch = None
+    for first in range(0, clips, batch):
+        drawn = source.clips(first, min(batch, clips - first))
+        assert isinstance(drawn, Clips)
+        real = drawn.frames[:, given:]
+
+        def predicted(drawn: Clips = drawn, first: int = first, **options: bool) -> Tensor:
+            return continue_clips(
+                model, sampling, drawn, context=context, seed=seed, first_stream=first,
+                predictor=predictor, **options,
+            ).frames  # fmt: skip
+
+        shown = predicted()
+        first_batch = first_batch or (drawn.frames, shown)
+        made = {
+            "prediction": shown[:, given:],
+            "copy": held(drawn.frames, given, count - given),
+            "autoencoder": reconstruct(model, drawn.frames)[:, given:],
+        }
+        if told:
+            made["prediction without actions"] = predicted(use_actions=False)[:, given:]
+        for name, side in made.items():
+            error = 10 ** (-psnr(real, side) / 10)
+            sides.setdefault(name, []).append((error, ssim(real, side)))
+        tick(len(real))
+    assert first_batch is not None
+    figures = {}
+    for name, parts in sides.items():
+        error, likeness = (torch.cat(column) for column in zip(*parts, strict=True))
+        figures[name] = {
+            "psnr_db": float(-10 * torch.log10(error.mean())),
+            "ssim": float(likeness.mean()),
+            "psnr_db_by_frame": (-10 * torch.log10(error.mean(0))).tolist(),
+        }
+    about = {"clips": clips, "context": context, "frames": count - given, "actions": told}
+    return about | figures, *first_batch
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {

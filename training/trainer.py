@@ -47,6 +47,7 @@ from training.clips import (
     LatentClips,
     age,
     batches,
+    check_actions,
     check_length,
     check_shared,
     to_device,
@@ -643,10 +644,5 @@ def _check_source(stage: Stage, source: ClipSource, what: str = "", then: str = 
             f"{ae.height}x{ae.width}{then}"
         )
     check_length(source.frames, t)
-    wanted = stage.model.config.action_dim
-    step = source.action_dim * t * stage.model.config.group
-    if stage.name == "model" and source.action_dim and wanted not in (0, step):
-        raise InputError(
-            f"{what}actions of {source.action_dim} numbers a frame make {step} a step, the model's "
-            f"action_dim is {wanted}{then}"
-        )
+    if stage.name == "model":
+        check_actions(stage.model.config, source.action_dim, what, then)

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 
 import numpy as np
 import pytest
-import torch
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
@@ -31,14 +29,10 @@ FRAMES = {"toytable": 32, "shallow-bair": 8}
 
 @pytest.fixture(scope="module", params=list(FRAMES))
 def bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    torch.set_num_threads(os.cpu_count() or 1)
     config, sampling = preset("toytable") if request.param == "toytable" else shallow_bair()
     path = tmp_path_factory.mktemp("presets") / request.param
     options = ExportOptions(drift_frames=FRAMES[request.param])
-    try:
-        return export_bundle(build(config), sampling, path, options, source="test")
-    finally:
-        torch.set_num_threads(1)
+    return export_bundle(build(config), sampling, path, options, source="test")
 
 
 def test_frames_equal_pytorch(bundle: Bundle) -> None:

@@ -301,7 +301,7 @@ def test_the_middle_of_a_wide_picture_is_kept(tmp_path: Path) -> None:
     assert frames[..., 1].min() > 150
 
 
-@pytest.mark.parametrize("kind", ["npy", "csv", "npz"])
+@pytest.mark.parametrize("kind", ["npy", "csv", "npz", "beside"])
 @pytest.mark.parametrize("rows", [LENGTH, LENGTH - 1])
 def test_actions_beside_the_pictures(kind: str, rows: int, tmp_path: Path) -> None:
     root, table = tmp_path / "train", moves(5)[:rows]
@@ -309,6 +309,12 @@ def test_actions_beside_the_pictures(kind: str, rows: int, tmp_path: Path) -> No
         root.mkdir()
         np.savez(root / "a.npz", frames=moving(0, 16), action=np.asfortranarray(table))
         source = make_source("videos", tmp_path, split="train", action_dim=4, **SMALL)
+    elif kind == "beside":  # which is no recording itself
+        root.mkdir()
+        np.save(root / "a.npy", moving(0, 16))
+        np.save(root / "a.actions.npy", table)
+        source = make_source("videos", tmp_path, split="train", action_dim=4, **SMALL)
+        assert len(source) == 1
     else:
         save_pictures(root / "a", moving(0, 16))
         if kind == "npy":
@@ -330,15 +336,15 @@ def test_actions_beside_the_pictures(kind: str, rows: int, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
-        (lambda f: None, "expected actions.npy or actions.csv"),
+        (lambda f: None, "no actions; expected"),
         (lambda f: np.save(f / "actions.npy", moves(0)[:5]), r"actions (9 or 8, 4), got (5, 4)"),
         (lambda f: np.save(f / "actions.npy", moves(0)[:, :3]), "got (9, 3)"),
         (lambda f: np.save(f / "actions.npy", np.full((9, 4), np.inf)), "finite"),
-        (lambda f: np.save(f / "actions.npy", np.full((9, 4), "a")), "to be numbers"),
+        (lambda f: np.save(f / "actions.npy", np.full((9, 4), "a")), "must be real numbers"),
         (lambda f: (f / "actions.npy").write_bytes(b"\x93NUMPY"), "cannot be read"),
         (lambda f: (f / "actions.csv").write_text("x,y,z,grip\n" * 9), "cannot be read"),
         (lambda f: (f / "actions.csv").write_text("1,2,3,4\n1,2\n" * 4), "cannot be read"),
-        (lambda f: (f / "actions.csv").write_text(""), "got (0,)"),
+        (lambda f: (f / "actions.csv").write_text(""), "got (0, 1)"),
     ],
 )
 def test_actions_of_another_form_leave_the_recording_out(

@@ -518,6 +518,83 @@ def test_as_a_program(tmp_path: Path) -> None:
     assert "neither a checkpoint nor a run" in done.stderr
 
 
+# Anyone's recordings
+
+
+@pytest.fixture
+def robot(tmp_path: Path) -> Path:
+    """Six recordings of 11 frames with the two numbers of action of ToyTable, one of them cut."""
+    folder = tmp_path / "data" / "test"
+    folder.mkdir(parents=True)
+    clips = held_out(0, 6, 11, 64)
+    assert clips.actions is not None
+    for i in range(6):
+        np.savez(folder / f"{i}.npz", frames=clips.frames[i].numpy(), actions=clips.actions[i])
+    (folder / "5.npz").write_bytes(b"PK half")
+    return tmp_path / "data"
+
+
+def test_recordings_beside_a_copy_and_the_autoencoder(
+    command: Run, runs: Path, robot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out" / "out.json"
+    arguments = ("recordings", runs / "model", "--root", robot, "--set-data", "action_dim=2",
+                 "--clips", 5, "--batch", 2, "--frames", 4, "-o", output)  # fmt: skip
+    code, out, err = command(*arguments)
+    assert code == 0
+    assert err.startswith("left out 1 recordings, the first: ")
+    report = json.loads(output.read_text())
+    result = report["result"]
+    assert json.loads(out) == result
+    assert (result["clips"], result["context"], result["frames"]) == (5, 2, 4)
+    assert result["actions"]
+    names = ("prediction", "prediction without actions", "copy", "autoencoder")
+    for name in names:
+        assert len(result[name]["psnr_db_by_frame"]) == 4
+    assert result["prediction"] != result["prediction without actions"]
+    copy = result["copy"]
+    assert copy["psnr_db_by_frame"][0] > copy["psnr_db_by_frame"][-1]
+    with Image.open(output.with_suffix(".png")) as sheet:  # of a batch of two: four rows, six wide
+        assert sheet.height > 4 * 64
+        assert sheet.width > 5 * 64
+
+    monkeypatch.setattr(measures, "continue_clips", predicting(copied))
+    assert command(*arguments)[0] == 0
+    result = json.loads(output.read_text())["result"]
+    assert result["prediction"] == result["copy"] == copy
+    source = make_source("videos", robot, split="test", action_dim=2, frames=7, height=64, width=64)
+    real = torch.cat([source.clips(i, 1).frames for i in range(5)]).double()
+    error = (real[:, 3:] - real[:, 2:3]).square().mean()
+    assert copy["psnr_db"] == pytest.approx(10 * np.log10(255**2 / float(error)), rel=1e-4)
+    monkeypatch.setattr(measures, "continue_clips", predicting(perfect))
+    assert command(*arguments)[0] == 0
+    best = json.loads(output.read_text())["result"]["prediction"]
+    assert (best["psnr_db"], best["ssim"]) == (None, 1.0)  # no error at all
+
+
+def test_recordings_without_actions_or_of_other_ones(
+    command: Run, runs: Path, robot: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "out" / "out.json"
+    arguments = ("recordings", runs / "model", "--root", robot, "--clips", 2, "--frames", 2)
+    assert command(*arguments, "-o", output, "--quiet")[0] == 0
+    result = json.loads(output.read_text())["result"]
+    assert not result["actions"]
+    assert "prediction without actions" not in result
+    output.unlink()
+    for options, reason in (
+        (("--set-data", "action_dim=3"), "actions of 3 numbers a frame make 6 a step, the model's"),
+        (("--split", "val"), f"{robot / 'val'}: no such folder"),
+        (("--set-data", "split=val"), "--set-data split: follows from the other options"),
+        (("--data", "bear"), "choose from bair-tfrecord"),
+        (("--frames", 3), "3 predicted frames are not whole latent frames of 2"),
+        (("--frames", 10), "expected at least 13 frames, got 11"),
+    ):
+        assert reason in refused(command, output, *arguments, *options)
+    line = refused(command, output.with_suffix(".jpeg.png"), *arguments)
+    assert "is for the JSON; the sheet is drawn beside it" in line
+
+
 # Numbers that behave
 
 

@@ -456,6 +456,85 @@ def test_latents_that_do_not_name_their_data_are_toytable_s(
         run(*TRAIN, "-o", tmp_path / "run", "--autoencoder", autoencoder, "--latents", directory)
 
 
+def robot(folder: Path, count: int) -> None:
+    """Recordings of seven frames with three numbers of action between two, as a lab keeps them."""
+    recordings(folder, count, 0)
+    for i in range(count):
+        rows = np.full((6, 3), i / 8)
+        np.savetxt(folder / f"{i}.actions.csv", rows, delimiter=",")
+        with np.load(folder / f"{i}.npz") as archive:
+            np.save(folder / f"{i}.npy", archive["frames"])
+        (folder / f"{i}.npz").unlink()
+
+
+def test_own_recordings_with_actions_from_the_first_stage_to_the_last(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    robot(tmp_path / "data" / "train", 4)
+    robot(tmp_path / "data" / "test", 4)
+    data = ["--data", "videos", "--root", tmp_path / "data", "--set-data", "action_dim=3"]
+    latents = tmp_path / "latents"
+    run("encode", "-o", latents, "--autoencoder", autoencoder, "--clips", 3, "--frames", 5,
+        *data, "--set-data", "workers=2", "--quiet")  # fmt: skip
+    source = LatentSource(latents)
+    assert source.action_dim == 3
+    assert source.about["options"] == {"action_dim": 3}
+    actions = source.clips(0, 3).actions
+    assert actions is not None
+    assert actions.shape == (3, 2, 6)
+    assert {float(row[0, 0]) for row in actions} <= {0.0, 0.125, 0.25, 0.375}
+    command = [*TRAIN, "--set-model", "action_dim=6", "--set", "sample_every=1", "--until", 1,
+               "--autoencoder", autoencoder]  # fmt: skip
+    run(*command, "-o", tmp_path / "on-latents", "--latents", latents)
+    run(*command, "-o", tmp_path / "run", *data)
+    described = json.loads((tmp_path / "run" / "run.json").read_text())
+    root = str(tmp_path / "data")
+    assert described["data"] == {"name": "videos", "root": root, "options": {"action_dim": 3}}
+    assert load_weights(tmp_path / "run")[0].config.action_dim == 6
+    line = fails(*command, "-o", tmp_path / "run", *data, "--set-data", "action_dim=2")
+    assert "actions of 2 numbers a frame make 4 a step, the model's action_dim is 6" in line
+    line = fails(*command, "-o", tmp_path / "run", *data, "--set-data", "action_dim=0")
+    assert "another data" in line
+
+
+def test_a_model_that_takes_actions_says_that_it_gets_none(
+    autoencoder: Path, tmp_path: Path
+) -> None:
+    recordings(tmp_path / "data" / "train", 2, 0)
+    recordings(tmp_path / "data" / "test", 4, 0)
+    command = [word for word in TRAIN if word != "--quiet"]
+    command += ["--autoencoder", autoencoder, "--until", 1]
+    data = ["--data", "videos", "--root", tmp_path / "data"]
+    assert "the data give none" in run(*command, "-o", tmp_path / "a", *data)
+    told = run(*command, "-o", tmp_path / "b", *data, "--set-model", "action_dim=0")
+    assert "the data give none" not in told
+    assert "the data give none" not in run(*command, "-o", tmp_path / "c")
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["colour=1"], "videos: unknown option colour; it takes action_dim,"),
+        (["frames=3"], "--set-data frames: follows from the other options"),
+        (["stride=two"], "stride must be a whole number, got 'two'"),
+        (["workers=1.5"], "workers must be a whole number, got 1.5"),
+        (["stride"], "'stride': expected name=value"),
+        (["action_dim=3", "stride=2"], "stride must be 1 for data with actions"),
+    ],
+)
+def test_options_of_a_reader_that_do_not_go_are_one_line(
+    words: list[str], reason: str, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    recordings(tmp_path / "data" / "train", 1, 0)
+    recordings(tmp_path / "data" / "test", 1, 0)
+    options = [part for word in words for part in ("--set-data", word)]
+    data = ["--data", "videos", "--root", tmp_path / "data"]
+    assert reason in fails(*AUTOENCODER, "-o", tmp_path / "run", *data, *options)
+    assert not (tmp_path / "run").exists()
+    line = fails(*AUTOENCODER, "-o", tmp_path / "run", *options)
+    assert reason in line or "--set-data needs --data, one of bair-tfrecord" in line
+
+
 def test_recordings_left_out_are_named_once_and_counted(tmp_path: Path) -> None:
     recordings(tmp_path / "data" / "train", 1, 2)
     recordings(tmp_path / "data" / "test", 1, 0)
