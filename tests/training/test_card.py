@@ -94,6 +94,14 @@ def test_what_the_packaged_model_was_sampled_with_is_measured_as_it_says() -> No
         "w_s 1.2": ("ws12", {"canvas_guidance": 1.2}),
         "no noise on the canvas tokens (`fast`)": ("cn0", {"canvas_noise": 0.0}),
         "the same, w_s 1.3": ("cn0ws13", {"canvas_noise": 0.0, "canvas_guidance": 1.3}),
+        "the same, flow noise times 0.6": (
+            "cn0ft06",
+            {"canvas_noise": 0.0, "flow_temperature": [0.6, 0.6]},
+        ),
+        "the same, flow noise times 1.2": (
+            "cn0ft12",
+            {"canvas_noise": 0.0, "flow_temperature": [1.2, 1.2]},
+        ),
         "noise 0.1 on the frame the canvas reads, for 0.3": ("fn1", {"frame_noise": 0.1}),
         "w_t 1": ("wt1", {"temporal_guidance": 1.0}),
         "w_t 1.4": ("wt14", {"temporal_guidance": 1.4}),
@@ -104,7 +112,8 @@ def test_what_the_packaged_model_was_sampled_with_is_measured_as_it_says() -> No
         told = report(f"h2_long_{name}")
         long = told["result"]
         usual = {"ar_steps": 1, "flow_steps": 4, "temporal_guidance": 1.2, "canvas_guidance": 1.5}
-        wanted = {**usual, "frame_noise": 0.3, "canvas_noise": 0.2, **options}
+        wanted = {**usual, "frame_noise": 0.3, "canvas_noise": 0.2,
+                  "flow_temperature": [1.0, 1.0], **options}  # fmt: skip
         assert {n: told["sampling"][n] for n in wanted} == wanted, name
         rows[label] = [
             windows(long),
