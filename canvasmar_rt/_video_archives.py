@@ -30,14 +30,16 @@ from canvasmar_rt._video_common import (
     check_side,
     over_black,
 )
+from canvasmar_rt.actions import is_actions
 from canvasmar_rt.errors import VideoError
 
 
 def listing(folder: Path) -> tuple[list[Path], list[Path]]:
-    """Image frames and clips that lie directly in `folder`, each in natural order."""
+    """Image frames and clips that lie directly in `folder`, each in natural order, but no files of
+    their actions."""
     try:
         names = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        files = sorted((entry for entry in names if entry.is_file()), key=_natural)
+        files = sorted((e for e in names if e.is_file() and not is_actions(e)), key=_natural)
     except FileNotFoundError:
         raise VideoError(f"{folder}: no such file or folder; check the path") from None
     except OSError as error:

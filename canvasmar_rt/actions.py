@@ -6,8 +6,9 @@ An .npz archive holds them as `actions` or `action`. Beside a video `push.mp4` t
 
 from __future__ import annotations
 
-import warnings
+import os
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -27,31 +28,28 @@ def is_actions(path: Path) -> bool:
 
 
 def find_actions(recording: Path) -> Path | None:
-    """The file that holds a recording's actions: the archive itself, or one beside it.
-
-    Raises:
-        InputError: if the recording is an archive that cannot be read.
-    """
-    if recording.suffix.lower() == ".npz":
+    """The file that holds a recording's actions, the archive itself or one beside it, if there is
+    one that can be found."""
+    if _is_archive(recording):
         try:
             with zipfile.ZipFile(recording) as archive:
-                members = archive.namelist()
-        except PARSER_ERRORS as error:
-            raise InputError(f"{recording}: cannot be read ({brief(error)})") from None
-        return recording if any(f"{name}.npy" in members for name in ARRAYS) else None
-    return next((path for path in _beside(recording) if path.is_file()), None)
+                return recording if _array(archive.namelist()) else None
+        except PARSER_ERRORS:
+            return None
+    return next((path for path in _beside(recording) if os.path.isfile(path)), None)
 
 
 def read_actions(recording: Path) -> npt.NDArray[np.float32]:
     """A recording's actions (N, A) float32, A numbers each; values are as they were saved.
 
     Raises:
-        InputError: if there are none, too many, or other things than numbers in rows.
+        InputError: if there are none, too many, they cannot be read, or are other things than
+            numbers in rows.
     """
     held = find_actions(recording)
     if held is None:
-        if recording.suffix.lower() == ".npz":
-            raise InputError(f"{recording}: no array named 'actions' in it")
+        if _is_archive(recording):
+            raise InputError(f"{recording}: no array named 'actions' in it; save them with frames")
         names = " or ".join(str(path) for path in _beside(recording))
         raise InputError(f"{recording}: no actions; expected {names}, or an .npz with 'actions'")
     try:
@@ -59,37 +57,51 @@ def read_actions(recording: Path) -> npt.NDArray[np.float32]:
     except InputError:
         raise
     except PARSER_ERRORS as error:
-        raise InputError(f"{held}: actions cannot be read ({brief(error)})") from None
+        form = ""
+        if held.suffix == ".csv":
+            form = "; expected rows of numbers with commas between them, no heading"
+        raise InputError(f"{held}: actions cannot be read ({brief(error)}){form}") from None
     if rows.dtype.kind not in "iuf":
         raise InputError(
             f"{held}: actions must be real numbers, got {rows.dtype.name}; save them as float32"
         )
     if rows.ndim != 2:
-        raise InputError(f"{held}: actions are rows of numbers, (N, A), got shape {rows.shape}")
+        raise InputError(
+            f"{held}: actions have shape {rows.shape}; save them as (N, A), a row for each frame"
+        )
     with np.errstate(over="ignore"):  # what becomes infinite is refused where it is used
         return rows.astype(np.float32)
 
 
+def _is_archive(recording: Path) -> bool:
+    return recording.suffix.lower() == ".npz"
+
+
+def _array(members: Collection[str]) -> str | None:
+    return next((name for name in ARRAYS if f"{name}.npy" in members), None)
+
+
 def _beside(recording: Path) -> list[Path]:
-    if recording.is_dir():
+    if os.path.isdir(recording):
         return [recording / name for name in FILES]
     return [recording.with_suffix(f".{name}") for name in FILES]
 
 
 def _read(held: Path) -> npt.NDArray[np.generic]:
-    if held.suffix.lower() != ".npz":
-        _check_size(held, held.stat().st_size)
-    if held.suffix == ".csv":
-        with warnings.catch_warnings():  # an empty file has no rows, which is refused where used
-            warnings.simplefilter("ignore")
-            return np.loadtxt(held, np.float64, delimiter=",", ndmin=2, encoding="utf-8")
+    if _is_archive(held):
+        with np.load(held, allow_pickle=False) as archive:
+            name = _array(archive.zip.namelist())
+            assert name is not None
+            _check_size(held, archive.zip.getinfo(f"{name}.npy").file_size)
+            return np.asarray(archive[name])
+    _check_size(held, held.stat().st_size)
     if held.suffix == ".npy":
         with held.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    with np.load(held, allow_pickle=False) as archive:
-        name = next(name for name in ARRAYS if name in archive.files)
-        _check_size(held, archive.zip.getinfo(f"{name}.npy").file_size)
-        return np.asarray(archive[name])
+    text = held.read_text(encoding="utf-8-sig")
+    if not text.strip():
+        return np.empty((0, 1))
+    return np.loadtxt(text.splitlines(), np.float64, delimiter=",", ndmin=2)
 
 
 def _check_size(held: Path, size: int) -> None:

@@ -22,6 +22,7 @@ from canvasmar_rt.rollout import Prediction, Predictor
 from canvasmar_rt.video import (
     MAX_CLIP_BYTES,
     MAX_CLIP_FRAMES,
+    VIDEO_SUFFIXES,
     Clip,
     read_clip,
     write_clip,
@@ -36,7 +37,8 @@ SHEET_COLUMNS = 12
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PredictOptions:
     """What `canvasmar-rt predict` can choose. Frame counts are pixel frames; `fps` is the rate at
-    which the clip is sampled and the output plays, the model's own if None."""
+    which the clip is sampled and the output plays, the model's own if None. With `actions` every
+    frame of the clip is taken."""
 
     frames: int = 16
     context: int = 5
@@ -109,15 +111,24 @@ def predict_clip(
     output, sheet = _targets(source, output, length + options.frames, rate)
     if options.actions and (options.start or rate != config.fps):
         raise InputError("actions: they belong to every frame from the first; leave out start, fps")
+    # actions belong to frames as they were recorded
+    recorded = options.actions and source.suffix.lower() in VIDEO_SUFFIXES
     clip = read_clip(
         source,
         size=(ae.height, ae.width),
-        fps=None if options.actions else rate,  # actions belong to frames as they were recorded
+        fps=None if recorded else rate,
         start=options.start,
         max_frames=length + options.frames,
         min_frames=length,
     )
     notes = list(clip.notes)
+    if options.actions and clip.skipped:
+        raise InputError(f"{source}: damaged frames; which action is whose is unknown")
+    if recorded and abs(clip.fps - rate) > 0.01 * rate:
+        notes.append(
+            f"recorded at {clip.fps:g} fps, the model's is {rate:g}: with its actions every frame "
+            "is taken"
+        )
     if config.action_dim and not options.actions and find_actions(source):
         notes.append("the clip's actions are not used; --actions predicts under them")
     context = clip.frames[:length]
@@ -192,8 +203,12 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
 
 
 def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
-    """A clip's own actions as (latents or more, A/J), stored as one row a latent frame or one row a
-    pixel frame (t of them make one latent frame's action)."""
+    """A clip's own actions (latents or more, A/J) float32, stored as one row a latent frame or one
+    row a pixel frame (t of them make one latent frame's action).
+
+    Raises:
+        InputError: if the model takes none, or they cannot be had or do not fit it.
+    """
     if not config.action_dim:
         raise InputError(f"actions: model {config.name} takes none; leave --actions out")
     rows = read_actions(source)

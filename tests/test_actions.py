@@ -50,17 +50,19 @@ def test_a_file_of_actions_is_known_by_its_name() -> None:
 @pytest.mark.parametrize(
     ("recording", "write", "reason"),
     [
+        (f"{'a' * 250}.mp4", lambda f: None, "no actions; expected"),
+        (".", lambda f: (f / "actions.csv").write_text("1;2\n"), "numbers with commas between"),
         ("a.mp4", lambda f: None, r"a\.mp4: no actions; expected .*a\.actions\.npy or .*csv"),
         (".", lambda f: None, r"no actions; expected .*actions\.npy"),
         ("a.npz", lambda f: np.savez(f / "a.npz", frames=ROWS), "no array named 'actions' in it"),
-        ("a.npz", lambda f: (f / "a.npz").write_bytes(b"PK half"), r"a\.npz: cannot be read"),
+        ("a.npz", lambda f: (f / "a.npz").write_bytes(b"PK half"), "no array named 'actions'"),
         (".", lambda f: (f / "actions.npy").write_bytes(b"\x93NUMPY"), "actions cannot be read"),
         (".", lambda f: (f / "actions.npy").write_bytes(b"PK"), "actions cannot be read"),
         (".", lambda f: np.save(f / "actions.npy", np.array([{}])), "actions cannot be read"),
         (".", lambda f: (f / "actions.csv").write_text("x,y\n1,2\n"), "actions cannot be read"),
         (".", lambda f: (f / "actions.csv").write_text("1,2\n1\n"), "actions cannot be read"),
         (".", lambda f: (f / "actions.csv").write_bytes(b"\xff\xfe1,2"), "actions cannot be read"),
-        (".", lambda f: np.save(f / "actions.npy", ROWS[0]), r"rows of numbers.*got shape \(3,\)"),
+        (".", lambda f: np.save(f / "actions.npy", ROWS[0]), r"shape \(3,\); save them as"),
     ],
 )  # fmt: skip
 def test_actions_that_cannot_be_had_say_why(
@@ -87,6 +89,11 @@ def test_actions_beyond_float32_become_infinite_in_silence(tmp_path: Path) -> No
     assert np.isinf(read_actions(tmp_path / "a.npz")).all()
     np.savez(tmp_path / "a.npz", actions=np.full((8, 4), -3, np.int8))
     assert (read_actions(tmp_path / "a.npz") == -3).all()
+
+
+def test_a_table_as_a_spreadsheet_writes_it(tmp_path: Path) -> None:
+    (tmp_path / "actions.csv").write_bytes(b"\xef\xbb\xbf1, 2\r\n\r\n3,4\r\n")
+    np.testing.assert_array_equal(read_actions(tmp_path), [[1, 2], [3, 4]])
 
 
 @pytest.mark.filterwarnings("error")

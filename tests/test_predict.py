@@ -69,9 +69,14 @@ def test_a_video_and_an_archive_with_its_frames_are_continued_alike(tmp_path: Pa
     np.savez(tmp_path / "b.npz", frames=decoded, actions=actions)
     predictor = canvasmar_rt.load("toytable-int8", threads=1)
     options = PredictOptions(frames=2, actions=True)
-    made = []
+    made, notes = [], []
     for name in ("a.mp4", "b.npz"):
-        predict_clip(predictor, tmp_path / name, tmp_path / "out.png", options)
+        told = predict_clip(predictor, tmp_path / name, tmp_path / "out.png", options)
+        notes.append(told["notes"])
         made.append([p.read_bytes() for p in sorted((tmp_path / "out").iterdir())])
+    assert notes[0] == [
+        "recorded at 30 fps, the model's is 10: with its actions every frame is taken"
+    ]
+    assert notes[1] == []
     assert made[0] == made[1]
     assert len(made[0]) == 7  # five given

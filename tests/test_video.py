@@ -495,11 +495,14 @@ def test_find_clips(tmp_path: Path, refused: Refused) -> None:
         (tmp_path / name).touch()
     assert [path.name for path in find_clips(tmp_path)] == ["a.npz", "b9.MKV", "b10.mp4"]
     assert find_clips(tmp_path / "b10.mp4") == [tmp_path / "b10.mp4"]
+    (tmp_path / "b10.actions.npy").touch()  # is of the clip, and none itself
+    assert len(find_clips(tmp_path)) == 3
     (tmp_path / "frame.png").touch()
     assert "found both" in refused(find_clips, tmp_path)
     frames = tmp_path / "frames"
     frames.mkdir()
     (frames / "0.jpg").touch()
+    (frames / "actions.npy").touch()
     assert find_clips(frames) == [frames]
     assert "no such file or folder" in refused(find_clips, tmp_path / "missing")
     (tmp_path / "empty").mkdir()

@@ -215,9 +215,10 @@ def model(
             )  # fmt: skip
             described["data"] = given.described()
         if network.config.action_dim and not source.action_dim and ranks.main and not quiet:
+            where = "encode again with" if latents else "try"
             stderr.print(
-                "the model takes actions and the data give none: it learns to do without; with "
-                "--set-data action_dim=A the reader takes A numbers a frame",
+                "the model takes actions and the data give none: it learns to do without; if there "
+                f"are some, {where} --set-data action_dim=A, A numbers a frame",
                 markup=False, highlight=False, soft_wrap=True,
             )  # fmt: skip
         Trainer(stage, source, run, ranks=ranks, quiet=quiet, description=described).run(until)

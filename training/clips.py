@@ -349,7 +349,7 @@ def write_latents(
     clips: int,
     temporal_compression: int,
     autoencoder: str,
-    data: Mapping[str, str],
+    data: Mapping[str, Any],
     batch: int = 16,
     shard: int = 2048,
     seconds: float = math.inf,
@@ -357,7 +357,7 @@ def write_latents(
 ) -> None:
     """Encode clips 0 ... `clips` - 1 of a source into float16 shards, or as many whole shards as
     are begun within so many `seconds`. `encode` maps uint8 frames (B, T, H, W, 3) to latents
-    (B, 1+n, N, C); `autoencoder` identifies it, `data` tells the source's name and root. The list
+    (B, 1+n, N, C); `autoencoder` identifies it, `data` tells what the clips are of. The list
     of shards is written last: without it nothing reads the directory.
 
     Raises:

@@ -32,7 +32,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
+from typing import Any, ClassVar, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
 
 import av
 import numpy as np
@@ -476,6 +476,8 @@ class DataSet:
     root: Path | None = None
     options: dict[str, Any] = field(default_factory=dict)
 
+    TAKEN: ClassVar = {"name", "root", "frames", "height", "width", "seed", "split", "on_skip"}
+
     @classmethod
     def of(cls, name: str, root: Path | None, assignments: Sequence[str] | None) -> DataSet:
         """
@@ -483,7 +485,9 @@ class DataSet:
             ConfigError: an assignment is not name=value, or of what the command itself decides.
         """
         options = dict(parsed(assignments))
-        if taken := options.keys() & {"frames", "height", "width", "seed", "split", "on_skip"}:
+        for name in options.keys() & {"lists", "table"}:  # so that they are found from anywhere
+            options[name] = str(Path(str(options[name])).absolute())
+        if taken := options.keys() & cls.TAKEN:
             raise ConfigError(f"--set-data {min(taken)}: follows from the other options")
         return cls(name, root, options)
 
@@ -616,6 +620,8 @@ class _Video:
         clip = read_clip(self.path, size=self.size, start=seconds, max_frames=span, min_frames=span)
         actions = None
         if self.action_dim:
+            if clip.skipped:
+                raise InputError(f"{self.path}: damaged frames; which action is whose is unknown")
             table = read_actions(self.path)
             _check_actions(self.path, table, self.length, self.action_dim)
             actions = table[start : start + frames - 1]
@@ -687,7 +693,7 @@ def _check(options: ClipOptions, action_dim: int = 0) -> None:
     seed, stride = options.get("seed", 0), options.get("stride", 1)
     workers = options.get("workers", 1)
     for name, value in (("stride", stride), ("workers", workers), ("action_dim", action_dim)):
-        if not isinstance(value, int):
+        if type(value) is not int:
             raise ConfigError(f"{name} must be a whole number, got {value!r}")
     checks = {
         "frames must be at least 1": options["frames"] >= 1,

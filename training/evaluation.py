@@ -2,8 +2,8 @@
 
 All predict by the reference sampler, or, with `--engine`, by rollouts of a bundle on that engine;
 they write JSON and print the same, and a number that is not finite becomes null. `protocol` takes
-the papers' real data, `plot` draws what `ablations` wrote, and the others run on held-out ToyTable
-clips (`training.measures`).
+the papers' real data, `recordings` anyone's, `plot` draws what `ablations` wrote, and the others
+run on held-out ToyTable clips (`training.measures`).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 from training.clips import check_actions
-from training.datasets import READERS, DataSet, RecordedClips, make_source
+from training.datasets import READERS, DataSet, RecordedClips
 from training.figures import draw_ablations, draw_comparison
 from training.measures import (
     ABLATIONS,
@@ -66,8 +66,8 @@ app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Figures of a trained model as JSON: on held-out ToyTable clips, or by the papers' "
-    "protocols on their data.",
+    help="Figures of a trained model as JSON: on held-out ToyTable clips, on recordings of your "
+    "own, or by the papers' protocols on their data.",
 )
 
 Checkpoint = Annotated[
@@ -424,7 +424,8 @@ def recordings(
     predictor = _predictor(checkpoint, engine, device, threads)
     check_predicted(model, frames)
     given, ae = given_frames(model, context), model.config.autoencoder
-    source = DataSet.of(data, root, set_data).source(
+    chosen = DataSet.of(data, root, set_data)
+    source = chosen.source(
         frames=given + frames, height=ae.height, width=ae.width, seed=seed, split=split
     )
     check_actions(model.config, source.action_dim)
@@ -433,9 +434,13 @@ def recordings(
             model, sampling, source, clips=clips, context=context, batch=batch, seed=seed,
             tick=tick, predictor=predictor,
         )  # fmt: skip
+    result["data"] = chosen.described() | {
+        "split": split, "seed": seed, "recordings": len(source),
+        "skipped_recordings": len(source.skipped),
+    }  # fmt: skip
     write_file(picture, _pairs(real[:4], shown[:4], given, max(1, frames // 8)))
     _write(output, "recordings", model, sampling, result, quiet, engine)
-    _tell_skipped(source)
+    _tell_skipped(source, quiet)
 
 
 @app.command()
@@ -451,6 +456,7 @@ def protocol(
     data: Annotated[
         str, typer.Option(help=f"Reader, if not the usual one: {', '.join(READERS)}.")
     ] = "",
+    set_data: SetData = None,
     split: Annotated[str, typer.Option(help="Part of the data set.")] = "test",
     clips: Annotated[
         int | None, typer.Option(min=2, help="Real clips, if fewer than the protocol has.")
@@ -463,7 +469,6 @@ def protocol(
     set_: Sampling = None,
     device: Device = "cpu",
     threads: Threads = None,
-    workers: Annotated[int, typer.Option(min=1, help="Threads that read clips.")] = 1,
     quiet: Quiet = False,
 ) -> None:
     """FVD by the papers' protocols on their data, with PSNR, SSIM and LPIPS."""
@@ -476,15 +481,13 @@ def protocol(
     features = I3D(i3d, device=place, chunk=batch)
     distance = None if lpips is None else Lpips(lpips, device=place)
     usual = name.split("-")[0]
-    source = make_source(
-        data or {"bair": "bair-tfrecord"}.get(usual, usual),
-        root,
+    name_of_data = data or {"bair": "bair-tfrecord"}.get(usual, usual)
+    source = DataSet.of(name_of_data, root, set_data).source(
         frames=chosen.conditioning + chosen.predicted,
         height=model.config.autoencoder.height,
         width=model.config.autoencoder.width,
         seed=seed,
         split=split,
-        workers=workers,
     )
     places = clips or (chosen.videos or len(source)) * chosen.places
     with _ticking(name, places * (samples or chosen.samples), quiet) as tick:
@@ -494,13 +497,14 @@ def protocol(
         )  # fmt: skip
     result["i3d_sha256"] = hashlib.sha256(i3d.read_bytes()).hexdigest()
     _write(output, "protocol", model, sampling, result, quiet)
-    _tell_skipped(source)
+    _tell_skipped(source, quiet)
 
 
-def _tell_skipped(source: RecordedClips) -> None:
+def _tell_skipped(source: RecordedClips, quiet: bool) -> None:
     for recording, reason in list(source.skipped.items())[:1]:
-        left = len(source.skipped)
-        typer.echo(f"left out {left} recordings, the first: {recording}: {reason}", err=True)
+        if not quiet:
+            left = len(source.skipped)
+            typer.echo(f"recordings left out: {left}, the first {recording}: {reason}", err=True)
 
 
 # -- files

@@ -1,4 +1,4 @@
-"""What `training.evaluation`'s commands measure on held-out ToyTable clips.
+"""What `training.evaluation`'s commands measure on held-out ToyTable clips, and on recordings.
 
 Clips come from seed 1; training draws from seed 0. Held-out clip i draws its noise from stream i,
 so its prediction does not depend on the batch it falls into (but for the rounding of int8
@@ -353,9 +353,10 @@ def measure_recordings(
     for name, parts in sides.items():
         error, likeness = (torch.cat(column) for column in zip(*parts, strict=True))
         figures[name] = {
-            "psnr_db": float(-10 * torch.log10(error.mean())),
+            "psnr_db_of_mean_error": float(-10 * torch.log10(error.mean())),
+            "psnr_db_of_mean_error_by_frame": (-10 * torch.log10(error.mean(0))).tolist(),
             "ssim": float(likeness.mean()),
-            "psnr_db_by_frame": (-10 * torch.log10(error.mean(0))).tolist(),
+            "ssim_by_frame": likeness.mean(0).tolist(),
         }
     about = {"clips": clips, "context": context, "frames": count - given, "actions": told}
     return about | figures, *first_batch

@@ -19,7 +19,11 @@ SetData = Annotated[
 
 
 def parsed(assignments: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
-    """Names and values of `name=value` assignments; values are JSON, or bare strings."""
+    """Names and values of `name=value` assignments; values are JSON, or bare strings.
+
+    Raises:
+        ConfigError: if one has no "=".
+    """
     for assignment in assignments or ():
         name, equals, text = assignment.partition("=")
         if not equals:

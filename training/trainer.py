@@ -278,7 +278,12 @@ class Trainer:
         self.ranks, self.quiet = ranks, quiet
         self.config = stage.config
         _check_source(stage, source)
-        _check_source(stage, stage.held_out, "held-out ", "; give the --data and --root trained on")
+        _check_source(
+            stage,
+            stage.held_out,
+            "held-out ",
+            "; give the --data, --root and --set-data trained on",
+        )
         check_shared(self.config.batch, ranks.world)
         if self.config.minutes and ranks.world > 1:
             raise ConfigError("training: minutes are for one process; several have no common clock")

@@ -87,7 +87,7 @@ def predict(
     frames: Frames = 16,
     context: Annotated[int, typer.Option(help="Pixel frames of the clip to start from.")] = 5,
     seed: Seed = 0,
-    actions: Annotated[bool, typer.Option(help="Use the actions stored in the .npz.")] = False,
+    actions: Annotated[bool, typer.Option(help="Use the actions kept with the clips.")] = False,
     address: Address = None,
     quiet: Quiet = False,
 ) -> None:

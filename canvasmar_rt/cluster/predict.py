@@ -15,6 +15,7 @@ from typing import Any
 
 import ray.data
 
+from canvasmar_rt.actions import find_actions
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.config import to_dict
@@ -167,12 +168,14 @@ def _record_path(target: Path) -> Path:
 
 def _record(clip: Path, bundle: str, options: PredictOptions) -> dict[str, Any]:
     """What a video was made from, JSON-ready."""
-    file = clip.stat()
-    return {
-        "bundle": bundle,
-        "options": to_dict(options),
-        "clip": {"bytes": file.st_size, "modified_ns": file.st_mtime_ns},
-    }
+    held = find_actions(clip) if options.actions else None
+    made_from = {"bundle": bundle, "options": to_dict(options), "clip": _of_file(clip)}
+    return made_from if held is None else made_from | {"actions": _of_file(held)}
+
+
+def _of_file(path: Path) -> dict[str, int]:
+    file = path.stat()
+    return {"bytes": file.st_size, "modified_ns": file.st_mtime_ns}
 
 
 def _is_done(target: Path, record: dict[str, Any]) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -189,6 +190,29 @@ def test_what_a_finer_temporal_patch_is_worth_is_the_committed_result() -> None:
             f"{hundred['toys_kept']:.0%}; {hundred['all_toys_kept']:.0%}",
         ]
     assert missing(rows, "training.md") == []
+
+
+def test_the_planning_page_is_the_committed_result() -> None:
+    now, before = (
+        json.loads((ROOT / "training" / "results" / f"plan_push{end}.json").read_text())
+        for end in ("", "_before")
+    )
+    rows = {}
+    for name, found in now["planners"].items():
+        share, ends = found["success"], found["distance_px_by_task"]
+        earlier = before["planners"][name]["success"]
+        rows[name] = [
+            f"{share * now['tasks']:.0f} ({share:.0%})",
+            f"{found['distance_px']:.1f} ({statistics.median(ends):.1f})",
+            f"{found['ticks']:.1f}",
+            f"{earlier * before['tasks']:.0f} ({earlier:.0%})" if "model" in name else "",
+        ]
+    rows = {name: [cell for cell in cells if cell] for name, cells in rows.items()}
+    shown = (ROOT / "docs" / "planning.md").read_text().replace("**", "")
+    for name, cells in rows.items():
+        assert f"| {name} | {' | '.join(cells)} |" in shown, name
+    model = f"[{now['planners']['model']['success']:.0%} of pushes planned](docs/planning.md)"
+    assert model in (ROOT / "README.md").read_text()
 
 
 def windows(long: dict[str, Any]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +15,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from canvasmar_rt.errors import ConfigError, InputError
-from canvasmar_rt.video import read_clip, write_clip
+from canvasmar_rt.video import Clip, read_clip, write_clip
 from tests.training.tfrecord_writer import Feature, example, file_of, record
+from training import datasets
 from training.clips import Clips
 from training.datasets import RecordedClips, make_source
 
@@ -358,6 +361,26 @@ def test_actions_of_another_form_leave_the_recording_out(
     assert source.clips(0, 4).frames.shape == (4, 4, 16, 16, 3)
     assert list(source.skipped) == [str(tmp_path / "train" / "bad")]
     assert reason in source.skipped[str(tmp_path / "train" / "bad")]
+
+
+def test_a_damaged_video_is_left_out_where_actions_belong_to_its_frames(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("bad", "good"):
+        np.save(tmp_path / f"{name}.npy", moving(0, 16))
+        np.save(tmp_path / f"{name}.actions.npy", moves(0))
+    read = datasets.read_clip
+
+    def damaged(path: Path, **options: Any) -> Clip:
+        return replace(read(path, **options), skipped=int(path.stem == "bad"))
+
+    monkeypatch.setattr(datasets, "read_clip", damaged)
+    source = make_source("videos", tmp_path, action_dim=4, **SMALL)
+    source.clips(0, 4)
+    assert list(source.skipped.values()) == ["damaged frames; which action is whose is unknown"]
+    source = make_source("videos", tmp_path, **SMALL)
+    source.clips(0, 4)
+    assert source.skipped == {}
 
 
 def test_a_broken_picture_costs_only_the_windows_that_need_it(tmp_path: Path) -> None:

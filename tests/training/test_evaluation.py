@@ -542,7 +542,7 @@ def test_recordings_beside_a_copy_and_the_autoencoder(
                  "--clips", 5, "--batch", 2, "--frames", 4, "-o", output)  # fmt: skip
     code, out, err = command(*arguments)
     assert code == 0
-    assert err.startswith("left out 1 recordings, the first: ")
+    assert err.startswith("recordings left out: 1, the first ")
     report = json.loads(output.read_text())
     result = report["result"]
     assert json.loads(out) == result
@@ -550,10 +550,16 @@ def test_recordings_beside_a_copy_and_the_autoencoder(
     assert result["actions"]
     names = ("prediction", "prediction without actions", "copy", "autoencoder")
     for name in names:
-        assert len(result[name]["psnr_db_by_frame"]) == 4
+        assert len(result[name]["psnr_db_of_mean_error_by_frame"]) == 4
+        assert len(result[name]["ssim_by_frame"]) == 4
     assert result["prediction"] != result["prediction without actions"]
     copy = result["copy"]
-    assert copy["psnr_db_by_frame"][0] > copy["psnr_db_by_frame"][-1]
+    by_frame = copy["psnr_db_of_mean_error_by_frame"]
+    assert by_frame[0] > by_frame[-1]
+    assert result["data"] == {
+        "name": "videos", "root": str(robot), "options": {"action_dim": 2}, "split": "test",
+        "seed": 0, "recordings": 6, "skipped_recordings": 1,
+    }  # fmt: skip
     with Image.open(output.with_suffix(".png")) as sheet:  # of a batch of two: four rows, six wide
         assert sheet.height > 4 * 64
         assert sheet.width > 5 * 64
@@ -565,11 +571,13 @@ def test_recordings_beside_a_copy_and_the_autoencoder(
     source = make_source("videos", robot, split="test", action_dim=2, frames=7, height=64, width=64)
     real = torch.cat([source.clips(i, 1).frames for i in range(5)]).double()
     error = (real[:, 3:] - real[:, 2:3]).square().mean()
-    assert copy["psnr_db"] == pytest.approx(10 * np.log10(255**2 / float(error)), rel=1e-4)
+    assert copy["psnr_db_of_mean_error"] == pytest.approx(
+        10 * np.log10(255**2 / float(error)), rel=1e-4
+    )
     monkeypatch.setattr(measures, "continue_clips", predicting(perfect))
     assert command(*arguments)[0] == 0
     best = json.loads(output.read_text())["result"]["prediction"]
-    assert (best["psnr_db"], best["ssim"]) == (None, 1.0)  # no error at all
+    assert (best["psnr_db_of_mean_error"], best["ssim"]) == (None, 1.0)  # no error at all
 
 
 def test_recordings_without_actions_or_of_other_ones(
@@ -1088,7 +1096,7 @@ def test_protocol_command_on_folders_of_pictures(
         "-o", output,
     )  # fmt: skip
     assert code == 0
-    assert err.startswith(f"left out 1 recordings, the first: {folders}")
+    assert err.startswith(f"recordings left out: 1, the first {folders}")
     report = json.loads(output.read_text())
     assert json.loads(out) == (result := report["result"])
     assert (result["protocol"], result["real_clips"], result["generated_clips"]) == ("bair", 3, 6)
@@ -1104,7 +1112,7 @@ def test_protocol_command_on_archives(
     report = measured(
         command, tmp_path / "out" / "k600.json", "protocol", "kinetics600", runs / "model",
         "--root", archives, "--data", "videos", "--i3d", networks / "i3d.pt", "--clips", 4,
-        "--workers", 2,
+        "--set-data", "workers=2",
     )  # fmt: skip
     result = report["result"]
     assert (result["conditioning"], result["predicted"], result["real_clips"]) == (5, 16, 4)
