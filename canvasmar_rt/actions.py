@@ -6,6 +6,7 @@ An .npz archive holds them as `actions` or `action`. Beside a video `push.mp4` t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Collection
@@ -28,14 +29,12 @@ def is_actions(path: Path) -> bool:
 
 
 def find_actions(recording: Path) -> Path | None:
-    """The file that holds a recording's actions, the archive itself or one beside it, if there is
-    one that can be found."""
+    """The file that holds a recording's actions, the archive itself or the first one beside it, if
+    there is one that can be found."""
     if _is_archive(recording):
-        try:
-            with zipfile.ZipFile(recording) as archive:
-                return recording if _array(archive.namelist()) else None
-        except PARSER_ERRORS:
-            return None
+        with contextlib.suppress(*PARSER_ERRORS), zipfile.ZipFile(recording) as archive:
+            if _array(archive.namelist()):
+                return recording
     return next((path for path in _beside(recording) if os.path.isfile(path)), None)
 
 
@@ -48,10 +47,10 @@ def read_actions(recording: Path) -> npt.NDArray[np.float32]:
     """
     held = find_actions(recording)
     if held is None:
-        if _is_archive(recording):
-            raise InputError(f"{recording}: no array named 'actions' in it; save them with frames")
         names = " or ".join(str(path) for path in _beside(recording))
-        raise InputError(f"{recording}: no actions; expected {names}, or an .npz with 'actions'")
+        raise InputError(
+            f"{recording}: no actions; expected {names}, or an .npz with an array 'actions'"
+        )
     try:
         rows = _read(held)
     except InputError:
@@ -98,10 +97,13 @@ def _read(held: Path) -> npt.NDArray[np.generic]:
     if held.suffix == ".npy":
         with held.open("rb") as file:
             return np.lib.format.read_array(file, allow_pickle=False)
-    text = held.read_text(encoding="utf-8-sig")
-    if not text.strip():
+    lines = held.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    if not lines:
         return np.empty((0, 1))
-    return np.loadtxt(text.splitlines(), np.float64, delimiter=",", ndmin=2)
+    if "" in (stripped := [line.strip() for line in lines]):
+        number = stripped.index("") + 1
+        raise InputError(f"{held}: line {number} is empty; every row belongs to a frame")
+    return np.loadtxt(lines, np.float64, comments=None, delimiter=",", ndmin=2)
 
 
 def _check_size(held: Path, size: int) -> None:

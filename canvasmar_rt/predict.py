@@ -213,11 +213,12 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.
         raise InputError(f"actions: model {config.name} takes none; leave --actions out")
     rows = read_actions(source)
     t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
+    found = rows.shape
     if rows.shape[1] * t == size:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
     if rows.shape[1] != size or len(rows) < latents:
         raise InputError(
-            f"{source}: actions have shape {rows.shape}, expected at least ({latents}, {size}) or "
+            f"{source}: actions have shape {found}, expected at least ({latents}, {size}) or "
             f"({latents * t}, {size / t:g})"
         )
     return rows

@@ -31,6 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import dropwhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
 
@@ -426,6 +427,7 @@ def videos(
         InputError: no such file is there.
     """
     _check(options, action_dim)
+    _folder(root)
     folder = _folder(root / split)
     clips = (path for path in _walk(folder) if path.suffix.lower() in CLIP_SUFFIXES)
     files = [path for path in clips if not is_actions(path)]
@@ -443,6 +445,20 @@ READERS: dict[str, Callable[..., RecordedClips]] = {
 }
 
 
+def reader_options(name: str) -> set[str]:
+    """Names of the options that the reader called `name` takes.
+
+    Raises:
+        ConfigError: no such reader.
+    """
+    if name not in READERS:
+        raise ConfigError(
+            f"no data set reader is called {name!r}; choose from {', '.join(READERS)}"
+        )
+    own = set(inspect.signature(READERS[name]).parameters) - {"root", "options"}
+    return own | set(ClipOptions.__annotations__)
+
+
 def make_source(name: str, root: Path, **options: Any) -> RecordedClips:
     """The reader called `name` in `READERS` on `root`, with the options it takes.
 
@@ -450,19 +466,14 @@ def make_source(name: str, root: Path, **options: Any) -> RecordedClips:
         ConfigError: no such reader, an option that it does not know, or one out of range.
         InputError: nothing to read is there.
     """
-    if name not in READERS:
-        raise ConfigError(
-            f"no data set reader is called {name!r}; choose from {', '.join(READERS)}"
-        )
-    own = set(inspect.signature(READERS[name]).parameters) - {"root", "options"}
-    known = own | set(ClipOptions.__annotations__)
+    known = reader_options(name)
     if unknown := sorted(set(options) - known):
         raise ConfigError(
             f"{name}: unknown option {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
         )
     if absent := sorted({"frames", "height", "width"} - set(options)):
         raise ConfigError(f"{name}: {', '.join(absent)} must be given")
-    for key in own & {"lists", "table"} & set(options):
+    for key in {"lists", "table"} & set(options):
         options[key] = Path(str(options[key]))
     return READERS[name](Path(root), **options)
 
@@ -488,7 +499,7 @@ class DataSet:
         for name in options.keys() & {"lists", "table"}:  # so that they are found from anywhere
             options[name] = str(Path(str(options[name])).absolute())
         if taken := options.keys() & cls.TAKEN:
-            raise ConfigError(f"--set-data {min(taken)}: follows from the other options")
+            raise ConfigError(f"--set-data {min(taken)}: is decided by the command itself")
         return cls(name, root, options)
 
     @classmethod
@@ -524,6 +535,11 @@ class DataSet:
         """
         if self.root is None:
             raise InputError(f"--data {self.name} needs --root, the directory of the data set")
+        free = reader_options(self.name) - self.TAKEN
+        if unknown := sorted(self.options.keys() - free):
+            raise ConfigError(
+                f"--set-data {unknown[0]}: {self.name} takes {', '.join(sorted(free))}"
+            )
         return make_source(self.name, self.root, **options, **self.options)
 
 
@@ -656,10 +672,12 @@ def _frame_times(path: Path) -> NDArray[np.float64]:
     ) as container:
         shown = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
         stream = next(shown)
+        packets = (p for p in container.demux(stream) if p.size)
+        decodable = dropwhile(lambda packet: not packet.is_keyframe, packets)
         stamps = [
             packet.dts if packet.pts is None else packet.pts
-            for packet in container.demux(stream)
-            if packet.size
+            for packet in decodable
+            if not packet.is_discard  # cut off by an edit list
         ]
         tick = stream.time_base
     if tick is None or any(stamp is None for stamp in stamps) or not stamps:
@@ -679,7 +697,8 @@ def _archive_length(path: Path) -> int:
 def _check_actions(path: Path, table: Actions, frames: int, action_dim: int) -> None:
     if table.shape not in ((frames, action_dim), (frames - 1, action_dim)):
         raise InputError(
-            f"{path}: expected actions ({frames} or {frames - 1}, {action_dim}), got {table.shape}"
+            f"{path}: {frames} frames go with actions ({frames} or {frames - 1}, {action_dim}), "
+            f"got {table.shape}"
         )
     if not np.isfinite(table).all():
         raise InputError(f"{path}: expected finite actions, found others among them")
@@ -708,7 +727,8 @@ def _check(options: ClipOptions, action_dim: int = 0) -> None:
     }
     for rule, holds in checks.items():
         if not holds:
-            raise ConfigError(f"{rule}; got {dict(options)}, action_dim {action_dim}")
+            given = {k: v for k, v in options.items() if isinstance(v, int)}
+            raise ConfigError(f"{rule}; got {given | {'action_dim': action_dim}}")
 
 
 def _one_of(what: str, value: object, allowed: Sequence[object]) -> None:
@@ -718,7 +738,8 @@ def _one_of(what: str, value: object, allowed: Sequence[object]) -> None:
 
 def _folder(path: Path) -> Path:
     if not path.is_dir():
-        raise InputError(f"{path}: no such folder; check the path, or copy the data there")
+        what = "is a file" if path.exists() else "no such folder"
+        raise InputError(f"{path}: {what}; check the path, or copy the data there")
     return path
 
 

@@ -440,6 +440,8 @@ def recordings(
     }  # fmt: skip
     write_file(picture, _pairs(real[:4], shown[:4], given, max(1, frames // 8)))
     _write(output, "recordings", model, sampling, result, quiet, engine)
+    if model.config.action_dim and not source.action_dim and not quiet:
+        typer.echo("measured without actions: --set-data action_dim=A gives A a frame", err=True)
     _tell_skipped(source, quiet)
 
 

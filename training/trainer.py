@@ -284,6 +284,7 @@ class Trainer:
             "held-out ",
             "; give the --data, --root and --set-data trained on",
         )
+        stage.held_out.clips(0, 1)  # what cannot be read is told before the training
         check_shared(self.config.batch, ranks.world)
         if self.config.minutes and ranks.world > 1:
             raise ConfigError("training: minutes are for one process; several have no common clock")
@@ -345,11 +346,11 @@ class Trainer:
                     now = self.step if total == end else int(self.seconds)
                     advance(now - done, shown)
                     done = now
+                    if self.step % c.checkpoint_every == 0 or ended:
+                        self.save()
                     if c.sample_every and self.step % c.sample_every == 0 and writer is not None:
                         with refusals(self.directory), self._averaged():
                             self.stage.sample(writer, self.step, self.directory)
-                    if self.step % c.checkpoint_every == 0 or ended:
-                        self.save()
                     if ended:
                         break
         finally:

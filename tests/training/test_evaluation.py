@@ -585,7 +585,8 @@ def test_recordings_without_actions_or_of_other_ones(
 ) -> None:
     output = tmp_path / "out" / "out.json"
     arguments = ("recordings", runs / "model", "--root", robot, "--clips", 2, "--frames", 2)
-    assert command(*arguments, "-o", output, "--quiet")[0] == 0
+    assert command(*arguments, "-o", output, "--quiet")[2] == ""
+    assert command(*arguments, "-o", output)[2].startswith("measured without actions: --set-data")
     result = json.loads(output.read_text())["result"]
     assert not result["actions"]
     assert "prediction without actions" not in result
@@ -593,7 +594,7 @@ def test_recordings_without_actions_or_of_other_ones(
     for options, reason in (
         (("--set-data", "action_dim=3"), "actions of 3 numbers a frame make 6 a step, the model's"),
         (("--split", "val"), f"{robot / 'val'}: no such folder"),
-        (("--set-data", "split=val"), "--set-data split: follows from the other options"),
+        (("--set-data", "split=val"), "--set-data split: is decided by the command itself"),
         (("--data", "bear"), "choose from bair-tfrecord"),
         (("--frames", 3), "3 predicted frames are not whole latent frames of 2"),
         (("--frames", 10), "expected at least 13 frames, got 11"),

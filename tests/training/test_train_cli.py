@@ -436,7 +436,7 @@ def test_held_out_clips_come_from_what_the_latents_are_of(
     command = [*TRAIN, "--set", "sample_every=1", "--until", 1, "-o", tmp_path / "run",
                "--autoencoder", autoencoder, "--latents", latents]  # fmt: skip
     assert f"{data / 'test'}: no such folder" in fails(*command)
-    assert "moved/test: no such folder" in fails(*command, "--root", tmp_path / "moved")
+    assert "moved: no such folder" in fails(*command, "--root", tmp_path / "moved")
     recordings(data / "test", 4, 0)
     run(*command)
     assert list((tmp_path / "run" / "samples").iterdir())
@@ -514,9 +514,9 @@ def test_a_model_that_takes_actions_says_that_it_gets_none(
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["colour=1"], "videos: unknown option colour; it takes action_dim,"),
-        (["frames=3"], "--set-data frames: follows from the other options"),
-        (["name=x"], "--set-data name: follows from the other options"),
+        (["colour=1"], "--set-data colour: videos takes action_dim, stride, workers"),
+        (["frames=3"], "--set-data frames: is decided by the command itself"),
+        (["name=x"], "--set-data name: is decided by the command itself"),
         (["workers=true"], "workers must be a whole number, got True"),
         (["stride=two"], "stride must be a whole number, got 'two'"),
         (["workers=1.5"], "workers must be a whole number, got 1.5"),
@@ -592,3 +592,14 @@ def test_an_interrupt_leaves_whole_checkpoints(
     load_weights(tmp_path / "run")
     run(*AUTOENCODER, "-o", tmp_path / "run")
     assert states(tmp_path / "run") == ["step_00000002", "step_00000003"]
+
+
+def test_held_out_recordings_that_cannot_be_read_are_told_first(
+    fails: Callable[..., str], tmp_path: Path
+) -> None:
+    robot(tmp_path / "data" / "train", 2)
+    recordings(tmp_path / "data" / "test", 1, 0)
+    data = ["--data", "videos", "--root", tmp_path / "data", "--set-data", "action_dim=3"]
+    line = fails(*AUTOENCODER, "-o", tmp_path / "run", *data)
+    assert "none of the 1 recordings can be used" in line
+    assert not (tmp_path / "run").exists()

@@ -608,7 +608,7 @@ def test_clips_must_fit_the_model(source: Waves, message: str, tmp_path: Path) -
     ("held_out", "message"),
     [
         (Waves(height=32), "^held-out clips are 32x16, the model wants 16x16; give the --data"),
-        (Waves(action_dim=3), "^held-out actions of 3 numbers.*; give the --data and --root"),
+        (Waves(action_dim=3), "^held-out actions of 3 numbers.*; give the --data, --root"),
     ],
 )
 def test_held_out_clips_must_fit_the_model(held_out: Waves, message: str, tmp_path: Path) -> None:
