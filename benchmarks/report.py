@@ -25,7 +25,7 @@ def table(report: Mapping[str, Any]) -> Table:
     described = config["contestants"][OURS]
     shown = Table(
         title=f"{config['model']} on {described['engine']}/{described['device']}, "
-        f"{described['arithmetic']}; ms; clips of {config['frames']} latent frames",
+        f"{_number(described)}; ms; clips of {config['frames']} latent frames",
         box=None,
         padding=(0, 1, 0, 0),
     )
@@ -163,8 +163,12 @@ def where(report: Mapping[str, Any]) -> str:
     """The machine and the engine, for a caption."""
     metadata, ours = report["metadata"], report["config"]["contestants"][OURS]
     place = metadata.get("gpu", metadata["cpu"])
-    number = "int8" if ours.get("quantization") == "int8" else ours["arithmetic"]
-    return f"{ours['engine']} {number} on {place}"
+    return f"{ours['engine']} {_number(ours)} on {place}"
+
+
+def _number(described: Mapping[str, Any]) -> str:
+    """What products are computed in."""
+    return "int8" if described.get("quantization") == "int8" else str(described["arithmetic"])
 
 
 def _curves(

@@ -119,6 +119,8 @@ class BatchRange:
         """Raise `InputError` if a bundle of this range does not run at `batch`."""
         if not isinstance(batch, (int, np.integer)):
             raise InputError(f"{where}batch must be an integer, got {batch!r}")
+        if batch < 1:
+            raise InputError(f"{where}batch must be at least 1, got {batch}")
         if not self.minimum <= batch <= self.maximum:
             raise InputError(
                 f"{where}batch {batch} is outside the {self.minimum}..{self.maximum} this bundle "
@@ -420,7 +422,7 @@ def _inside(directory: Path, name: str) -> Path:
     plain = plain and name.isprintable()
     if not plain or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise BundleError(
-            f"{directory}: listed file {name!r} lies outside the bundle; refused: get the bundle "
-            "again from a source you trust"
+            f"{directory}: listed file {name!r} lies outside the bundle; refused: a link? "
+            "copy the bundle with links followed (cp -rL), or get it again from a source you trust"
         )
     return path

@@ -35,6 +35,9 @@ def run_command(app: typer.Typer) -> None:
     except CanvasMarError as error:
         print_error(error)
         sys.exit(2)
+    except KeyboardInterrupt:  # before the command itself began, which turns it into SystemExit
+        stderr.print("interrupted")
+        sys.exit(INTERRUPTED)
     except OSError as error:
         _discard_stdout()
         if isinstance(error, BrokenPipeError):  # as typer leaves when the reader went away

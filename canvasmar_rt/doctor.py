@@ -162,7 +162,8 @@ def _package(name: str, needed_for: str, fix: str) -> Finding:
 
 def _cuda_onnxruntime(gpu: bool) -> Finding:
     """Whether ONNX Runtime could run on a GPU."""
-    name, fix = "onnxruntime on CUDA", "pip uninstall -y onnxruntime && pip install onnxruntime-gpu"
+    name = "onnxruntime on CUDA"
+    fix = "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime-gpu"
     try:
         import onnxruntime
     except ImportError:

@@ -56,7 +56,7 @@ class _World:
                 f"gym: model {config.name} takes no actions, so there is nothing to do in its "
                 "world; use a model with action_dim > 0"
             )
-        clips = np.asarray(contexts)
+        clips = np.array(contexts)  # the caller's may change
         if clips.ndim != 5 or not len(clips):
             raise InputError(
                 f"contexts: expected uint8 (M, 1 + n*{ae.temporal_compression}, {ae.height}, "

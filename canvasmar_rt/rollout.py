@@ -8,9 +8,11 @@ Letters as in `canvasmar_rt.config`; t is pixel frames per latent frame.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -19,11 +21,14 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.deadline import Deadlines, Rung, Timed, ladder
 from canvasmar_rt.engines import Engine, create
+from canvasmar_rt.engines.memory import STORAGE
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Level, UInt8, state_shapes
 from canvasmar_rt.errors import ConfigError, InputError, StateError
 from canvasmar_rt.schedule import flow_temperature
 
 Array = npt.NDArray[Any]
+P = ParamSpec("P")
+R = TypeVar("R")
 
 MEASURED_FRAMES = 40
 """Of each rung of the ladder, at warm-up."""
@@ -102,8 +107,7 @@ def load(
         threads: CPU threads; the engine's default if None.
         profile: `default`, or `fast`: sampling that costs less and was measured to lose nothing,
             which is taken if the bundle has it.
-        options: the engine's own: `cuda_graph` (onnxruntime, torch), `compile` (torch),
-            `engine_dir` (tensorrt).
+        options: the engine's own, as docs/engines.md lists them.
 
     Raises:
         BundleError: missing, cut, tampered with, or of another schema version.
@@ -153,15 +157,38 @@ class Predictor:
             ConfigError: sampling options the model cannot run.
         """
         if batch is None:
-            batch = len(context) if context is not None and np.ndim(context) == 5 else 1
+            array = None if context is None else _pixels("context", context)
+            batch = len(array) if array is not None and array.ndim == 5 else 1
         self.bundle.manifest.batch.require(batch)
-        _check_key("stream", stream)
+        (first,) = _keys("stream", stream)
         chosen = sampling or self.sampling
+        if not isinstance(chosen, SamplingConfig):
+            raise ConfigError(f"sampling must be a SamplingConfig, got {chosen!r}")
         self.bundle.manifest.require_flow(chosen)
-        streams = tuple(range(stream, stream + batch))
+        streams = tuple(range(first, first + int(batch)))
         rollout = Rollout(self, streams, seed, chosen, clock=clock)
         rollout._begin(context, actions)
         return rollout
+
+
+def _exclusive(
+    method: Callable[Concatenate[Rollout, P], R],
+) -> Callable[Concatenate[Rollout, P], R]:
+    """A method of a rollout that raises `StateError` while another one runs."""
+
+    @functools.wraps(method)
+    def alone(self: Rollout, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        if not self._lock.acquire(blocking=False):
+            raise StateError(
+                f"{method.__name__}: the rollout is in the middle of another call, from another "
+                "thread or around `on_canvas`; one call at a time, or work on a fork"
+            )
+        try:
+            return method(self, *args, **kwargs)
+        finally:
+            self._lock.release()
+
+    return alone
 
 
 class Rollout:
@@ -178,22 +205,23 @@ class Rollout:
     ) -> None:
         self.predictor, self.sampling = predictor, sampling
         self.config = predictor.config
-        self._streams, self._seed = streams, seed
-        self._time = clock
+        self._lock = threading.Lock()
         self._unobserved = 0
         self._encoder_current = False
         self._interrupted = False
         self._start_state: RolloutState | None = None
         self._levels: tuple[SamplingConfig | None, ...] = (sampling,)
         self._deadlines: Deadlines | None = None
-        _check_key("seed and stream", seed, *streams)
+        self._seed, *rest = _keys("seed and stream", seed, *streams)
+        self._streams = tuple(rest)
         if not isinstance(clock, (int, np.integer)) or not 0 <= clock < LATEST:
             raise ConfigError(
                 f"clock must be an integer in [0, 2**62), got {clock!r}; to be seated, a context "
                 "may have no more latent frames than the batch has come to"
             )
+        self._time = int(clock)
         self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
-        self._program.since[:] = clock
+        self._program.since[:] = self._time
 
     # -- starting
 
@@ -219,7 +247,7 @@ class Rollout:
             self._encoder_current = True
         elif actions is not None:
             raise InputError("actions: there is no context they could belong to")
-        self._start_state = self.state()
+        self._start_state = self._own_state()
 
     def _checked_frames(self, what: str, frames: UInt8, count: int | None) -> UInt8:
         """Frames as (B or 1, T, H, W, 3) uint8.
@@ -229,7 +257,7 @@ class Rollout:
         """
         ae, b = self.config.autoencoder, len(self._streams)
         wanted = f"uint8 ({count or 'T'}, {ae.height}, {ae.width}, 3)"
-        array = np.asarray(frames)
+        array = _pixels(what, frames)
         if array.dtype != np.uint8:
             raise InputError(f"{what}: expected {wanted}, got dtype {array.dtype}")
         if array.ndim == 4:
@@ -276,6 +304,7 @@ class Rollout:
         self._program.advance(self._time, action)
         self._time += 1
 
+    @_exclusive
     def step(
         self,
         action: Float32 | Sequence[float] | None = None,
@@ -318,6 +347,8 @@ class Rollout:
     ) -> Prediction:
         clock = Clock()
         told = self._checked_action(action)
+        if on_canvas is not None and not callable(on_canvas):
+            raise InputError(f"on_canvas: expected a function of the frames, got {on_canvas!r}")
         if budget_ms is not None:
             self._require_deadlines(budget_ms)
         self._enter()
@@ -398,7 +429,7 @@ class Rollout:
             return prediction
         assert self._deadlines is not None
         self._deadlines.record(chosen, self._timed)
-        return dataclasses.replace(prediction, deadline_met=1e3 * taken <= budget_ms)
+        return dataclasses.replace(prediction, deadline_met=bool(1e3 * taken <= budget_ms))
 
     def _require_deadlines(self, budget_ms: float) -> None:
         if self._deadlines is None:
@@ -420,11 +451,11 @@ class Rollout:
         self._interrupted = True
 
     def _require_whole(self) -> None:
-        """Raise `StateError` if an earlier step or observation did not complete."""
+        """Raise `StateError` if an earlier change did not complete."""
         if self._interrupted:
             raise StateError(
-                "an earlier step or observation failed or was interrupted, so the state holds half "
-                "a frame; go back with restore(state) or reset()"
+                "an earlier step, observation or restore failed or was interrupted, so the state "
+                "holds half of it; go back with restore(state) or reset()"
             )
 
     def _checked_action(self, action: Float32 | Sequence[float] | None) -> Float32 | None:
@@ -440,6 +471,7 @@ class Rollout:
 
     # -- what really happened
 
+    @_exclusive
     def observe(self, frames: UInt8, action: Float32 | Sequence[float] | None = None) -> Float32:
         """Tell the rollout what really happened.
 
@@ -468,6 +500,7 @@ class Rollout:
         self._after_observation(again=again)
         return self._program.latent()
 
+    @_exclusive
     def observe_latent(
         self, latent: Float32, action: Float32 | Sequence[float] | None = None
     ) -> None:
@@ -485,6 +518,7 @@ class Rollout:
 
     def _before_observation(self, action: Float32 | Sequence[float] | None) -> bool:
         """Whether the observation replaces a prediction, which was decoded already."""
+        self._require_whole()
         if self._unobserved > 1:
             raise StateError(
                 f"observe: {self._unobserved} latent frames were predicted since a real one, or a "
@@ -512,12 +546,16 @@ class Rollout:
 
     # -- copies
 
+    @_exclusive
     def state(self) -> RolloutState:
         """A copy of the rollout's state: a snapshot for `restore`.
 
         Raises:
             StateError: if an earlier step or observation did not complete.
         """
+        return self._own_state()
+
+    def _own_state(self) -> RolloutState:
         return self._state(self._program.snapshot(), self._streams, self._since)
 
     @property
@@ -539,13 +577,19 @@ class Rollout:
             encoder_current=self._encoder_current,
         )
 
+    @_exclusive
     def restore(self, state: RolloutState) -> None:
         """Go back (or over) to a state of this model and batch size; nothing is recomputed.
 
         Raises:
+            InputError: if it is no `RolloutState`.
             StateError: if the state is of another bundle or batch size.
         """
-        self._require_state("restore", state, len(self._streams))
+        self._restore("restore", state)
+
+    def _restore(self, what: str, state: RolloutState) -> None:
+        self._require_state(what, state, len(self._streams))
+        self._interrupted = True
         self._program.load(state.arrays)
         self._program.since[:] = state.since
         self._seed, self._streams = state.seed, state.streams
@@ -555,12 +599,24 @@ class Rollout:
 
     def _require_state(self, what: str, state: RolloutState, batch: int) -> None:
         """Raise `StateError` unless `state` is of this bundle and of `batch` videos."""
+        if not isinstance(state, RolloutState):
+            raise InputError(f"{what}: expected a state from state(), got {type(state).__name__}")
         if state.bundle != self.predictor.bundle.fingerprint:
-            raise StateError(f"{what}: this state is of another bundle")
-        shapes = {k: s for k, (s, _) in state_shapes(self.config, batch).items()}
-        if shapes != {k: v.shape for k, v in state.arrays.items()}:
-            raise StateError(f"{what}: this state is of another batch size, not of {batch}")
+            raise StateError(f"{what}: this state is of another bundle; use one of this model's")
+        if len(state.streams) != batch:
+            raise StateError(
+                f"{what}: this state is of another batch size, {len(state.streams)} videos, not of "
+                f"{batch}"
+            )
+        hidden = self.predictor.bundle.manifest.dtype
+        wanted = {
+            k: (shape, STORAGE[hidden if dtype == "hidden" else dtype])
+            for k, (shape, dtype) in state_shapes(self.config, batch).items()
+        }
+        if wanted != {k: (v.shape, v.dtype) for k, v in state.arrays.items()}:
+            raise StateError(f"{what}: these are not the arrays of a state; take it by state()")
 
+    @_exclusive
     def seat(self, row: int, state: RolloutState) -> None:
         """Put another video in the place of video `row`; the others go on undisturbed. So a batch
         of fixed size serves videos that come and go.
@@ -574,6 +630,8 @@ class Rollout:
             StateError: if the state is of another bundle, batch size, seed or frame, or either has
                 no latent frame yet.
         """
+        if isinstance(row, bool) or not isinstance(row, (int, np.integer)):
+            raise InputError(f"seat: expected the number of a row, got {row!r}")
         if not 0 <= row < len(self._streams):
             raise InputError(f"seat: row {row} of a batch of {len(self._streams)}")
         self._require_whole()
@@ -585,23 +643,26 @@ class Rollout:
             )
         if not self._begun or state.time <= state.since[0]:
             raise StateError("seat: both videos need at least one latent frame; start from context")
-        self._program.load(state.arrays, row)
+        self._interrupted = True
+        self._program.load(state.arrays, int(row))
         self._program.since[row] = state.since[0]
         self._streams = (*self._streams[:row], state.streams[0], *self._streams[row + 1 :])
         if self._unobserved != state.unobserved:  # an observation would replace it in some rows
             self._unobserved = max(self._unobserved, state.unobserved, 2)
         self._encoder_current = self._encoder_current and state.encoder_current
+        self._interrupted = False
 
+    @_exclusive
     def reset(self, seed: int | None = None) -> None:
         """Go back to where this rollout began (after `start`'s context, or at the `fork`), with
         another seed if one is given."""
-        assert self._start_state is not None
+        state = self._start_state
+        assert state is not None
         if seed is not None:
-            _check_key("seed", seed)
-        self.restore(self._start_state)
-        if seed is not None:
-            self._seed = seed
+            state = dataclasses.replace(state, seed=_keys("seed", seed)[0])
+        self._restore("reset", state)
 
+    @_exclusive
     def fork(
         self, n: int = 1, *, streams: Sequence[int] | None = None, into: Rollout | None = None
     ) -> Rollout:
@@ -624,11 +685,13 @@ class Rollout:
         limit = self.predictor.bundle.manifest.batch.maximum
         if not isinstance(n, (int, np.integer)) or n < 1 or b * n > limit:
             raise InputError(f"fork: {n} futures of {b} videos; 1..{limit // b} are possible")
+        n = int(n)
         own = tuple(s + j * b for s in self._streams for j in range(n))
-        if streams is not None and len(streams) != b * n:
-            raise InputError(f"fork: expected {b * n} streams, got {len(streams)}")
-        chosen = own if streams is None else tuple(streams)
-        _check_key("fork: streams", *chosen)
+        if streams is not None and (np.ndim(streams) != 1 or len(streams) != b * n):
+            raise InputError(f"fork: expected {b * n} streams, got {streams!r}")
+        chosen = _keys("fork: streams", *(own if streams is None else streams))
+        if into is not None and not isinstance(into, Rollout):
+            raise InputError(f"fork: `into` is an earlier fork, got {type(into).__name__}")
         if into is self:
             raise StateError("fork: `into` is an earlier fork, not the rollout itself")
         copied = {
@@ -640,10 +703,16 @@ class Rollout:
         other = into or Rollout(self.predictor, chosen, self._seed, self.sampling)
         if into is not None and into.sampling != self.sampling:
             raise StateError("fork: `into` was started with other sampling options")
-        other.restore(state)
-        other._start_state = state
+        other._take(state)
         return other
 
+    @_exclusive
+    def _take(self, state: RolloutState) -> None:
+        """Become what a fork is to be, and where `reset` goes back to."""
+        self._restore("fork: `into`", state)
+        self._start_state = state
+
+    @_exclusive
     def warmup(self, *, deadlines: bool = False) -> None:
         """Do now what the first frames would otherwise wait for: kernels are compiled and CUDA
         graphs captured. The rollout's state stays as it is.
@@ -658,7 +727,7 @@ class Rollout:
         """
         self._require_whole()
         if not deadlines:
-            self._program.warmup()
+            self._warm_program()
             return
         if not self._begun:
             raise StateError(
@@ -668,20 +737,29 @@ class Rollout:
         if len(self._levels) == 1:
             unrolled = self.predictor.bundle.manifest.unrolled
             rungs = ladder(self.sampling, unrolled=unrolled)
-            for rung in rungs[1:]:
+            for rung in rungs[self._program.levels :]:  # all but the first, or what was left
                 self._program.add_level(rung)
             self._levels = (*rungs, None) if self.config.canvas else rungs
-        self._program.warmup()
-        kept = self.state()
+        self._warm_program()
+        kept = self._own_state()
         times = []
-        for level in range(len(self._levels)):
-            measured = []
-            for _ in range(MEASURED_FRAMES):
-                self._step(None, level=level)
-                measured.append(self._timed)
-            times.append(measured[MEASURED_FRAMES // 4 :])  # the first ones warm the caches
-            self.restore(kept)
+        try:
+            for level in range(len(self._levels)):
+                measured = []
+                for _ in range(MEASURED_FRAMES):
+                    self._step(None, level=level)
+                    measured.append(self._timed)
+                times.append(measured[MEASURED_FRAMES // 4 :])  # the first ones warm the caches
+                self._restore("warmup", kept)
+        except BaseException:
+            self._interrupted = True  # it may be some frames on
+            raise
         self._deadlines = Deadlines(self._levels, times)
+
+    def _warm_program(self) -> None:
+        self._enter()
+        self._program.warmup()
+        self._interrupted = False
 
     @property
     def latency(self) -> tuple[Rung, ...]:
@@ -703,17 +781,30 @@ class Rollout:
         return self._time
 
 
-def _check_key(what: str, *values: int) -> None:
-    """Raise `ConfigError` unless the values are whole numbers that fit a 64-bit key."""
+def _keys(what: str, *values: int) -> tuple[int, ...]:
+    """The values as Python's integers. Raises `ConfigError` unless they are whole numbers that fit
+    a 64-bit key."""
     for value in values:
         if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
             raise ConfigError(f"{what} must be integers in [0, 2**64), got {value!r}")
+    return tuple(int(value) for value in values)
+
+
+def _pixels(what: str, frames: Any) -> Array:
+    try:
+        return np.asarray(frames)
+    except ValueError as error:
+        raise InputError(f"{what}: expected frames of one size ({error})") from None
 
 
 def finite_numbers(what: str, values: Any) -> Float32:
     """Finite float32 values."""
     try:
-        array = np.asarray(values, np.float32)
+        array = np.asarray(values)
+        if array.dtype.kind not in "fiub":
+            raise TypeError(f"got {array.dtype.name}")
+        with np.errstate(over="ignore"):  # what becomes infinite is refused below
+            array = array.astype(np.float32, copy=False)
     except (TypeError, ValueError) as error:
         raise InputError(f"{what}: expected numbers ({error})") from None
     if not np.isfinite(array).all():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 from typing import Any, Protocol
 
@@ -54,8 +55,12 @@ def create(
         EngineError: unknown engine or option, missing package, or a device this machine or engine
             lacks.
     """
-    if threads is not None and not (isinstance(threads, int) and 1 <= threads <= MAX_THREADS):
-        raise EngineError(f"threads must lie in 1..{MAX_THREADS}, got {threads!r}")
+    if threads is not None:
+        given, threads = threads, operator.index(threads) if hasattr(threads, "__index__") else 0
+        if not 1 <= threads <= MAX_THREADS:
+            raise EngineError(f"threads must lie in 1..{MAX_THREADS}, got {given!r}")
+    if device != "cpu":
+        cuda_index(name, device)
     bundle.manifest.require_device(device)
     kind: Any
     if name == "onnxruntime":
@@ -97,10 +102,10 @@ def cuda_index(engine: str, device: str) -> int:
     Raises:
         EngineError: for any other name.
     """
-    kind, _, index = device.partition(":")
-    if kind != "cuda" or (":" in device and not index.isdecimal()):
+    kind, colon, index = device.partition(":") if isinstance(device, str) else ("", "", "")
+    if kind != "cuda" or (colon and not index.isdecimal()):
         raise EngineError(
-            f"engine {engine!r} knows no device {device!r}; GPUs are called cuda and cuda:<index>"
+            f"engine {engine!r} knows no device {device!r}; devices are cpu, cuda and cuda:<index>"
         )
     return int(index or 0)
 

@@ -173,6 +173,10 @@ class ComponentProgram:
         fixed = self._constants(solver_inputs(sampling))
         return _Level(sampling, steps, fixed, self._group(layout))
 
+    @property
+    def levels(self) -> int:
+        return len(self._levels)
+
     def add_level(self, sampling: SamplingConfig) -> None:
         level = self._level(sampling)
         self._branches_of(level, self._config.canvas)  # which an engine may refuse

@@ -107,6 +107,10 @@ class Program(Protocol):
     noise: Noise
     since: Int64
 
+    @property
+    def levels(self) -> int:
+        """Ways to draw a frame that are bound."""
+
     def add_level(self, sampling: SamplingConfig) -> None:
         """Bind another way to draw a frame, level 1 and so on; level 0 is what the program was made
         with, and no other may have more AR steps."""

@@ -236,6 +236,10 @@ class TorchProgram:
         self._levels: list[_Level] = []
         self.add_level(sampling)
 
+    @property
+    def levels(self) -> int:
+        return len(self._levels)
+
     def add_level(self, sampling: SamplingConfig) -> None:
         inputs = {on: branch_inputs(sampling, has_canvas=on) for on in (False, True)}
         branches = {on: self._constants(values) for on, values in inputs.items()}

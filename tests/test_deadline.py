@@ -250,7 +250,7 @@ def test_a_seat_that_does_not_fit_is_refused(predictor: Predictor, clip: np.ndar
         shared.seat(0, alone(predictor, clip, 0, clock=5).state())
     with pytest.raises(StateError, match="seed 8"):
         shared.seat(0, predictor.start(clip, seed=8).state())
-    with pytest.raises(StateError, match="batch size, not of 1"):
+    with pytest.raises(StateError, match="batch size, 2 videos, not of 1"):
         shared.seat(0, before)
     with pytest.raises(InputError, match="row 2"):
         shared.seat(2, alone(predictor, clip, 0, clock=0).state())

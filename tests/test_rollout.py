@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.component_program import ComponentProgram
 from canvasmar_rt.errors import (
     CanvasMarError,
@@ -313,7 +316,7 @@ def test_bad_actions_are_one_clear_error(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"batch": 0}, "batch 0"),
+        ({"batch": 0}, "batch must be at least 1, got 0"),
         ({"batch": 33}, "batch 33 .*1..32.*--batch-max"),
         ({"batch": 2.0}, "batch must be an integer"),
         ({"stream": 0.5}, "integers"),
@@ -375,6 +378,130 @@ def test_a_failed_step_is_not_built_upon(rollout: Rollout) -> None:
 
 def _raise(clock: object) -> None:
     raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("call", ["restore", "reset", "seat", "fork", "warmup", "deadlines"])
+def test_any_change_that_is_cut_off_is_not_built_upon(
+    call: str, predictor: Predictor, clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was under way: half of two states is never continued."""
+    rollout = predictor.start(clip, seed=9)
+    want = latents(rollout.fork(), 3)
+    kept = rollout.state()
+    another = rollout.fork()
+    another.step()
+    rollout.step()
+    newcomer = predictor.start(clip, seed=9, stream=4, clock=1).state()
+    calls: dict[str, Callable[[], object]] = {
+        "restore": lambda: rollout.restore(kept),
+        "reset": lambda: rollout.reset(seed=3),
+        "seat": lambda: rollout.seat(0, newcomer),
+        "fork": lambda: another.fork(into=rollout),
+        "warmup": rollout.warmup,
+        "deadlines": lambda: rollout.warmup(deadlines=True),
+    }
+    load = ComponentProgram.load
+
+    def cut_off(self: ComponentProgram, *args: object) -> None:
+        load(self, *args)  # type: ignore[arg-type]
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ComponentProgram, "load", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            calls[call]()
+    with pytest.raises(StateError, match="restore"):
+        rollout.step()
+    rollout.restore(kept)
+    np.testing.assert_array_equal(latents(rollout, 3), want)
+
+
+def test_a_ladder_that_was_cut_off_is_made_whole(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add, made = ComponentProgram.add_level, []
+
+    def cut_off(self: ComponentProgram, sampling: SamplingConfig) -> None:
+        add(self, sampling)
+        made.append(sampling)
+        if len(made) == 1:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(ComponentProgram, "add_level", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        rollout.warmup(deadlines=True)
+    rollout.reset()
+    rollout.warmup(deadlines=True)
+    rungs = [level for level in rollout._levels if level is not None]
+    assert len(rungs) > 2
+    assert made == rungs[1:]
+    assert program(rollout).levels == len(rungs)
+
+
+def test_a_call_in_the_middle_of_another_changes_nothing(rollout: Rollout) -> None:
+    kept = rollout.state()
+    want = latents(rollout, 2)
+    rollout.restore(kept)
+    refused = []
+
+    def meanwhile(_: np.ndarray) -> None:
+        calls = (rollout.step, rollout.state, rollout.reset, rollout.fork, rollout.warmup,
+                 lambda: rollout.restore(kept))  # fmt: skip
+        for call in calls:
+            with pytest.raises(StateError, match="in the middle of another call"):
+                call()
+            refused.append(call)
+
+    found = [rollout.step(on_canvas=meanwhile).latent for _ in range(2)]
+    assert len(refused) == 12
+    np.testing.assert_array_equal(found, want)
+
+
+def test_numbers_of_numpy_are_numbers(predictor: Predictor, clip: np.ndarray) -> None:
+    small = predictor.start(
+        clip, seed=np.uint8(9), stream=np.uint8(250), batch=np.int8(8), clock=np.int8(3)
+    )
+    large = predictor.start(clip, seed=9, stream=250, batch=8, clock=3)
+    for rollout in (small, large):
+        rollout.step()
+    few = small.fork(np.int8(2))
+    assert few._streams == large.fork(2)._streams
+    assert {type(n) for n in (*few._streams, small.seed, small.frame)} == {int}
+    prediction = small.step()
+    json.dumps(prediction.frame)
+    np.testing.assert_array_equal(prediction.latent, large.step().latent)
+    assert canvasmar_rt.load(predictor.bundle.path, threads=np.int64(1))
+
+
+def test_other_things_than_were_asked_for_are_one_clear_error(
+    rollout: Rollout, predictor: Predictor, clip: np.ndarray
+) -> None:
+    other: Any = None
+    wrong: list[tuple[Callable[[], object], type[CanvasMarError], str]] = [
+        (lambda: predictor.start(clip, sampling="fast"), ConfigError, "a SamplingConfig"),
+        (lambda: predictor.start([clip, clip[:3]]), InputError, "context: expected frames of one"),
+        (lambda: rollout.restore(other), InputError, r"expected a state from state\(\)"),
+        (lambda: rollout.fork(into=3), InputError, "`into` is an earlier fork, got int"),
+        (lambda: rollout.fork(streams=5), InputError, "expected 1 streams, got 5"),
+        (lambda: rollout.fork(into=predictor.start(clip, batch=2)), StateError, "fork: `into`"),
+        (lambda: rollout.seat("0", rollout.state()), InputError, "the number of a row, got '0'"),
+        (lambda: rollout.seat(True, rollout.state()), InputError, "number of a row, got True"),
+        (lambda: rollout.step(on_canvas=3), InputError, "expected a function of the frames"),
+        (lambda: rollout.step([1j] * 4), InputError, "expected numbers .got complex128"),
+        (lambda: rollout.step(["0.1"] * 4), InputError, "action: expected numbers"),
+        (lambda: rollout.step(np.full(4, 1e300)), InputError, "not finite"),
+        (lambda: canvasmar_rt.load("toytable-int8", device="gpu"), EngineError, "no device 'gpu'"),
+        (lambda: canvasmar_rt.load("toytable", device=other), EngineError, "no device None"),
+    ]  # type: ignore[arg-type]
+    before = rollout.state()
+    for call, kind, reason in wrong:
+        with pytest.raises(kind, match=reason):
+            call()
+    wide = {k: v.astype(np.float64) for k, v in before.arrays.items()}
+    with pytest.raises(StateError, match="not the arrays of a state"):
+        rollout.restore(dataclasses.replace(before, arrays=wide))
+    for name, array in rollout.state().arrays.items():
+        np.testing.assert_array_equal(array, before.arrays[name])
 
 
 def test_a_fork_can_be_used_again(rollout: Rollout) -> None:

@@ -25,6 +25,8 @@ SLACK = 16
 """A message this many times too large is not even read to its end."""
 GRACE_S = 1
 """Seconds that connections have to end when the server does."""
+BACKLOG = 128
+"""Connections that may wait to be accepted."""
 
 
 class _Connection(WebSocketsSansIOProtocol):
@@ -102,7 +104,7 @@ def run(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 takes a free one.
+    """A listening socket, so that no other server takes its address; port 0 takes a free one.
 
     Raises:
         ConfigError: if the address cannot be had.
@@ -115,6 +117,7 @@ def bind(host: str, port: int) -> socket.socket:
         bound = socket.socket(family, kind, protocol)
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind(address)
+        bound.listen(BACKLOG)
     except OSError as error:
         if bound is not None:
             bound.close()

@@ -45,6 +45,8 @@ class Settings:
         for name in ("slots", "max_sessions", "max_message_bytes", "max_message_rate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not 0 <= self.seed < 2**64:
+            raise ConfigError(f"seed must lie in [0, 2**64), got {self.seed}")
         for name in ("fps", "budget_ms", "stall_s", "action_limit"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):

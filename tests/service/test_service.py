@@ -429,7 +429,7 @@ def test_the_page_is_whole_in_itself(serve: Serve, fake: FakePredictor) -> None:
 def test_settings_the_model_cannot_run_with(fake: FakePredictor) -> None:
     for name, value in (
         ("slots", 0), ("max_sessions", 0), ("fps", 0.0), ("stall_s", float("nan")),
-        ("budget_ms", -1.0), ("action_limit", float("inf")),
+        ("budget_ms", -1.0), ("action_limit", float("inf")), ("seed", -1),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=name):
             Settings(**{name: value})
@@ -442,9 +442,10 @@ def test_settings_the_model_cannot_run_with(fake: FakePredictor) -> None:
 
 
 def test_an_address_that_cannot_be_had() -> None:
-    with bind("127.0.0.1", 0) as taken:
-        taken.listen()
-        with pytest.raises(ConfigError, match="choose another host or port"):
-            bind(*taken.getsockname())
+    with (
+        bind("127.0.0.1", 0) as taken,
+        pytest.raises(ConfigError, match="choose another host or port"),
+    ):
+        bind(*taken.getsockname())
     with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid:80"):
         bind("no.such.host.invalid", 80)
