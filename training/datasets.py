@@ -700,8 +700,11 @@ def _check_actions(path: Path, table: Actions, frames: int, action_dim: int) -> 
             f"{path}: {frames} frames go with actions ({frames} or {frames - 1}, {action_dim}), "
             f"got {table.shape}"
         )
-    if not np.isfinite(table).all():
-        raise InputError(f"{path}: expected finite actions, found others among them")
+    finite = np.isfinite(table).all(axis=1)
+    if not finite.all():
+        raise InputError(
+            f"{path}: row {int(finite.argmin())} of its actions (from 0) is not finite"
+        )
 
 
 # ---------------------------------------------------------------------------------------------

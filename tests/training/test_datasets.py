@@ -342,7 +342,10 @@ def test_actions_beside_the_pictures(kind: str, rows: int, tmp_path: Path) -> No
         (lambda f: None, "no actions; expected"),
         (lambda f: np.save(f / "actions.npy", moves(0)[:5]), r"actions (9 or 8, 4), got (5, 4)"),
         (lambda f: np.save(f / "actions.npy", moves(0)[:, :3]), "got (9, 3)"),
-        (lambda f: np.save(f / "actions.npy", np.full((9, 4), np.inf)), "finite"),
+        (
+            lambda f: np.save(f / "actions.npy", np.full((9, 4), np.inf)),
+            "row 0 of its actions (from 0) is not finite",
+        ),
         (lambda f: np.save(f / "actions.npy", np.full((9, 4), "a")), "must be real numbers"),
         (lambda f: (f / "actions.npy").write_bytes(b"\x93NUMPY"), "cannot be read"),
         (lambda f: (f / "actions.csv").write_text("x,y,z,grip\n" * 9), "cannot be read"),
