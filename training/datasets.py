@@ -615,7 +615,7 @@ class _Videos:
     def open(self, item: int) -> _Video:
         path = self.paths[item]
         with _parsing(path):
-            return _Video(path, self.size, self.action_dim, _frame_times(path))
+            return _Video(path, self.size, self.action_dim, *_frame_times(path))
 
 
 @dataclass(frozen=True, eq=False)
@@ -624,6 +624,7 @@ class _Video:
     size: tuple[int, int]
     action_dim: int
     times: NDArray[np.float64]
+    slack: float
 
     @property
     def length(self) -> int:
@@ -631,8 +632,12 @@ class _Video:
 
     def window(self, start: int, frames: int, stride: int) -> Window:
         span = (frames - 1) * stride + 1
-        # Half way to the next frame, where rounding of time stamps does not matter.
-        seconds = float(self.times[start : start + 2].mean()) if start else 0.0
+        seconds = 0.0
+        if start:
+            # Half way to the next frame, where rounding of time stamps does not matter; if that is
+            # no further off than they are rounded, where `read_clip` still takes this one.
+            half = float(np.diff(self.times[start : start + 2]).sum()) / 2
+            seconds = float(self.times[start]) + (half if half > self.slack else -self.slack / 2)
         clip = read_clip(self.path, size=self.size, start=seconds, max_frames=span, min_frames=span)
         actions = None
         if self.action_dim:
@@ -655,16 +660,17 @@ def _parsing(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({brief(error)})") from error
 
 
-def _frame_times(path: Path) -> NDArray[np.float64]:
-    """When each frame comes on screen, in seconds from the first, read without decoding."""
+def _frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
+    """When each frame comes on screen, in seconds from the first, read without decoding; and how
+    far that may be rounded."""
     if path.is_dir():
-        return np.arange(len(listing(path)[0])) / UNTIMED_FPS
+        return np.arange(len(listing(path)[0])) / UNTIMED_FPS, 0.0
     if not path.is_file():
         raise InputError(f"{path}: expected a file, got none, or a device, pipe or socket")
     if path.suffix.lower() in (".npz", ".npy"):
-        return np.arange(_archive_length(path)) / UNTIMED_FPS
+        return np.arange(_archive_length(path)) / UNTIMED_FPS, 0.0
     with open_video(path, timed=False) as track:  # its checks of what the file is
-        fps = track.fps
+        fps, slack = track.fps, track.slack
     with av.open(
         str(path.resolve()),
         metadata_errors="ignore",
@@ -681,9 +687,9 @@ def _frame_times(path: Path) -> NDArray[np.float64]:
         ]
         tick = stream.time_base
     if tick is None or any(stamp is None for stamp in stamps) or not stamps:
-        return np.arange(len(stamps)) / fps
+        return np.arange(len(stamps)) / fps, slack
     times: NDArray[np.float64] = np.sort(np.array(stamps, np.float64)) * float(tick)
-    return times - float(times[0])
+    return times - float(times[0]), slack
 
 
 def _archive_length(path: Path) -> int:

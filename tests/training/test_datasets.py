@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -384,6 +386,57 @@ def test_a_damaged_video_is_left_out_where_actions_belong_to_its_frames(
     source = make_source("videos", tmp_path, **SMALL)
     source.clips(0, 4)
     assert source.skipped == {}
+
+
+def test_frames_a_millisecond_apart_keep_their_actions(tmp_path: Path) -> None:
+    """As a webcam delivers them after a stall, in a file that rounds to milliseconds."""
+    stamps = [0, 33, 67, 300, 301, 302, 303, 333, 367, 400, 600, 601, 602, 633, 667, 700]
+    with av.open(str(tmp_path / "a.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=30)
+        stream.width = stream.height = 16
+        stream.pix_fmt = "bgr0"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for i, stamp in enumerate(stamps):
+            shade = np.full((16, 16, 3), 10 * i, np.uint8)
+            frame = av.VideoFrame.from_ndarray(shade, format="rgb24").reformat(format="bgr0")
+            frame.pts, frame.time_base = stamp, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    rows = np.arange(len(stamps), dtype=np.float32)[:, None]
+    np.save(tmp_path / "a.actions.npy", rows)
+    source = make_source("videos", tmp_path, action_dim=1, **SMALL)
+    clips = source.clips(0, 60)
+    assert clips.actions is not None
+    begun = clips.frames[:, :3, 0, 0, 0] / 10
+    torch.testing.assert_close(clips.actions[..., 0], begun.float())
+    assert len(set(begun[:, 0].tolist())) == len(stamps) - 3
+
+
+def test_frames_that_an_edit_list_cuts_off_have_no_actions(tmp_path: Path) -> None:
+    """As a cut without encoding anew leaves them in the file."""
+    shades = np.stack([np.full((16, 16, 3), 8 * i, np.uint8) for i in range(30)])
+    write_clip(tmp_path / "whole.mp4", shades, 10)
+    (tmp_path / "cut").mkdir()
+    options = {"avoid_negative_ts": "disabled"}
+    with (
+        av.open(str(tmp_path / "whole.mp4")) as whole,
+        av.open(str(tmp_path / "cut" / "a.mp4"), "w", options=options) as cut,
+    ):
+        stream = whole.streams.video[0]
+        copy = cut.add_stream_from_template(stream)
+        seven = int(0.7 / stream.time_base)
+        for packet in whole.demux(stream):
+            if packet.dts is not None:
+                packet.pts, packet.dts = packet.pts - seven, packet.dts - seven
+                packet.stream = copy
+                cut.mux(packet)
+    np.save(tmp_path / "cut" / "a.actions.npy", np.arange(7, 30, dtype=np.float32)[:, None])
+    source = make_source("videos", tmp_path / "cut", action_dim=1, **SMALL)
+    clips = source.clips(0, 40)
+    assert clips.actions is not None
+    shown = (clips.frames[:, :3].float().mean((2, 3, 4)) / 8).round()
+    torch.testing.assert_close(clips.actions[..., 0], shown)
+    assert {7.0, 26.0} <= set(shown[:, 0].tolist())
 
 
 def test_a_broken_picture_costs_only_the_windows_that_need_it(tmp_path: Path) -> None:
