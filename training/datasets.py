@@ -496,8 +496,8 @@ class DataSet:
             ConfigError: an assignment is not name=value, or of what the command itself decides.
         """
         options = dict(parsed(assignments))
-        for name in options.keys() & {"lists", "table"}:  # so that they are found from anywhere
-            options[name] = str(Path(str(options[name])).absolute())
+        for key in options.keys() & {"lists", "table"}:  # so that they are found from anywhere
+            options[key] = str(Path(str(options[key])).absolute())
         if taken := options.keys() & cls.TAKEN:
             raise ConfigError(f"--set-data {min(taken)}: is decided by the command itself")
         return cls(name, root, options)

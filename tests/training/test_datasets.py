@@ -21,7 +21,7 @@ from canvasmar_rt.video import Clip, read_clip, write_clip
 from tests.training.tfrecord_writer import Feature, example, file_of, record
 from training import datasets
 from training.clips import Clips
-from training.datasets import RecordedClips, make_source
+from training.datasets import DataSet, RecordedClips, make_source
 
 Frames = NDArray[np.uint8]
 LENGTH = 9  # frames of a made recording
@@ -386,6 +386,24 @@ def test_a_damaged_video_is_left_out_where_actions_belong_to_its_frames(
     source = make_source("videos", tmp_path, **SMALL)
     source.clips(0, 4)
     assert source.skipped == {}
+
+
+def test_a_table_elsewhere_is_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").mkdir()
+    archives(tmp_path / "data")
+    rows = ["path,split", *(f"{i}.npz,{'test' if i else 'train'}" for i in range(4))]
+    (tmp_path / "mine.csv").write_text("\n".join(rows))
+    monkeypatch.chdir(tmp_path)
+    given = DataSet.of("kinetics600", tmp_path / "data", ["table=mine.csv"])
+    assert given.described() == {
+        "name": "kinetics600",
+        "root": str(tmp_path / "data"),
+        "options": {"table": str(tmp_path / "mine.csv")},
+    }
+    monkeypatch.chdir("/")
+    assert [len(given.source(split=s, **SMALL)) for s in ("train", "test")] == [1, 3]
 
 
 def test_frames_a_millisecond_apart_keep_their_actions(tmp_path: Path) -> None:
