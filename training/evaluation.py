@@ -503,10 +503,9 @@ def protocol(
 
 
 def _tell_skipped(source: RecordedClips, quiet: bool) -> None:
-    for recording, reason in list(source.skipped.items())[:1]:
-        if not quiet:
-            left = len(source.skipped)
-            typer.echo(f"recordings left out: {left}, the first {recording}: {reason}", err=True)
+    if source.skipped and not quiet:
+        left, (first, reason) = len(source.skipped), next(iter(source.skipped.items()))
+        typer.echo(f"recordings left out: {left}, the first {first}: {reason}", err=True)
 
 
 # -- files

@@ -30,7 +30,7 @@ from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ClipSource, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
 from training.losses import Draws, model_loss
-from training.metrics import GaussianStats, psnr, ssim
+from training.metrics import GaussianStats, psnr, psnr_of_mean_error, ssim
 from training.stages import (
     HELD_OUT_SEED,
     continue_clips,
@@ -115,10 +115,9 @@ def measure_reconstruction(
         stays.append(still_patches(model.config.autoencoder, given.frames))
         tick(len(given.frames))
     found, moved, still = torch.cat(values), torch.cat(moves), torch.cat(stays)
-    error = 10 ** (-found / 10)  # of each frame, as a share of 255 squared
     return {
         "psnr_db": float(found.mean()),
-        "psnr_db_of_mean_error": float(-10 * torch.log10(error.mean())),
+        "psnr_db_of_mean_error": float(psnr_of_mean_error(found)),
         "psnr_db_by_frame": [round(v, 2) for v in found.mean(0).tolist()],
         "latents": {
             "still_share": float(still.float().mean()),
@@ -345,16 +344,15 @@ def measure_recordings(
         if told:
             made["prediction without actions"] = predicted(use_actions=False)[:, given:]
         for name, side in made.items():
-            error = 10 ** (-psnr(real, side) / 10)
-            sides.setdefault(name, []).append((error, ssim(real, side)))
+            sides.setdefault(name, []).append((psnr(real, side), ssim(real, side)))
         tick(len(real))
     assert first_batch is not None
     figures = {}
     for name, parts in sides.items():
-        error, likeness = (torch.cat(column) for column in zip(*parts, strict=True))
+        each, likeness = (torch.cat(column) for column in zip(*parts, strict=True))
         figures[name] = {
-            "psnr_db_of_mean_error": float(-10 * torch.log10(error.mean())),
-            "psnr_db_of_mean_error_by_frame": (-10 * torch.log10(error.mean(0))).tolist(),
+            "psnr_db_of_mean_error": float(psnr_of_mean_error(each)),
+            "psnr_db_of_mean_error_by_frame": psnr_of_mean_error(each, 0).tolist(),
             "ssim": float(likeness.mean()),
             "ssim_by_frame": likeness.mean(0).tolist(),
         }

@@ -303,6 +303,12 @@ def psnr(real: Tensor, predicted: Tensor) -> Tensor:
     return 10 * torch.log10(255.0**2 / error)
 
 
+def psnr_of_mean_error(each: Tensor, dim: int | None = None) -> Tensor:
+    """PSNR of the mean squared error of frames whose own is `each` (...), dB, over all of them or
+    one dimension: the worst frames weigh on it, and a few equal frames do not make it infinite."""
+    return -10 * torch.log10((10 ** (-each / 10)).mean(dim))
+
+
 _SSIM_RADIUS, _SSIM_SIGMA, _SSIM_K1, _SSIM_K2 = 5, 1.5, 0.01, 0.03
 
 
