@@ -211,6 +211,7 @@ def test_the_planning_page_is_the_committed_result() -> None:
     shown = (ROOT / "docs" / "planning.md").read_text().replace("**", "")
     for name, cells in rows.items():
         assert f"| {name} | {' | '.join(cells)} |" in shown, name
+    assert f"a tick took {now['planners']['model']['seconds_a_tick']:.1f} s" in shown
     model = f"[{now['planners']['model']['success']:.0%} of pushes planned](docs/planning.md)"
     assert model in (ROOT / "README.md").read_text()
 
