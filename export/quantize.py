@@ -27,6 +27,9 @@ NARROWEST = 64
 """3x3 convolutions with fewer output channels stay in float32; they have nine times the products of
 a matrix of as many input channels, so these may be fewer than `SMALLEST`."""
 
+PAIR = 128
+"""The most that two neighbouring weights of one sign may add up to: 128 * 255 < 2**15."""
+
 Weight = npt.NDArray[np.float32]
 
 
@@ -40,9 +43,16 @@ def quantize_weight(
     weight: Weight,
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
     """A weight (K, N) float32 as int8 (K, N) in -127..127 and a scale (N,) float32 of its columns;
-    their product is within half a scale of the weight."""
-    scale = np.maximum(np.abs(weight).max(axis=0), np.float32(1e-30)) / np.float32(127)
-    return np.rint(weight / scale).astype(np.int8), scale.astype(np.float32)
+    their product is within half a scale of the weight.
+
+    x86 CPUs without VNNI add the products of two neighbours in K, each with an activation of up to
+    255, in 16 bits that stop at their limits. The scale keeps what two neighbours can add up to
+    within them: every CPU computes the same sums."""
+    pairs = np.pad(weight, ((0, len(weight) % 2), (0, 0))).reshape(-1, 2, weight.shape[1])
+    most = np.maximum(pairs.clip(min=0).sum(axis=1), -pairs.clip(max=0).sum(axis=1)).max(axis=0)
+    scale = np.maximum(np.abs(weight).max(axis=0) / np.float32(127), most / np.float32(PAIR - 1))
+    scale = np.maximum(scale, np.float32(1e-30)).astype(np.float32)
+    return np.rint(weight / scale).astype(np.int8), scale
 
 
 def quantize_products(model: ModelProto) -> ModelProto:
@@ -107,6 +117,11 @@ def quantize_products(model: ModelProto) -> ModelProto:
     del graph.initializer[:]
     graph.initializer.extend([*kept, *new.values()])
     return made
+
+
+def computes_in_int8(model: ModelProto) -> bool:
+    """Whether `quantize_products` found a product in a graph."""
+    return any(tensor.name.endswith("_int8") for tensor in model.graph.initializer)
 
 
 def _large(node: NodeProto, dims: Iterable[int]) -> bool:

@@ -27,6 +27,7 @@ from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.export.quantize import (
     NARROWEST,
     SMALLEST,
+    as_product,
     quantize_products,
     quantize_weight,
 )
@@ -109,10 +110,37 @@ def test_a_weight_is_within_half_a_scale() -> None:
     weight = np.random.default_rng(0).normal(size=(50, 7)).astype(np.float32)
     weight[:, 3] *= 1000
     weight[:, 5] = 0
+    weight[1:, 6] = 0
     int8, scale = quantize_weight(weight)
     assert (int8.dtype, scale.dtype, scale.shape) == (np.int8, np.float32, (7,))
-    assert (np.abs(int8).max(axis=0) == [127, 127, 127, 127, 127, 0, 127]).all()
+    assert (np.abs(int8).max(axis=0) <= [127, 127, 127, 127, 127, 0, 127]).all()
+    assert (np.abs(int8).max(axis=0) >= [80, 80, 80, 80, 80, 0, 127]).all()
     assert (np.abs(int8 * scale - weight) <= 0.5001 * scale).all()
+
+
+@pytest.mark.parametrize("inputs", [192, 193])
+@pytest.mark.parametrize("rows", [1, 7])
+def test_no_cpu_overflows(inputs: int, rows: int) -> None:
+    """The sums of neighbouring products that some CPUs make in 16 bits are what they are in 64,
+    whatever the activations."""
+    rng = np.random.default_rng(3)
+    weight = rng.normal(size=(inputs, 96)).astype(np.float32)
+    weight[:, :32] = np.abs(weight[:, :32])
+    weight[:, 32:64] = -1
+    int8, _ = quantize_weight(weight)
+    graph = helper.make_graph(
+        [helper.make_node("MatMulInteger", ["x", "w", "zero"], ["y"])],
+        "product",
+        [helper.make_tensor_value_info("x", TensorProto.UINT8, [rows, inputs])],
+        [helper.make_tensor_value_info("y", TensorProto.INT32, [rows, 96])],
+        [numpy_helper.from_array(int8, "w"), numpy_helper.from_array(np.uint8(9), "zero")],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    most = np.full((rows, inputs), 255, np.uint8)
+    for x in (most, rng.integers(128, 256, most.shape, np.uint8)):
+        (y,) = session.run(None, {"x": x})
+        np.testing.assert_array_equal(y, (x.astype(np.int64) - 9) @ int8.astype(np.int64))
 
 
 def small_graph(weight: np.ndarray, narrow: np.ndarray) -> ModelProto:
@@ -162,7 +190,8 @@ def test_products_by_large_constants_run_in_int8(tmp_path: Path) -> None:
     y, z, _ = session.run(None, {"x": x})
     want = (x @ weight + 1) @ weight + 1
     assert 1e-3 < np.linalg.norm(y - want) / np.linalg.norm(want) < 2e-2
-    np.testing.assert_allclose(z, y @ numpy_helper.to_array(model.graph.initializer[1]), rtol=1e-4)
+    want_z = y @ numpy_helper.to_array(model.graph.initializer[1])
+    np.testing.assert_allclose(z, want_z, rtol=1e-4, atol=1e-5 * np.abs(want_z).max())
     fused = onnx.load(options.optimized_model_filepath)
     assert [n.op_type for n in fused.graph.node].count("DynamicQuantizeMatMul") == 2
 
@@ -212,10 +241,11 @@ def test_convolutions_run_in_int8(biased: bool) -> None:
     low, high = min(x.min(), 0), max(x.max(), 0)
     step = (high - low) / 255
     quantised = np.clip(np.rint(x / step) + np.rint(-low / step), 0, 255) - np.rint(-low / step)
-    w, scales = quantize_weight(weight.reshape(64, -1).T.copy())
+    w, scales = quantize_weight(as_product(weight))
+    w = w.reshape(3, 3, 64, 64).transpose(3, 2, 0, 1)
     exact = torch.nn.functional.conv2d(
         torch.from_numpy(quantised.astype(np.float64)),
-        torch.from_numpy(w.T.reshape(weight.shape).astype(np.float64)),
+        torch.from_numpy(w.astype(np.float64)),
         padding=1,
     ).numpy()
     bias = np.linspace(-1, 1, 64)[:, None, None] if biased else 0
@@ -331,11 +361,12 @@ def test_it_is_a_checkpoint_of_the_weights_it_computes_with(
         half = 0.5001 * scale.view(-1, *[1] * max(want.ndim - 1, 0))
         assert (state[name] - want).abs().le(half).all(), name
         assert (name in LARGE) == (not torch.equal(state[name], want)), name
-    report = verify(bundle.path, engine="torch")
+    report = verify(bundle.path, engine="torch")  # without the rounding of activations
     for name, found in report["components"].items():
         # the graphs look up what the float model gives a branch that sees nothing
         like = "spatial_first" if name == "unconditional" else name
-        assert found["relative"] < bundle.manifest.parity.components[like].relative + 1e-6, name
+        most = 1.1 * bundle.manifest.parity.components[like].relative + 1e-6
+        assert found["relative"] < most, name
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch", "tensorrt"])
