@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import re
 import shutil
 import subprocess
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -260,6 +262,18 @@ def copy(tmp_path: Path) -> Path:
             lambda b: edit(b, '"family": "canvasmar"', '"family": "unified"'),
             "draws single frames of CanvasMAR",
         ),
+        (lambda b: options(b, solver="rk4"), "solver must be euler, heun or ab2, got \"rk4\""),
+        (lambda b: options(b, order="raster"), "order must be motion, maskgit or random"),
+        (lambda b: options(b, ar_steps=0), "ar_steps must be a whole number from 1 to 1000, got 0"),
+        (lambda b: options(b, ar_steps=1.5), "ar_steps must be a whole number"),
+        (lambda b: options(b, ar_steps=2**40), "ar_steps must be a whole number"),
+        (lambda b: options(b, ar_steps=65), "ar_steps must be at most the tokens of a frame, 64"),
+        (lambda b: options(b, flow_steps=0), "flow_steps must be a whole number"),
+        (lambda b: options(b, flow_temperature=[1, 0.5]), "flow_temperature must be [1, 1]"),
+        (lambda b: edit(b, '"dtype": "float32"', '"dtype": "float64"', 1), "float32 or float16"),
+        (lambda b: dims(b, "encoder", "frames", ["B"]), "shape of encoder's frames makes no sense"),
+        (lambda b: dims(b, "flow", "flow_noise", ["B"]), "shape of flow's flow_noise"),
+        (lambda b: dims(b, "temporal", "cache_bias", ["B", 0]), "shape of temporal's cache_bias"),
     ],
 )  # fmt: skip
 def test_a_spoilt_bundle_is_refused(
@@ -275,6 +289,21 @@ def test_a_spoilt_bundle_is_refused(
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def options(bundle: Path, **changed: object) -> None:
+    """The profile that is taken, with other options."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    manifest["fast"] |= changed
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def dims(bundle: Path, component: str, name: str, wanted: list[object]) -> None:
+    """An input of another shape."""
+    manifest = json.loads((bundle / MANIFEST).read_text())
+    inputs = manifest["components"][component]["inputs"]
+    next(entry for entry in inputs if entry["name"] == name)["dims"] = wanted
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
 def edit(bundle: Path, old: str, new: str, count: int = -1) -> None:
@@ -301,6 +330,10 @@ def flip(path: Path) -> None:
         (("--threads", "1025"), "--threads: expected 1 to 1024, got 1025"),
         (("--threads", "-1"), "--threads: expected a whole number, got '-1'"),
         (("--threads", "two"), "--threads: expected a whole number, got 'two'"),
+        (("--frames", str(2**64 - 1), "--actions", "actions.txt"), "2 for the context and 1844"),
+        (("--frames", "1", "--actions", "endless.txt"), "endless.txt: line 2 should hold 4"),
+        (("--frames", "1", "--actions", "words.txt"), "words.txt: line 1 should hold 4"),
+        (("--frames", "1", "--actions", "gap.txt"), "gap.txt: line 2 should hold 4"),
     ],
 )
 def test_a_mistake_is_named(
@@ -309,9 +342,47 @@ def test_a_mistake_is_named(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     Path("actions.txt").write_text("0 0 0 0\n")
+    Path("endless.txt").write_text("0 0 0 0\n0 0 0 1e999\n0 0 0 0\n")
+    Path("words.txt").write_text("0 0 0 0 -\n" * 3)
+    Path("gap.txt").write_text("0 0 0 0\n\n0 0 0 0\n0 0 0 0\n")
+    Path("out.ppm").write_text("before")
     done = host(PACKAGED / BUNDLE, context, "out.ppm", *change)
     assert done.returncode == 1
     assert message in done.stderr
+    assert Path("out.ppm").read_text() == "before"
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_an_output_is_refused_before_the_work(host: Run, context: Path, copy: Path) -> None:
+    """Where it cannot be written, or would take a place in the bundle."""
+    weights = copy / "flow" / "model.safetensors"
+    before = weights.read_bytes()
+    for out, message in (
+        (weights, "model.safetensors: lies in the bundle"),
+        (copy / "new.ppm", "new.ppm: lies in the bundle"),
+        (copy.parent / "nowhere" / "x.ppm", "x.ppm: cannot be written"),
+    ):
+        done = host(copy, context, out, "--frames", 10**9)
+        assert (done.returncode, message in done.stderr) == (1, True), done.stderr
+    assert weights.read_bytes() == before
+
+
+def test_pictures_go_through_a_pipe(host: Run, context: Path, tmp_path: Path) -> None:
+    pipe, made = tmp_path / "pipe", []
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: made.append(pipe.read_bytes()))
+    reader.start()
+    done = host(PACKAGED / BUNDLE, context, pipe, "--frames", 1)
+    reader.join(timeout=30)
+    assert done.returncode == 0, done.stderr
+    assert pictures(made[0], 64, 64).shape == (2, 64, 64, 3)
+
+
+def test_empty_lines_may_end_the_actions(host: Run, context: Path, tmp_path: Path) -> None:
+    (tmp_path / "actions.txt").write_text("0 0 0 0\n" * 3 + "\n \n")
+    more = ("--frames", 1, "--actions", tmp_path / "actions.txt")
+    done = host(PACKAGED / BUNDLE, context, tmp_path / "out.ppm", *more)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize("same", ["context.ppm", "./context.ppm", "linked.ppm", "actions.txt"])

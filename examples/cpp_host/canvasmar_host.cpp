@@ -8,6 +8,7 @@
 #include <chrono>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <filesystem>
 #include <fstream>
@@ -41,6 +42,7 @@ using Action = std::optional<std::vector<float>>;
 constexpr int kSchemaVersion = 2;
 constexpr float kMasked = -1e4f;
 constexpr std::uint64_t kMostThreads = 1024;
+constexpr int kMostSteps = 1000;
 constexpr auto kFloat = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
 constexpr auto kHalf = ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16;
 
@@ -82,11 +84,27 @@ struct Bundle {
     for (const json& entry : manifest.at("components").at(component).at("inputs")) {
       if (entry.at("name") != input) continue;
       Shape shape;
-      for (const json& dim : entry.at("dims"))
+      for (const json& dim : entry.at("dims")) {
         shape.push_back(dim == "B" ? 1 : dim.get<std::int64_t>());
+        if (shape.back() < 1) throw wrong(component, input);
+      }
       return shape;
     }
     throw Failure("manifest: " + component + " has no input " + input + "; export it again");
+  }
+
+  // One dimension of it, of so many.
+  std::int64_t dim(const std::string& component, const std::string& input, std::size_t index,
+                   std::size_t rank) const {
+    const Shape found = shape(component, input);
+    if (found.size() != rank) throw wrong(component, input);
+    return found[index];
+  }
+
+ private:
+  static Failure wrong(const std::string& component, const std::string& input) {
+    return Failure("manifest: the shape of " + component + "'s " + input +
+                   " makes no sense; copy or export the bundle again");
   }
 };
 
@@ -124,14 +142,36 @@ Bundle open_bundle(const fs::path& directory) {
   return bundle;
 }
 
+// Sampling options of the manifest, which may have been edited.
+Sampling checked(const json& given) {
+  const auto refuse = [&](const std::string& name, const std::string& wanted) {
+    throw Failure("manifest: " + name + " must be " + wanted + ", got " + given.at(name).dump());
+  };
+  for (const char* name : {"ar_steps", "flow_steps"}) {
+    const json& steps = given.at(name);
+    if (!steps.is_number_integer() || steps < 1 || steps > kMostSteps)
+      refuse(name, "a whole number from 1 to " + std::to_string(kMostSteps));
+  }
+  const Sampling sampling = given.get<Sampling>();
+  const auto one_of = [](const std::string& text, const std::vector<std::string>& names) {
+    return std::find(names.begin(), names.end(), text) != names.end();
+  };
+  if (!one_of(sampling.solver, {"euler", "heun", "ab2"})) refuse("solver", "euler, heun or ab2");
+  if (!one_of(sampling.order, {"motion", "maskgit", "random"}))
+    refuse("order", "motion, maskgit or random");
+  if (given.value("flow_temperature", json{1.0, 1.0}) != json{1.0, 1.0})
+    refuse("flow_temperature", "[1, 1] for this host; Python has it");
+  return sampling;
+}
+
 // The sampling options called `name`: default or fast.
 Sampling profile(const Bundle& bundle, const std::string& name) {
   const json& fast = bundle.manifest.at("fast");
-  if (name == "default") return bundle.manifest.at("sampling").get<Sampling>();
+  if (name == "default") return checked(bundle.manifest.at("sampling"));
   if (name != "fast" || fast.is_null())
     throw Failure("no profile " + name + "; this bundle has default" +
                   (fast.is_null() ? "" : " and fast"));
-  return fast.get<Sampling>();
+  return checked(fast);
 }
 
 // -- tensors
@@ -201,14 +241,20 @@ class Rollout {
         fused_(fused),
         seed_(seed),
         stream_(stream) {
-    const Shape frames = bundle_.shape("encoder", "frames");
-    compression = frames[1], height = frames[2], width = frames[3];
+    compression = bundle_.dim("encoder", "frames", 1, 5);
+    height = bundle_.dim("encoder", "frames", 2, 5);
+    width = bundle_.dim("encoder", "frames", 3, 5);
     action_size = bundle_.manifest.at("model").at("action_dim").get<std::size_t>();
-    tokens_ = static_cast<int>(bundle_.shape("flow", "flow_noise")[1]);
-    ring_ = bundle_.shape("temporal", "cache_bias")[1];
+    tokens_ = static_cast<int>(bundle_.dim("flow", "flow_noise", 1, 3));
+    if (sampling_.ar_steps > tokens_)
+      throw Failure("manifest: ar_steps must be at most the tokens of a frame, " +
+                    std::to_string(tokens_) + ", got " + std::to_string(sampling_.ar_steps));
+    ring_ = bundle_.dim("temporal", "cache_bias", 1, 2);
     const std::string dtype = bundle_.manifest.at("dtype");
     if (dtype == "bfloat16")
       throw Failure("a bfloat16 bundle runs on a GPU only; export with --dtype fp32 or fp16");
+    if (dtype != "float16" && dtype != "float32")
+      throw Failure("manifest: dtype must be float32 or float16, got " + dtype);
     hidden_ = dtype == "float16" ? kHalf : kFloat;
     values_["latent"] = zeros(bundle_.shape("decoder", "latent"), kFloat);
     add_zero_states("temporal", "cache_", values_);
@@ -316,7 +362,7 @@ class Rollout {
 
   // What the Temporal ViT is told of frame `time_`: its angles, the slots it may see, the action.
   void tell(const Action& action) {
-    const std::int64_t pairs = bundle_.shape("temporal", "time")[1];
+    const std::int64_t pairs = bundle_.dim("temporal", "time", 1, 2);
     std::vector<float> bias(ring_, kMasked);
     for (std::int64_t slot = 0; slot < std::min(time_, ring_); ++slot)
       if (slot != time_ % ring_) bias[slot] = 0.0f;
@@ -407,6 +453,7 @@ class Rollout {
     for (std::size_t i = 0; i < on.size(); ++i) seeing += on[i] > 0 || canvas_on[i] > 0;
     if (seeing == static_cast<std::int64_t>(on.size())) return run("spatial_first", values_);
     run("unconditional", values_);
+    if (seeing == 0) return;
     const Ort::Value found = std::move(values_.at("z_tokens"));
     Values whole;
     for (const json& input : bundle_.manifest.at("components").at("spatial_first").at("inputs")) {
@@ -481,13 +528,25 @@ std::vector<std::vector<float>> read_actions(const std::string& path, std::size_
   std::ifstream file(path);
   if (!file) throw Failure(path + ": cannot be read");
   std::vector<std::vector<float>> actions;
+  std::size_t read = 0;
+  bool blank = false;
   for (std::string line; std::getline(file, line);) {
-    std::istringstream numbers(line);
+    ++read;
+    std::istringstream words(line);
     std::vector<float> action;
-    for (float value; numbers >> value;) action.push_back(value);
-    if (action.size() != size || !numbers.eof())
-      throw Failure(path + ": line " + std::to_string(actions.size() + 1) + " should hold " +
-                    std::to_string(size) + " numbers");
+    bool numbers = true;
+    for (std::string word; words >> word;) {
+      char* end = nullptr;
+      action.push_back(std::strtof(word.c_str(), &end));
+      numbers = numbers && *end == '\0' && std::isfinite(action.back());
+    }
+    if (action.empty()) {  // only at the end
+      blank = true;
+      continue;
+    }
+    if (action.size() != size || !numbers || blank)
+      throw Failure(path + ": line " + std::to_string(blank ? read - 1 : read) +
+                    " should hold " + std::to_string(size) + " numbers");
     actions.push_back(std::move(action));
   }
   return actions;
@@ -504,6 +563,42 @@ std::uint64_t whole_number(const std::string& name, const std::string& text) {
     throw Failure(name + ": expected a whole number, got '" + text + "'");
   return value;
 }
+
+// A file that takes its name once it is whole, or a pipe, such as /dev/stdout.
+class Output {
+ public:
+  explicit Output(const std::string& path)
+      : path_(path), part_(fs::exists(path) && !fs::is_regular_file(path) ? path : path + ".part") {
+    file_.open(part_, std::ios::binary);
+    check();
+  }
+  ~Output() {
+    std::error_code ignored;
+    if (file_.is_open() && part_ != path_) fs::remove(part_, ignored);
+  }
+
+  void write(const Picture& picture, std::int64_t width, std::int64_t height) {
+    file_ << "P6\n" << width << " " << height << "\n255\n";
+    file_.write(reinterpret_cast<const char*>(picture.data()),
+                static_cast<std::streamsize>(picture.size()));
+    check();
+  }
+
+  void finish() {
+    file_.flush();
+    check();
+    file_.close();
+    if (part_ != path_) fs::rename(part_, path_);
+  }
+
+ private:
+  void check() {
+    if (!file_) throw Failure(path_.string() + ": cannot be written");
+  }
+
+  fs::path path_, part_;
+  std::ofstream file_;
+};
 
 // -- commands
 
@@ -543,6 +638,9 @@ void predict(const std::vector<std::string>& files,
   }
   const int threads = thread_count(options.at("--threads"));
   Bundle bundle = open_bundle(files[0]);
+  const fs::path inside = fs::weakly_canonical(files[2]).lexically_relative(bundle.root);
+  if (!inside.empty() && *inside.begin() != "..")
+    throw Failure(files[2] + ": lies in the bundle; give another output");
   std::string name = options.at("--profile");
   if (name.empty()) name = bundle.manifest.at("fast").is_null() ? "default" : "fast";
   const Sampling sampling = profile(bundle, name);
@@ -557,34 +655,31 @@ void predict(const std::vector<std::string>& files,
     throw Failure(files[1] + ": holds " + std::to_string(context.size()) + " images; 1 + n*" +
                   std::to_string(t) + " are needed");
   const std::size_t known = (context.size() - 1) / t;
-  std::vector<Action> actions(known + count);
+  std::vector<std::vector<float>> actions;  // none, or all
   if (const std::string& path = options.at("--actions"); !path.empty()) {
-    const auto read = read_actions(path, rollout.action_size);
-    if (read.size() != actions.size())
-      throw Failure(path + ": " + std::to_string(read.size()) + " actions, " +
+    actions = read_actions(path, rollout.action_size);
+    if (actions.size() < known || actions.size() - known != count)
+      throw Failure(path + ": " + std::to_string(actions.size()) + " actions, " +
                     std::to_string(known) + " for the context and " + std::to_string(count) +
                     " for the prediction are needed");
-    actions.assign(read.begin(), read.end());
   }
+  const auto action = [&](std::size_t i) {
+    return actions.empty() ? Action() : Action(actions.at(i));
+  };
+  Output out(files[2]);
   rollout.observe({context[0]}, std::nullopt);
   for (std::size_t i = 0; i < known; ++i)
-    rollout.observe({context.begin() + 1 + i * t, context.begin() + 1 + (i + 1) * t}, actions[i]);
+    rollout.observe({context.begin() + 1 + i * t, context.begin() + 1 + (i + 1) * t}, action(i));
 
-  std::ofstream out(files[2], std::ios::binary);
   std::vector<double> milliseconds;
   for (std::size_t i = 0; i < count; ++i) {
     const auto start = std::chrono::steady_clock::now();
-    const std::vector<Picture> pictures = rollout.step(actions[known + i]);
+    const std::vector<Picture> pictures = rollout.step(action(known + i));
     const std::chrono::duration<double, std::milli> took = std::chrono::steady_clock::now() - start;
     milliseconds.push_back(took.count());
-    for (const Picture& picture : pictures) {
-      out << "P6\n" << rollout.width << " " << rollout.height << "\n255\n";
-      out.write(reinterpret_cast<const char*>(picture.data()),
-                static_cast<std::streamsize>(picture.size()));
-    }
+    for (const Picture& picture : pictures) out.write(picture, rollout.width, rollout.height);
   }
-  out.close();
-  if (!out) throw Failure(files[2] + ": cannot be written");
+  out.finish();
   std::sort(milliseconds.begin(), milliseconds.end());
   if (count)
     std::printf("%zu latent frames, profile %s, median %.1f ms each\n", milliseconds.size(),
