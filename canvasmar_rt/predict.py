@@ -64,17 +64,17 @@ def context_length(config: ModelConfig, wanted: int) -> int:
 
 def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     """Each clip's video in the folder `output`: named after it, with its suffix where two would
-    have the same name.
+    have the same name, and all with theirs where that is again the name of another.
 
     Raises:
         InputError: if `output` is no folder that can be written to, and cannot become one.
     """
     _check_folder(output.absolute(), output)
     stems = [clip.stem for clip in clips]
-    return {
-        clip: output / f"{clip.stem if stems.count(clip.stem) == 1 else clip.name}.mp4"
-        for clip in clips
-    }
+    names = [clip.stem if stems.count(clip.stem) == 1 else clip.name for clip in clips]
+    if len(set(names)) < len(clips):
+        names = [clip.name for clip in clips]
+    return {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
 
 
 def predict_clip(

@@ -45,7 +45,7 @@ from canvasmar_rt.cluster.predict import LIVES, predict_folder
 from canvasmar_rt.cluster.proxy import ENVIRONMENT, LOST, SERVICE_RESTART, Outbox
 from canvasmar_rt.cluster.service import Replicas, application
 from canvasmar_rt.cluster.worker import Worker
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.errors import BundleError, CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.predict import PredictOptions, predict_clip
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.service.protocol import Header, unpack
@@ -301,6 +301,57 @@ def test_sessions_have_to_come_through_the_proxy(listening: Callable[[ASGIApp], 
         with connect(listening(chain), proxy=None) as client:
             drain(client)
             assert client.close_code == code
+
+
+def test_files_of_others_are_left_alone(clips: Path, tmp_path: Path) -> None:
+    """A record takes no other file's place, a video no clip's; told before Ray is there."""
+    labels = tmp_path / "c2.json"
+    labels.write_text('{"label": "push"}')
+    with pytest.raises(InputError, match=r"c2\.json: no record of an earlier run"):
+        predict_folder(clips, tmp_path, PredictOptions(), Worker(), workers=1)
+    assert labels.read_text() == '{"label": "push"}'
+    assert list(tmp_path.iterdir()) == [labels]
+    with pytest.raises(InputError, match=r"broken\.mp4 is one of the clips"):
+        predict_folder(clips, clips, PredictOptions(), Worker(), workers=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (["predict", "nowhere", "-o", "out"], CanvasMarError, "nowhere"),
+        (["predict", ".", "-o", "out", "--model", "nope"], BundleError, "nope"),
+        (["predict", ".", "-o", "out", "--workers", "0"], ConfigError, "workers"),
+        (["serve", "--model", "nope"], BundleError, "nope"),
+        (["serve", "--profile", "slow"], ConfigError, "slow"),
+        (["serve", "--clip", "nowhere.mp4"], CanvasMarError, "nowhere.mp4"),
+    ],
+)
+def test_mistakes_are_told_before_ray_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str], error: type[Exception], message: str,
+) -> None:  # fmt: skip
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("Ray was started")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ray, "init", started)
+    found = CliRunner().invoke(command.app, arguments).exception
+    assert isinstance(found, error)
+    assert message in str(found)
+
+
+@pytest.mark.parametrize("error", [ConnectionError, ValueError, RuntimeError])
+def test_a_cluster_that_is_not_there_is_named(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error("no such cluster\nand more")
+
+    monkeypatch.setattr(ray, "init", fail)
+    arguments = ["predict", str(clips), "-o", str(tmp_path), "--address", "auto"]
+    found = CliRunner().invoke(command.app, arguments).exception
+    assert isinstance(found, EngineError)
+    assert "auto: no Ray cluster is to be had there (no such cluster)" in str(found)
 
 
 @pytest.mark.parametrize(

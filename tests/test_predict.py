@@ -58,6 +58,21 @@ def test_a_file_is_no_folder_for_many_clips(tmp_path: Path) -> None:
             video_names([Path("a.mp4"), Path("b.mp4")], output)
 
 
+@pytest.mark.parametrize(
+    ("clips", "videos"),
+    [
+        (["a.mp4", "b.npz"], ["a.mp4", "b.mp4"]),
+        (["a.mp4", "a.npz", "b.mp4"], ["a.mp4.mp4", "a.npz.mp4", "b.mp4"]),
+        (["a.mp4", "a.npz", "a.npz.mp4"], ["a.mp4.mp4", "a.npz.mp4", "a.npz.mp4.mp4"]),
+    ],
+)
+def test_every_clip_has_a_video_of_its_own(
+    tmp_path: Path, clips: list[str], videos: list[str]
+) -> None:
+    found = video_names([Path(clip) for clip in clips], tmp_path)
+    assert list(found.values()) == [tmp_path / video for video in videos]
+
+
 def test_a_video_and_an_archive_with_its_frames_are_continued_alike(tmp_path: Path) -> None:
     """Under actions every recorded frame counts, at whatever rate the video plays."""
     with np.load(DEMO_CLIP) as archive:

@@ -11,13 +11,14 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from canvasmar_rt.bundle import DEMO_CLIP
+from canvasmar_rt.bundle import DEMO_CLIP, Bundle
 from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL, Engine, Frames, Profile, Quiet, Seed
 from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.errors import EngineError, InputError
 from canvasmar_rt.predict import PredictOptions
 from canvasmar_rt.service.settings import Settings
+from canvasmar_rt.service.starts import cut_starts
 
 try:
     import ray
@@ -69,7 +70,14 @@ def _worker(
 def _connect(address: str | None) -> None:
     os.environ.update(ENVIRONMENT)  # for a cluster that starts here and now
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-    ray.init(address, logging_level=logging.WARNING, include_dashboard=False)
+    try:
+        ray.init(address, logging_level=logging.WARNING, include_dashboard=False)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise EngineError(
+            f"{address or os.environ.get('RAY_ADDRESS', 'this machine')}: no Ray cluster is to be "
+            f"had there ({str(error).splitlines()[0]}); give the --address that 'ray start' told, "
+            "or none for this machine alone"
+        ) from None
 
 
 @app.command()
@@ -94,12 +102,12 @@ def predict(
     """Continue every clip of a folder. What an earlier run completed is kept."""
     worker = _worker(model, engine, profile, cpus, gpus)
     options = PredictOptions(frames=frames, context=context, seed=seed, actions=actions)
-    _connect(address)
     with stderr_bar(quiet) as bar:
         task = bar.add_task("clips", total=None)
         report = predict_folder(
             source, output, options, worker, workers=workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
+            connect=lambda: _connect(address),
         )  # fmt: skip
     for why in report.failed.values():
         print_error(InputError(why))
@@ -145,14 +153,23 @@ def serve(
     address: Address = None,
 ) -> None:
     """Serve the learned world from replicas; runs until it is interrupted."""
+    worker = _worker(model, engine, profile, cpus, gpus)
     service = application(
-        _worker(model, engine, profile, cpus, gpus),
+        worker,
         Settings(slots=slots, max_sessions=max_sessions, fps=fps, clip=clip.absolute()),
         Replicas(least=replicas, most=most or replicas, sessions=sessions),
     )
+    manifest = Bundle.open(worker.model).manifest  # what every replica will need
+    manifest.profile(worker.profile)
+    cut_starts(manifest.model, clip)
     _connect(address)
-    ray_serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
-    ray_serve.run(service, name="canvasmar", blocking=True)
+    try:
+        ray_serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
+        ray_serve.run(service, name="canvasmar", blocking=True)
+    except RuntimeError as error:
+        raise EngineError(
+            f"the service did not start ({str(error).splitlines()[0]}); Ray's log above says why"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from canvasmar_rt.actions import find_actions
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.config import to_dict
-from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError
+from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.files import write_file
 from canvasmar_rt.predict import PredictOptions, predict_clip, video_names
 from canvasmar_rt.rollout import Predictor
@@ -51,6 +51,7 @@ def predict_folder(
     *,
     workers: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    connect: Callable[[], object] = lambda: None,
 ) -> Report:
     """Predict how every clip in `source` goes on, into the folder `output`, as
     `canvasmar-rt predict` does: same seed, same videos.
@@ -61,9 +62,11 @@ def predict_folder(
     Args:
         workers: processes at once; each loads the model and takes `worker.cpus` and `worker.gpus`.
         progress: called with the clips finished and in all.
+        connect: called before the first use of Ray, once there is something to do.
 
     Raises:
         VideoError: if there are no clips in `source`.
+        InputError: if the output holds a clip, or another's file where a record belongs.
         BundleError, ConfigError: if there is no such model or profile.
         EngineError: if a worker cannot load the model, or finds another bundle of its name.
     """
@@ -74,6 +77,15 @@ def predict_folder(
         sampling = bundle.manifest.profile(worker.profile)
         options = dataclasses.replace(options, sampling=sampling)
     targets = video_names([clip.absolute() for clip in find_clips(source)], output)
+    for target in targets.values():
+        if target.absolute() in targets:
+            raise InputError(f"{target} is one of the clips; give another output")
+        path = _record_path(target)
+        if path.exists() and not _read_record(path).keys() & {"begun", "bundle"}:
+            raise InputError(
+                f"{path}: no record of an earlier run, and would be replaced by one; give another "
+                "output"
+            )
     records = {clip: _record(clip, bundle.fingerprint, options) for clip in targets}
     kept = {clip: target for clip, target in targets.items() if _is_done(target, records[clip])}
     rows = [
@@ -85,6 +97,8 @@ def predict_folder(
         _record_path(Path(row["target"])).unlink(missing_ok=True)
     progress(len(kept), len(targets))
     errors: dict[Path, str] = {}
+    if rows:
+        connect()
     for result in _results(rows, options, worker, bundle.fingerprint, workers):
         if result["refusal"]:
             raise EngineError(f"a worker cannot predict: {result['refusal']}")
