@@ -22,7 +22,8 @@ from canvasmar_rt.rollout import Predictor
 
 BASELINES = {
     "eager": "the PyTorch sampler on the same weights",
-    "eager-paper": "the same with the default sampling and the paper's solver, 30 steps of Euler",
+    "eager-paper": "the same with the bundle's default sampling (K, guidance, noise, order), "
+    "whatever options are given, and the paper's solver, 30 steps of Euler",
     "compile": "the PyTorch sampler through torch.compile",
     "naive-onnx": "a plain ONNX export run from a Python loop",
     "no-canvas": "the MAR without a canvas, of the same size, random weights; no-canvas:K does K "

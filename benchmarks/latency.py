@@ -32,8 +32,9 @@ BOUNDARY = {
     "first_frame": "from the context being in the caches to the pixels of the first predicted "
     "latent frame on the host: noise, every network, decoding. A system that denoises a whole "
     "chunk has denoised all of it by then",
-    "frame": "from one latent frame's pixels to the next one's; for a system that denoises a whole "
-    "chunk, the clip's time over its latent frames",
+    "frame": "from one latent frame's pixels to the next one's, those that are ready at once "
+    "sharing the time; for a system that denoises a whole chunk, the clip's time over its latent "
+    "frames",
     "clip": "from the context being in the caches to the pixels of the last predicted latent frame",
     "without_autoencoder": "the same without the time spent in the decoder",
     "outside": "loading, compiling, binding, warm-up, and encoding the context",
@@ -103,9 +104,12 @@ def bench(
     Raises:
         EngineError: if a contestant needs packages that are not installed.
         ConfigError: if the options leave no frame to predict.
+        InputError: for a batch size that the bundle does not take.
     """
     config = predictor.config
     frames = options.predicted(config)
+    for batch in options.batches:
+        predictor.bundle.manifest.batch.require(batch, "bench: ")
     context = moving_clip(config, options.context)
 
     def ours(context: UInt8, batch: int) -> Contestant:
@@ -124,6 +128,7 @@ def bench(
             runs.append(contestant)
             memory[name] = peak
             described[name] = dict(contestant.described)
+            del contestant  # or it would outlive its batch
         played = play_in_turn(
             runs, frames, options.warmup, options.iterations,
             lambda done, total, label=label: progress(label, done, total),  # type: ignore[misc]
@@ -207,7 +212,7 @@ def summary(clips: Sequence[Played], pixel_frames: int, *, chunked: bool) -> dic
     if chunked:
         steady = [clip.ready[-1] / len(clip.ready) for clip in clips]
     else:
-        steady = [float(s) for clip in clips for s in np.diff(clip.ready, prepend=0.0)]
+        steady = [s for clip in clips for s in _each_frame(clip)]
     result: dict[str, Any] = {"frame_ms": percentiles(steady)}
     result |= {f"{name}_ms": percentiles([e[name] for e in each]) for name in each[0]}
     seconds = float(np.median([clip.ready[-1] for clip in clips]))
@@ -221,6 +226,12 @@ def summary(clips: Sequence[Played], pixel_frames: int, *, chunked: bool) -> dic
         outside = sum(c.parts[part] for c in clips for part in HOST if part in c.parts)
         result["outside_engine_share"] = round(outside / sum(c.ready[-1] for c in clips), 5)
     return result
+
+
+def _each_frame(clip: Played) -> list[float]:
+    """Seconds of each latent frame; those that were ready at once share the time they took."""
+    ends, counts = np.unique(clip.ready, return_counts=True)
+    return [float(s) for s in np.repeat(np.diff(ends, prepend=0.0) / counts, counts)]
 
 
 def ratios(theirs: Sequence[Played], ours: Sequence[Played]) -> dict[str, dict[str, float]]:
@@ -275,7 +286,8 @@ def machine() -> dict[str, Any]:
 
 class _peak_memory:
     """Measures the memory that the body takes: growth of the resident set's high-water mark, and of
-    the device memory in use, in a dictionary filled at the end (without what cannot be had)."""
+    the device memory in use, in a dictionary filled at the end (without what cannot be had). Of
+    ours that is a rollout; of others also their model, and what exporting it takes."""
 
     def __init__(self, device: str) -> None:
         self._device = device

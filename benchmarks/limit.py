@@ -36,6 +36,7 @@ from canvasmar_rt.config import (
     AutoencoderConfig,
     ModelConfig,
     SamplingConfig,
+    from_dict,
     preset,
     to_dict,
 )
@@ -438,7 +439,8 @@ def predict(
     batch: int,
     baseline: Baseline | None = None,
 ) -> dict[str, Any]:
-    """Costs and roofline times of a latent frame, JSON-ready; times are in `predicted_ms`.
+    """Costs and roofline times of a latent frame, or of a group where the model draws
+    `latent_frames` at once, JSON-ready; times are in `predicted_ms`.
 
     With a baseline `dfot` says how much more work, and how much more time on this machine, it needs
     until the first frame and until the last frame of a clip are decoded: a bound of the ratio of
@@ -455,6 +457,7 @@ def predict(
         "machine": machine.name,
         "dtype": dtype,
         "batch": batch,
+        "latent_frames": config.group,
         "components": {name: _row(cost, machine, dtype) for name, cost in costs.items()},
         "frame": {
             "flops": sum(cost.flops for cost in costs.values()),
@@ -466,7 +469,7 @@ def predict(
     }
     if baseline is not None:
         report["dfot"] = {
-            name: _against(baseline, passes, costs, machine, dtype, batch)
+            name: _against(baseline, passes, costs, machine, dtype, batch, config.group)
             for name, passes in (("conditional", 1), ("vanilla", 2))
         }
     return report
@@ -488,14 +491,17 @@ def _against(
     machine: Machine,
     dtype: str,
     batch: int,
+    group: int,
 ) -> dict[str, Any]:
     chunk = dfot_cost(baseline.config, passes=passes, batch=batch, dtype_bytes=DTYPE_BYTES[dtype])
     frames = baseline.predicted
 
-    def ratios(chunk: float, decoder: float, frame: float) -> dict[str, float]:
+    def ratios(chunk: float, decoder: float, drawn: float) -> dict[str, float]:
+        """`decoder` and `drawn` are of a group."""
+        decoder, draws = decoder / group, math.ceil(frames / group)
         return {
-            "first_frame": round((chunk + decoder) / frame, 2),
-            "clip": round((chunk + frames * decoder) / (frames * frame), 2),
+            "first_frame": round((chunk + decoder) / drawn, 2),
+            "clip": round((chunk + frames * decoder) / (draws * drawn), 2),
         }
 
     seconds = {name: machine.seconds(cost, dtype)[0] for name, cost in costs.items()}
@@ -512,29 +518,39 @@ def _against(
     }
 
 
-def measured_ms(
-    report: Mapping[str, Any], config: ModelConfig, sampling: SamplingConfig
-) -> dict[int, float]:
-    """Measured medians of a latent frame in ms by batch size, from a report of `canvasmar-rt bench`
-    on the same model and sampling.
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What `canvasmar-rt bench` found: medians of a latent frame in ms by batch size, and how the
+    model was sampled, in which dtype (a name of `DTYPE_BYTES`), and on which device."""
+
+    frame_ms: Mapping[int, float]
+    sampling: SamplingConfig
+    dtype: str
+    device: str
+
+
+def measured(report: Mapping[str, Any], config: ModelConfig) -> Measured:
+    """A report of `canvasmar-rt bench` on the same model.
 
     Raises:
-        InputError: if it is no such report, or of another model or sampling.
+        InputError: if it is no such report, or of another model.
     """
     try:
         model, ours = report["config"]["model"], report["config"]["contestants"]["ours"]
-        drawn = ours["sampling"]
-        found = {m["batch"]: m["contestants"]["ours"]["frame_ms"]["p50"] for m in report["metrics"]}
-    except (KeyError, TypeError):
-        raise InputError("--measured: not a report that `canvasmar-rt bench -o` wrote") from None
+        int8 = ours["quantization"] == "int8"
+        dtypes = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
+        found = Measured(
+            {m["batch"]: m["contestants"]["ours"]["frame_ms"]["p50"] for m in report["metrics"]},
+            from_dict(SamplingConfig, ours["sampling"], "sampling"),
+            "int8" if int8 else dtypes[ours["arithmetic"]],
+            ours["device"],
+        )
+    except (KeyError, TypeError, ConfigError):
+        raise InputError(
+            "--measured: not a report that `canvasmar-rt bench --json` wrote"
+        ) from None
     if model != config.name:
         raise InputError(f"--measured: a report of {model}, and this is {config.name}")
-    if drawn != to_dict(sampling):
-        differing = [k for k, v in to_dict(sampling).items() if drawn.get(k) != v]
-        raise InputError(
-            f"--measured: {', '.join(differing)} differ from what is predicted here; give the "
-            "bundle that was measured, or measure with the same sampling"
-        )
     return found
 
 
@@ -553,32 +569,55 @@ def main(
     machine: Annotated[
         str, typer.Option(help=f"Comma-separated: {', '.join((*GPUS, HERE))} (measures this CPU).")
     ] = "h200",
-    dtype: Annotated[str, typer.Option(help=f"{', '.join(DTYPE_BYTES)}.")] = "fp32",
+    dtype: Annotated[
+        str | None,
+        typer.Option(help=f"{', '.join(DTYPE_BYTES)}; by default fp32, or what was measured."),
+    ] = None,
     batch: Annotated[str, typer.Option(help="Batch sizes, comma-separated.")] = "1",
     guidance: Annotated[bool, typer.Option(help="The model's guidance, or one branch.")] = True,
     dfot: Annotated[
         bool, typer.Option("--dfot", help="Compare with a DFoT in proportion.")
     ] = False,
     context: Annotated[int, typer.Option(min=1, help="Context latent frames of DFoT's chunk.")] = 2,
-    measured: Annotated[
-        Path | None, typer.Option(help="JSON of `canvasmar-rt bench`: fraction reached.")
+    measured_: Annotated[
+        Path | None,
+        typer.Option(
+            "--measured",
+            help="JSON of `canvasmar-rt bench`: fraction reached, sampled as was measured.",
+        ),
     ] = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="JSON to write.")] = None,
 ) -> None:
     """FLOPs, bytes and least time of a latent frame. All times are predicted, not measured."""
     config, sampling = _model(source)
-    if not guidance:
-        sampling = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
-    if dtype not in DTYPE_BYTES:
-        raise ConfigError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
-    batches = _batches(batch)
     names = machine.split(",")
     unknown = [name for name in names if name not in (*GPUS, HERE)]
     if unknown:
         raise ConfigError(f"--machine {unknown[0]}: not one of {', '.join((*GPUS, HERE))}")
-    if measured is not None and len(names) > 1:
-        raise ConfigError("--measured: a measurement belongs to one machine; give one --machine")
-    reached = {} if measured is None else measured_ms(_json(measured), config, sampling)
+    reached = None
+    if measured_ is not None:
+        if len(names) > 1:
+            raise ConfigError(
+                "--measured: a measurement belongs to one machine; give one --machine"
+            )
+        reached = measured(_json(measured_), config)
+        if (reached.device == "cpu") != (names == [HERE]):
+            raise InputError(
+                f"--measured {measured_}: of device {reached.device!r}; give the --machine it was "
+                f"measured on, for a CPU {HERE!r} on that machine"
+            )
+        if dtype not in (None, reached.dtype) or not guidance:
+            raise ConfigError(
+                f"--measured {measured_}: leave out --dtype and --no-guidance: it was measured "
+                f"in {reached.dtype}, as the report says"
+            )
+        sampling, dtype = reached.sampling, reached.dtype
+    if not guidance:
+        sampling = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
+    dtype = dtype or "fp32"
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
+    batches = _batches(batch)
     if output is not None:
         check_writable(output)
     baseline = _baseline(config, context) if dfot else None
@@ -589,15 +628,15 @@ def main(
             prediction = predict(
                 config, sampling, place, dtype=dtype, batch=size, baseline=baseline
             )
-            if measured is not None:
-                if size not in reached:
+            if reached is not None:
+                if size not in reached.frame_ms:
                     raise InputError(
-                        f"--measured {measured}: nothing for batch {size}, only for "
-                        f"{', '.join(map(str, reached))}"
+                        f"--measured {measured_}: nothing for batch {size}, only for "
+                        f"{', '.join(map(str, reached.frame_ms))}"
                     )
-                limit = prediction["frame"]["predicted_ms"]
-                prediction["measured_ms"] = reached[size]
-                prediction["fraction_of_roofline"] = float(f"{limit / reached[size]:.4g}")
+                limit, ms = prediction["frame"]["predicted_ms"], reached.frame_ms[size]
+                prediction["measured_ms"] = ms
+                prediction["fraction_of_roofline"] = float(f"{limit / (ms * config.group):.4g}")
             predictions.append(prediction)
             _print(config.name, prediction)
     if output is not None:
@@ -664,7 +703,8 @@ def _print(name: str, prediction: Mapping[str, Any]) -> None:
     for component, row in prediction["components"].items():
         add(component, row)
     table.add_section()
-    add("a latent frame", prediction["frame"])
+    count = prediction["latent_frames"]
+    add("a latent frame" if count == 1 else f"{count} latent frames", prediction["frame"])
     table.add_section()
     add("encoder (observe)", prediction["observe"])
     stdout.print(table)
@@ -679,7 +719,8 @@ def _print(name: str, prediction: Mapping[str, Any]) -> None:
         )  # fmt: skip
     if "measured_ms" in prediction:
         stdout.print(
-            f"measured: {prediction['measured_ms']} ms, {prediction['fraction_of_roofline']:.1%} "
+            f"measured: {prediction['measured_ms']} ms a latent frame, "
+            f"{prediction['fraction_of_roofline']:.1%} "
             f"of the limit, {KIND}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip

@@ -55,8 +55,8 @@ def _digits(value: float) -> str:
 def _spread(ratio: Mapping[str, float] | None) -> str:
     if ratio is None:
         return ""
-    half = (ratio["p95"] - ratio["p5"]) / 2 / ratio["median"]
-    return f"{ratio['median']:.3g} ±{half:.0%}"
+    median, half = ratio["median"], (ratio["p95"] - ratio["p5"]) / 2
+    return f"{median:.3g} ±{half / median:.0%}" if half else f"{median:.3g}"  # of one turn
 
 
 def as_csv(report: Mapping[str, Any]) -> str:
@@ -143,12 +143,16 @@ def _history(under: str, parts: Mapping[str, Mapping[str, float]]) -> bytes:
     """PNG: what drawing a frame costs against the latent frames of history, CanvasMAR's spatial
     part beside that of a unified model."""
     lines: dict[str, list[float]] = {}
-    for name, split in parts.items():
+
+    def length(name: str) -> int:
+        return int(name.partition("=")[2])
+
+    for name, split in sorted(parts.items(), key=lambda part: length(part[0])):
         model = "unified" if name.startswith("unified") else "CanvasMAR"
         for label, wanted in (("spatial part", ("spatial", "condition")), ("whole frame", split)):
             total = sum(split.get(part, 0.0) for part in wanted)
             lines.setdefault(f"{model}, {label}", []).append(total)
-    history = sorted({int(name.partition("=")[2]) for name in parts})
+    history = sorted({length(name) for name in parts})
     return _curves(
         "Cost of a latent frame by its history", under, "ms", history, lines,
         axis="latent frames of history",

@@ -9,6 +9,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from rich.console import Console
 
 import canvasmar_rt
 from canvasmar_rt.benchmarks.latency import machine, moving_clip, percentiles, resident_bytes
-from canvasmar_rt.benchmarks.report import COLOURS, figure_of, png
+from canvasmar_rt.benchmarks.report import COLOURS, check_matplotlib, figure_of, png
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.command import run_command, stderr_bar
 from canvasmar_rt.contact_sheet import contact_sheet
@@ -219,12 +220,14 @@ def main(
     """Hold a loop to its ticks with `step(budget_ms=...)`; ticks missed, what was drawn, memory."""
     period = 1.0 / hz if hz > 0 else 0.0
     budget = period if budget_ms is None else budget_ms / 1e3
-    count = int(seconds * hz)
-    if period <= 0 or budget <= 0 or count < 20:
+    if not (math.isfinite(seconds * hz) and period > 0 and budget > 0 and seconds * hz >= 20):
         raise ConfigError("soak: need --hz and --budget-ms above 0 and at least 20 ticks")
+    count = int(seconds * hz)
     for path in (output, plot, sheet):
         if path is not None:
             check_writable(path)
+    if plot is not None:
+        check_matplotlib()
     predictor = canvasmar_rt.load(model, engine=engine, device=device, threads=threads)
     if sheet is not None:
         write_png(sheet, rungs_sheet(predictor))

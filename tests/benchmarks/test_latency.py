@@ -25,7 +25,7 @@ from canvasmar_rt.benchmarks.latency import (
 )
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import ModelConfig, preset
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.rollout import Predictor
 
 
@@ -69,6 +69,35 @@ def test_a_frame_is_the_time_between_pixels() -> None:
     assert found["pixel_frames_per_second"] == pytest.approx(200.0)
     assert found["component_ms"] == {"flow": 10.0, "noise": 1.0}
     assert found["outside_engine_share"] == pytest.approx(0.05)
+
+
+def test_frames_that_are_ready_at_once_share_their_time() -> None:
+    pairs = Played((0.2, 0.2, 0.3, 0.3), None, {})
+    found = summary([pairs], 8, chunked=False)
+    assert found["frame_ms"]["p50"] == pytest.approx(75.0)
+    assert found["first_frame_ms"]["p50"] == pytest.approx(200.0)
+
+
+def test_one_turn_has_no_spread() -> None:
+    once, ours = [Played((0.4,), None, {})], [Played((0.2,), None, {})]
+    assert report._spread(ratios(once, ours)["clip"]) == "2"
+    assert report._spread(ratios(once * 2, ours + once)["clip"]) == "1.5 ±30%"
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_anything_is_measured(
+    predictor: Predictor,
+) -> None:
+    said: list[str] = []
+    with pytest.raises(InputError, match="bench: batch 1000 is outside"):
+        bench(predictor, BenchOptions(batches=(1, 1000)), {}, lambda what, *_: said.append(what))
+    assert said == []
+
+
+def test_windows_are_drawn_in_order() -> None:
+    """In whatever order they were measured."""
+    parts = {f"history={n}": {"spatial": 1.0 + n, "canvas": 2.0} for n in (1, 2, 8)}
+    swapped = dict(reversed(parts.items()))
+    assert report._history("x", parts) == report._history("x", swapped)
 
 
 def test_a_chunk_has_one_rate() -> None:

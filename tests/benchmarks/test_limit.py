@@ -18,19 +18,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
-from canvasmar_rt.benchmarks.dfot import DfotConfig
+from canvasmar_rt.benchmarks.dfot import DfotConfig, dfot_for
 from canvasmar_rt.benchmarks.dfot_model import evaluation_flops, parameters
 from canvasmar_rt.benchmarks.limit import (
     GPUS,
     Baseline,
     Cost,
     Machine,
+    Measured,
     app,
     dfot_cost,
     encoder_cost,
     frame_costs,
     here,
-    measured_ms,
+    measured,
     predict,
 )
 from canvasmar_rt.bundle import Bundle
@@ -299,30 +300,60 @@ def test_this_machine_is_measured() -> None:
     assert machine.on_chip >= 0
 
 
-def bench_report(sampling: SamplingConfig, model: str = "bair") -> dict[str, object]:
+def bench_report(
+    sampling: SamplingConfig, model: str = "bair", **ours: str
+) -> dict[str, dict[str, object]]:
+    told = {"arithmetic": "bfloat16", "quantization": "none", "device": "cuda"} | ours
+    told |= {"sampling": to_dict(sampling)}
     return {
-        "config": {"model": model, "contestants": {"ours": {"sampling": to_dict(sampling)}}},
+        "config": {"model": model, "contestants": {"ours": told}},
         "metrics": [{"batch": 4, "contestants": {"ours": {"frame_ms": {"p50": 160.0}}}}],
-    }
+    }  # type: ignore[dict-item]
 
 
-def test_a_measurement_must_fit() -> None:
+def test_a_measurement_says_how_it_was_made() -> None:
     config, sampling = preset("bair")
-    assert measured_ms(bench_report(sampling), config, sampling) == {4: 160.0}
-    with pytest.raises(InputError, match="a report of ucf101"):
-        measured_ms(bench_report(sampling, "ucf101"), config, sampling)
     other = dataclasses.replace(sampling, ar_steps=2)
-    with pytest.raises(InputError, match="ar_steps differ"):
-        measured_ms(bench_report(other), config, sampling)
+    assert measured(bench_report(other), config) == Measured({4: 160.0}, other, "bf16", "cuda")
+    int8 = measured(bench_report(sampling, arithmetic="float32", quantization="int8"), config)
+    assert int8.dtype == "int8"
+    with pytest.raises(InputError, match="a report of ucf101"):
+        measured(bench_report(sampling, "ucf101"), config)
     with pytest.raises(InputError, match="not a report"):
-        measured_ms({"metrics": []}, config, sampling)
+        measured({"metrics": []}, config)
+
+
+def test_the_committed_reports_can_be_compared() -> None:
+    """Also those from before a sampling option was there."""
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
+    found = measured(
+        json.loads((results / "kinetics600_full_cpu.json").read_text()), preset("kinetics600")[0]
+    )
+    assert (found.dtype, found.device, found.sampling.ar_steps) == ("bf16", "cpu", 10)
+    found = measured(
+        json.loads((results / "toytable_int8_cpu.json").read_text()),
+        Bundle.open("toytable-int8").manifest.model,
+    )
+    assert (found.dtype, found.sampling.ar_steps) == ("int8", 1)
+
+
+def test_a_group_is_several_frames() -> None:
+    """Of a model that draws two frames at once a clip of four takes two draws."""
+    pair, sampling = preset("toytable_next_2")
+    chunk = Baseline(config=dfot_for(pair), predicted=4)
+    told = predict(pair, sampling, GPUS["h100"], dtype="fp32", batch=1, baseline=chunk)
+    assert told["latent_frames"] == 2
+    row = told["dfot"]["conditional"]
+    decoder = told["components"]["decoder"]["flops"] / 2
+    want = (row["chunk"]["flops"] + 4 * decoder) / (2 * told["frame"]["flops"])
+    assert row["work_over_ours"]["clip"] == pytest.approx(want, abs=0.01)
 
 
 def test_command(tmp_path: Path) -> None:
     sampling = preset("bair")[1]
     (tmp_path / "bench.json").write_text(json.dumps(bench_report(sampling)))
     output = tmp_path / "limit.json"
-    arguments = ["bair", "--machine", "h100", "--dtype", "fp32", "--batch", "4", "-o", str(output)]
+    arguments = ["bair", "--machine", "h100", "--batch", "4", "-o", str(output)]
     command = [sys.executable, "-m", "canvasmar_rt.benchmarks.limit", *arguments]
     done = subprocess.run(
         [*command, "--measured", str(tmp_path / "bench.json")],
@@ -330,7 +361,7 @@ def test_command(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "predicted (roofline)" in " ".join(done.stdout.split())
     prediction = json.loads(output.read_text())["predictions"][0]
-    expected = predict(*preset("bair"), GPUS["h100"], dtype="fp32", batch=4)
+    expected = predict(*preset("bair"), GPUS["h100"], dtype="bf16", batch=4)
     assert {k: prediction[k] for k in expected} == expected
     assert prediction["fraction_of_roofline"] == pytest.approx(
         expected["frame"]["predicted_ms"] / 160.0, rel=1e-3
@@ -351,6 +382,24 @@ def test_command(tmp_path: Path) -> None:
 )
 def test_mistakes(arguments: list[str], message: str) -> None:
     found = CliRunner().invoke(app, arguments).exception
+    assert isinstance(found, CanvasMarError)
+    assert message in str(found)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--machine", "here"], "of device 'cuda'"),
+        (["--dtype", "fp32"], "it was measured in bf16"),
+        (["--no-guidance"], "it was measured in bf16"),
+    ],
+)
+def test_a_measurement_of_something_else(
+    arguments: list[str], message: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "bench.json"
+    path.write_text(json.dumps(bench_report(preset("bair")[1])))
+    found = CliRunner().invoke(app, ["bair", "--measured", str(path), *arguments]).exception
     assert isinstance(found, CanvasMarError)
     assert message in str(found)
 
