@@ -209,6 +209,7 @@ class Manifest:
         for sampling in (self.sampling, self.fast):
             if sampling is not None:
                 set_sizes(self.model.tokens, sampling.ar_steps)
+                self.require_flow(sampling)
 
 
 def _brief(values: tuple[float, ...]) -> str:
@@ -340,7 +341,7 @@ class Bundle:
             raise BundleError(f"{self.path}: {name} is not part of this bundle; export it again")
         try:
             return load_file(_inside(self.path, name))
-        except (SafetensorError, OSError, ValueError, KeyError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise BundleError(
                 f"{self.path}: {name} cannot be read ({error}); export or copy it again"
             ) from None

@@ -286,7 +286,7 @@ def verify(
         stdout.print(table)
         stdout.print(
             f"rollout of {len(report['drift'])} frames: largest difference "
-            f"{max(report['drift']):.2e} (tolerance {report['drift_tolerance']:.0e}), "
+            f"{report['largest_drift']:.2e} (tolerance {report['drift_tolerance']:.0e}), "
             f"{report['flipped_orders']} frames with a near tie in the token order\n"
             f"within tolerance on {report['engine']}/{report['device']}",
             highlight=False,
@@ -350,12 +350,13 @@ def export(
     from canvasmar_rt.models.checkpoint import load_checkpoint
     from canvasmar_rt.models.families import build
 
-    if source in PRESETS:
-        config, base = preset(source)
-        model, origin = build(config, seed), f"preset {source}, random weights, seed {seed}"
-    else:
+    model = None
+    if Path(source).is_dir():  # also of a preset's name
         model, base = load_checkpoint(Path(source))
-        origin = f"checkpoint {Path(source).name}"
+        origin = f"checkpoint {Path(source).resolve().name}"
+    else:
+        config, base = preset(source)
+        origin = f"preset {source}, random weights, seed {seed}"
     sampling = _sampling(
         base, ar_steps=steps, flow_steps=flow_steps, solver=solver, order=order,
         temporal_guidance=temporal_guidance, canvas_guidance=canvas_guidance,
@@ -367,7 +368,13 @@ def export(
     )  # fmt: skip
     with _steps_shown(quiet or json_) as progress:
         bundle = export_bundle(
-            model, sampling, output, options, source=origin, force=force, progress=progress
+            model or build(config, seed),
+            sampling,
+            output,
+            options,
+            source=origin,
+            force=force,
+            progress=progress,
         )
     parity = bundle.manifest.parity
     assert parity is not None
@@ -380,8 +387,9 @@ def export(
         }))  # fmt: skip
     elif not quiet:
         stdout.print(
-            f"{escape(str(output))}: {len(bundle.manifest.components)} graphs, {size / 1e6:.1f} MB"
-            f"\nparity with PyTorch ({escape(parity.engine)}): components within {worst:.1e}, "
+            f"{escape(str(output))}: {len(bundle.manifest.components)} graphs, "
+            f"{size / 1e6:.1f} MB, from {escape(origin)}\n"
+            f"parity with PyTorch ({escape(parity.engine)}): components within {worst:.1e}, "
             f"{len(parity.drift)}-frame rollout within {max(parity.drift):.1e}",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -628,6 +636,8 @@ def bench(
         "profile": profile,
     }
     loading |= _engine_options(engine_option)
+    if preset_ is not None and model is not None:
+        raise ConfigError("bench: give --model or --preset, not both")
     with ExitStack() as stack:
         source: str | Path = _model(model, device)
         if preset_ is not None:
@@ -661,6 +671,7 @@ def bench(
                     task, description=what, completed=done, total=total
                 ),
             )  # fmt: skip
+    measured["config"]["loading"] = loading
     if json_ is not None:
         write_file(json_, json.dumps(measured, indent=1) + "\n")
     if csv is not None:

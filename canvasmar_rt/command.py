@@ -24,6 +24,9 @@ stderr = Console(stderr=True, emoji=False)
 def run_command(app: typer.Typer) -> None:
     """Run a command line; a user's mistake is one line on stderr and exit status 2."""
     signal.signal(signal.SIGTERM, _terminate)  # so that temporary files are removed
+    hangup = getattr(signal, "SIGHUP", None)  # when a terminal goes; nohup has it ignored
+    if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
+        signal.signal(hangup, _terminate)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
             stream.reconfigure(errors="backslashreplace")

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -275,7 +276,8 @@ class SamplingConfig:
     `frame_noise` is r of eq. 11, `canvas_noise` r' of eq. 12, guidance scales are w_t and w_s of
     eq. 8, `temperature` scales the Gumbel noise of the order. `flow_temperature` scales the flow's
     noise; it goes linearly from the first number, at the start of a video, to the second, from
-    latent frame `temperature_frames` on (VideoMAR's progressive temperature)."""
+    latent frame `temperature_frames` on (VideoMAR's progressive temperature); a group's is that of its
+    first frame."""
 
     ar_steps: int = 4
     flow_steps: int = 30
@@ -290,6 +292,11 @@ class SamplingConfig:
     temperature_frames: int = 16
 
     def __post_init__(self) -> None:
+        hints = typing.get_type_hints(SamplingConfig)
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = _coerce(hints[field.name], value, f"sampling: {field.name}")
+            object.__setattr__(self, field.name, value)
         _require(
             1 <= self.ar_steps <= LARGEST,
             f"sampling: ar_steps must lie in 1..{LARGEST}, got {self.ar_steps}",
@@ -297,14 +304,6 @@ class SamplingConfig:
         _require(
             1 <= self.flow_steps <= 1000,
             f"sampling: flow_steps must lie in 1..1000, got {self.flow_steps}",
-        )
-        _require(
-            self.solver in typing.get_args(Solver),
-            f"sampling: solver must be one of {typing.get_args(Solver)}, got {self.solver!r}",
-        )
-        _require(
-            self.order in typing.get_args(Order),
-            f"sampling: order must be one of {typing.get_args(Order)}, got {self.order!r}",
         )
         for name in ("frame_noise", "canvas_noise"):
             value = getattr(self, name)
@@ -321,10 +320,9 @@ class SamplingConfig:
             f"sampling: temperature_frames must lie in 1..{LARGEST}, got {self.temperature_frames}",
         )
 
-    @property
-    def guided(self) -> bool:
+    def guided(self, *, has_canvas: bool) -> bool:
         """Whether more than the conditional branch is computed."""
-        return (self.temporal_guidance, self.canvas_guidance) != (1.0, 1.0)
+        return self.temporal_guidance != 1.0 or (has_canvas and self.canvas_guidance != 1.0)
 
 
 def to_dict(config: Any) -> dict[str, Any]:
@@ -379,13 +377,15 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         _require(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
         return {str(k): _coerce(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     if hint is float:
-        ok = isinstance(value, (int, float)) and not isinstance(value, bool)
+        ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
         _require(ok, f"{where}: expected a number, got {value!r}")
         try:
             return float(value)
         except OverflowError:
             raise ConfigError(f"{where}: expected a number, got one too large") from None
-    ok = isinstance(value, hint) and not (hint is int and isinstance(value, bool))
+    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+        return int(value)  # also of NumPy
+    ok = isinstance(value, hint) and hint is not int
     _require(ok, f"{where}: expected {hint.__name__}, got {value!r}")
     return value
 

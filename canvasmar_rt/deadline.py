@@ -25,7 +25,9 @@ MARGIN = 1.25
 FEWEST_FLOW_STEPS = 3
 
 
-def ladder(sampling: SamplingConfig, *, unrolled: bool = False) -> tuple[SamplingConfig, ...]:
+def ladder(
+    sampling: SamplingConfig, *, unrolled: bool = False, has_canvas: bool = True
+) -> tuple[SamplingConfig, ...]:
     """Sampling options from `sampling` down to one AR step of few flow steps without guidance, each
     about half as dear as the one before. Flow steps go first: they cost most and are missed least.
     `unrolled` graphs have a fixed number of them."""
@@ -35,7 +37,7 @@ def ladder(sampling: SamplingConfig, *, unrolled: bool = False) -> tuple[Samplin
         rungs.append(dataclasses.replace(rungs[-1], flow_steps=fewer))
     while rungs[-1].ar_steps > 1:
         rungs.append(dataclasses.replace(rungs[-1], ar_steps=rungs[-1].ar_steps // 2))
-    if rungs[-1].guided:
+    if rungs[-1].guided(has_canvas=has_canvas):
         rungs.append(dataclasses.replace(rungs[-1], temporal_guidance=1.0, canvas_guidance=1.0))
     return tuple(rungs)
 
@@ -64,7 +66,11 @@ class Deadlines:
     """The latency table of a rollout and its choices."""
 
     def __init__(
-        self, levels: Sequence[SamplingConfig | None], times: Sequence[Sequence[Timed]]
+        self,
+        levels: Sequence[SamplingConfig | None],
+        times: Sequence[Sequence[Timed]],
+        *,
+        has_canvas: bool = True,
     ) -> None:
         """`levels` from the best to the cheapest, None for the canvas alone; `times` of each, as
         measured on this machine in as many frames.
@@ -84,7 +90,7 @@ class Deadlines:
             Rung(
                 level.ar_steps if level else 0,
                 level.flow_steps if level else 0,
-                level is not None and level.guided,
+                level is not None and level.guided(has_canvas=has_canvas),
                 float(np.quantile(row, 0.5)),
                 float(np.quantile(row, 0.99)),
             )

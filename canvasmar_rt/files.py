@@ -16,26 +16,47 @@ from canvasmar_rt.errors import InputError
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A temporary name beside `target`, which takes its place once the body has succeeded."""
+    """A temporary name beside `target`, which takes its place once the body has succeeded. A link
+    stays one: the file it leads to is replaced.
+
+    Raises:
+        OSError: if `target` is something else than a file, such as a device, which would be gone.
+    """
+    target = Path(os.path.realpath(target))
+    if target.exists() and not target.is_file():
+        raise OSError("it is a directory" if target.is_dir() else "it is a device or a pipe")
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
         temporary.touch()
-        mode = temporary.stat().st_mode
         yield temporary
-        temporary.chmod(mode)  # safetensors makes files that only their owner can read
+        as_new(temporary)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def as_new(path: Path) -> None:
+    """Give a file or folder the mode of any new one: safetensors and tempfile make theirs for their
+    owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def write_file(path: Path, data: str | bytes) -> None:
-    """Write a file whole or not at all; its folder is made.
+    """Write a file whole or not at all; its folder is made. A device or a pipe, such as
+    /dev/stdout, is written to.
 
     Raises:
         InputError: if it cannot be written.
     """
-    with refusals(path), replacing(path) as temporary:
-        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+    raw = data.encode() if isinstance(data, str) else data
+    with refusals(path):
+        if _is_stream(path):
+            path.write_bytes(raw)
+            return
+        with replacing(path) as temporary:
+            temporary.write_bytes(raw)
 
 
 def check_writable(path: Path) -> None:
@@ -44,9 +65,16 @@ def check_writable(path: Path) -> None:
     Raises:
         InputError: if it cannot be.
     """
-    with refusals(path), tempfile.TemporaryFile(dir=path.parent):
+    with refusals(path):
         if path.is_dir():
             raise IsADirectoryError("it is a directory")
+        if not _is_stream(path):
+            tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
+
+
+def _is_stream(path: Path) -> bool:
+    """Whether this is a device or a pipe."""
+    return path.exists() and not path.is_file() and not path.is_dir()
 
 
 @contextmanager

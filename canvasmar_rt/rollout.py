@@ -32,7 +32,7 @@ R = TypeVar("R")
 
 MEASURED_FRAMES = 40
 """Of each rung of the ladder, at warm-up."""
-LATEST = 2**62
+LATEST = 2**40
 """Of a clock: frames may be counted on from it in 64 bits."""
 
 
@@ -216,7 +216,7 @@ class Rollout:
         self._streams = tuple(rest)
         if not isinstance(clock, (int, np.integer)) or not 0 <= clock < LATEST:
             raise ConfigError(
-                f"clock must be an integer in [0, 2**62), got {clock!r}; to be seated, a context "
+                f"clock must be an integer in [0, 2**40), got {clock!r}; to be seated, a context "
                 "may have no more latent frames than the batch has come to"
             )
         self._time = int(clock)
@@ -417,7 +417,8 @@ class Rollout:
             frame=frame,
             ar_steps=sampling.ar_steps if sampling else 0,
             flow_steps=sampling.flow_steps if sampling else 0,
-            guided=sampling is not None and sampling.guided,
+            guided=sampling is not None
+            and sampling.guided(has_canvas=self.config.canvas and not from_nothing),
             deadline_met=None,
             timings=clock.timings,
         )
@@ -736,7 +737,7 @@ class Rollout:
             )
         if len(self._levels) == 1:
             unrolled = self.predictor.bundle.manifest.unrolled
-            rungs = ladder(self.sampling, unrolled=unrolled)
+            rungs = ladder(self.sampling, unrolled=unrolled, has_canvas=self.config.canvas)
             for rung in rungs[self._program.levels :]:  # all but the first, or what was left
                 self._program.add_level(rung)
             self._levels = (*rungs, None) if self.config.canvas else rungs
@@ -754,7 +755,7 @@ class Rollout:
         except BaseException:
             self._interrupted = True  # it may be some frames on
             raise
-        self._deadlines = Deadlines(self._levels, times)
+        self._deadlines = Deadlines(self._levels, times, has_canvas=self.config.canvas)
 
     def _warm_program(self) -> None:
         self._enter()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Collection, Mapping
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -198,6 +199,14 @@ def first_step_branches(inputs: Mapping[str, Float32], components: Collection[st
     last."""
     nothing = not (inputs["temporal_on"][-1] or inputs["canvas_on"][-1])
     return len(inputs["branch_weight"]) - int(nothing and "unconditional" in components)
+
+
+def order_noise(noise: Any, ar_steps: int) -> Any:
+    """Of the order's noise (B, [J,] K, N), of NumPy or PyTorch, what a rollout of so many AR steps
+    (at most K) draws, the first numbers of every row: (B, [J,] ar_steps, N), a view."""
+    *group, _, tokens = noise.shape[1:]
+    rows = noise.reshape(len(noise), -1)[:, : math.prod(group) * ar_steps * tokens]
+    return rows.reshape(len(noise), *group, ar_steps, tokens)
 
 
 def time_rotation(time: int, pairs: int) -> Float32:

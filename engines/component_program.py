@@ -37,6 +37,7 @@ from canvasmar_rt.schedule import (
     branch_inputs,
     first_step_branches,
     generation_order,
+    order_noise,
     solver_inputs,
 )
 
@@ -385,7 +386,7 @@ class ComponentProgram:
     ) -> Int64:
         """The order in which this frame's tokens are drawn."""
         if order is None:
-            gumbel = self.noise.order[..., : len(level.steps), :]
+            gumbel = order_noise(self.noise.order, len(level.steps))
             generation_order(staticness, gumbel, level.sampling, self._order)
         else:
             self._order[:] = order

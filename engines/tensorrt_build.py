@@ -125,7 +125,11 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
     taken = [manifest.sampling]
     if component != OPTIONAL:
         whole = (manifest.profile(), manifest.sampling)
-        taken = [rung for top in whole for rung in ladder(top, unrolled=manifest.unrolled)]
+        taken = [
+            rung
+            for top in whole
+            for rung in ladder(top, unrolled=manifest.unrolled, has_canvas=manifest.model.canvas)
+        ]
     default = taken[0]
 
     def drawn(sampling: SamplingConfig) -> list[dict[str, int]]:

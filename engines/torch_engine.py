@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from typing import cast as typed
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from canvasmar_rt.bundle import Bundle
@@ -46,7 +47,12 @@ def load_model(bundle: Bundle) -> FrameModel:
     state: dict[str, torch.Tensor] = {}
     for name in bundle.manifest.files:
         if name.endswith("/model.safetensors"):
-            tensors = load_file(bundle.path / name)
+            try:
+                tensors = load_file(bundle.path / name)
+            except (SafetensorError, OSError) as error:
+                raise BundleError(
+                    f"{bundle.path}: {name} cannot be read ({error}); export or copy it again"
+                ) from None
             scales = {k: tensors.pop(k) for k in list(tensors) if k.endswith(SCALE)}
             for key, tensor in tensors.items():
                 plain = key.removesuffix(TRANSPOSED)

@@ -41,6 +41,7 @@ from canvasmar_rt.schedule import (
     ar_steps,
     branch_inputs,
     first_step_branches,
+    order_noise,
     order_temperatures,
     solver_inputs,
 )
@@ -349,7 +350,7 @@ class TorchProgram:
         have = {**x, **self._told[0], **level.fixed, **level.branches[has_canvas]}
         have |= {**self._work, **self._state}
         staticness = out["staticness"] if has_canvas else None
-        gumbel = x["order_noise"][..., : len(level.steps), :]
+        gumbel = order_noise(x["order_noise"], len(level.steps))
         drawn = draw_order(staticness, gumbel, level.sampling, level.steps)
         order = torch.where(x["own_order"] > 0, drawn, x["order"])
         out["order"].copy_(order)

@@ -47,11 +47,17 @@ from canvasmar_rt.engines.torch_engine import PART, SCALE, TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
 from canvasmar_rt.export.card import model_card
-from canvasmar_rt.export.quantize import as_product, quantize_products, quantize_weight
-from canvasmar_rt.files import refusals
+from canvasmar_rt.export.quantize import (
+    as_product,
+    computes_in_int8,
+    quantize_products,
+    quantize_weight,
+)
+from canvasmar_rt.files import as_new, refusals
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
+from canvasmar_rt.schedule import flow_plan
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
     "fp32": ("float32", torch.float32),
@@ -105,6 +111,8 @@ class ExportOptions:
                 f"{self.quantize} quantises float32 graphs: leave --dtype {self.dtype} out (with "
                 "--weights fp16 the weights that stay in floating point are stored in fp16)"
             )
+        if not 0 <= self.seed < 2**63:
+            raise ConfigError(f"seed must lie in [0, 2**63), got {self.seed}")
         if self.drift_frames < 1:
             raise ConfigError(f"drift_frames must be >= 1, got {self.drift_frames}")
         if not self.opset:
@@ -139,22 +147,28 @@ def export_bundle(
     been measured within tolerance, or not at all.
 
     Raises:
-        BundleError: if `output` exists and `force` is not given, or a graph holds an operator
+        BundleError: if something is at `output` (but for an empty folder, and with `force` a
+            bundle), at the start or at the end, or a graph holds an operator
             TensorRT does not take.
+        ConfigError: if options do not go together, or nothing is large enough for int8.
         InputError: if it cannot be written.
         ParityError: if a component or a rollout is further from PyTorch than the tolerance.
     """
-    if output.exists() and not force:
-        raise BundleError(f"{output} exists; give another --output, or --force to replace it")
-    if output.exists() and not (output / MANIFEST).is_file():
-        raise BundleError(f"{output} is not a bundle, so --force does not replace it")
+    _check_free(output, force)
+    evaluations = {len(flow_plan(s).time) for s in (sampling, options.fast) if s is not None}
+    if options.unroll and len(evaluations) > 1:
+        raise ConfigError(
+            "unroll fixes the evaluations of the flow head: the fast profile needs the solver and "
+            "the flow steps of the default one"
+        )
     output = output.resolve()
     with refusals(output):
         work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
         try:
-            os.chmod(work, 0o755)
+            as_new(work)
             _write(model, sampling, work, options, source, progress)
-            if output.exists():
+            _check_free(output, force)  # another may have come meanwhile
+            if _taken(output):
                 old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
                 os.replace(output, old / output.name)
                 try:
@@ -170,6 +184,19 @@ def export_bundle(
             shutil.rmtree(work, ignore_errors=True)
             raise
     return Bundle.open(output)
+
+
+def _taken(output: Path) -> bool:
+    """Whether something is there; an empty folder is nothing."""
+    return output.exists() and not (output.is_dir() and not any(output.iterdir()))
+
+
+def _check_free(output: Path, force: bool) -> None:
+    """Raise `BundleError` if a bundle may not take this place."""
+    if _taken(output) and not (output / MANIFEST).is_file():
+        raise BundleError(f"{output} exists and is not a bundle; give another --output")
+    if _taken(output) and not force:
+        raise BundleError(f"{output} exists; give another --output, or --force to replace it")
 
 
 def _write(
@@ -189,6 +216,11 @@ def _write(
     narrowed = dtype != torch.float32
     cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
     graphs = trace(cast_model, sampling, options, progress)
+    if options.quantize != "none" and not any(map(computes_in_int8, graphs.values())):
+        raise ConfigError(
+            f"quantize {options.quantize}: no product of this model is large enough; leave "
+            "--quantize out"
+        )
     progress("writing graphs and weights")
     files = write_graphs(
         graphs,
@@ -235,7 +267,7 @@ def _write(
         progress=progress,
     )
     manifest = dataclasses.replace(manifest, parity=certificate)
-    (work / "README.md").write_text(model_card(manifest, options.card))
+    (work / "README.md").write_text(model_card(manifest, options.card), encoding="utf-8")
     manifest = dataclasses.replace(manifest, files=_hashes(work, [*files, *golden, "README.md"]))
     write_manifest(work, manifest)
     problems = parity.failures(certificate)
@@ -538,7 +570,7 @@ def write_graphs(
         (work / home).mkdir(exist_ok=True)
         path = f"{home}/model.safetensors"
         save_file(tensors, work / path)
-        os.chmod(work / path, 0o644)  # safetensors writes files only their owner can read
+        as_new(work / path)
         written.append(path)
         places |= _places(work, path)
     for label, proto in graphs.items():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 
 import numpy as np
@@ -14,6 +13,7 @@ from canvasmar_rt.bundle import Bundle, Difference, Parity
 from canvasmar_rt.components import MASKED, TensorSpec, components
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines import create
+from canvasmar_rt.files import as_new
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.graphs import graph
@@ -108,7 +108,7 @@ def measure(
 
 def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
     save_file({k: np.require(v, requirements="C") for k, v in tensors.items()}, bundle.path / name)
-    os.chmod(bundle.path / name, 0o644)  # safetensors writes files only their owner can read
+    as_new(bundle.path / name)
 
 
 def failures(parity: Parity) -> list[str]:
@@ -270,7 +270,7 @@ def _worse(a: Difference | None, b: Difference) -> Difference:
     if a is None:
         return b
     return Difference(
-        max_abs=max(a.max_abs, b.max_abs),
-        relative=max(a.relative, b.relative),
-        cosine=min(a.cosine, b.cosine),
+        max_abs=float(np.maximum(a.max_abs, b.max_abs)),  # NaN, if either is
+        relative=float(np.maximum(a.relative, b.relative)),
+        cosine=float(np.minimum(a.cosine, b.cosine)),
     )

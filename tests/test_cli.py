@@ -281,7 +281,7 @@ def test_a_tampered_bundle_is_refused(tmp_path: Path) -> None:
     assert "flow/model.safetensors does not match its sha256" in done.stderr
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
     process = subprocess.Popen(
         [*COMMAND, "predict", str(DEMO_CLIP), "-o", "x.mp4", "--frames", "100000"],

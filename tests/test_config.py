@@ -6,6 +6,7 @@ import dataclasses
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 
 from canvasmar_rt.config import (
@@ -302,8 +303,22 @@ def test_no_widths_with_patch_one() -> None:
         ("canvas_guidance", float("inf")),
         ("temperature", -0.5),
         ("temperature", float("nan")),
+        ("ar_steps", 2.0),
+        ("flow_steps", True),
+        ("temporal_guidance", "1.0"),
+        ("flow_temperature", (0.5,)),
+        ("flow_temperature", (0.5, 0.5, 0.5)),
+        ("flow_temperature", 0.5),
     ],
 )
 def test_bad_sampling_values_are_named(name: str, value: Any) -> None:
     with pytest.raises(ConfigError, match=name):
         SamplingConfig(**{name: value})
+
+
+def test_sampling_values_of_other_types_are_the_same() -> None:
+    given = SamplingConfig(
+        ar_steps=np.int64(2), temporal_guidance=1, flow_temperature=[1, np.float32(0.5)]
+    )  # type: ignore[arg-type]
+    assert given == SamplingConfig(ar_steps=2, temporal_guidance=1.0, flow_temperature=(1.0, 0.5))
+    assert type(given.ar_steps) is int

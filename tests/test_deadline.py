@@ -13,14 +13,14 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.deadline import HICCUP_FRAMES, MARGIN, PACE_FRAMES, Deadlines, Timed, ladder
 from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError
-from canvasmar_rt.rollout import Predictor, Rollout
+from canvasmar_rt.rollout import LATEST, Predictor, Rollout
 
 PAPER = SamplingConfig(ar_steps=4, flow_steps=30)
 LEVELS = (PAPER, dataclasses.replace(PAPER, flow_steps=10), None)
 
 
 def steps(levels: tuple[SamplingConfig, ...]) -> list[tuple[int, int, bool]]:
-    return [(level.ar_steps, level.flow_steps, level.guided) for level in levels]
+    return [(level.ar_steps, level.flow_steps, level.guided(has_canvas=True)) for level in levels]
 
 
 def test_the_ladder_leads_to_one_cheap_step() -> None:
@@ -106,7 +106,7 @@ def test_a_level_draws_what_a_rollout_of_its_own_would(
         np.testing.assert_array_equal(got.latent, want.latent)
         np.testing.assert_array_equal(got.frames, want.frames)
         assert (got.ar_steps, got.flow_steps) == (sampling.ar_steps, sampling.flow_steps)
-        assert got.guided == sampling.guided
+        assert got.guided == sampling.guided(has_canvas=True)
 
 
 def test_without_time_the_canvas_is_the_frame(predictor: Predictor, rollout: Rollout) -> None:
@@ -149,9 +149,37 @@ def test_a_budget_needs_its_table(predictor: Predictor, clip: np.ndarray) -> Non
 def test_a_model_without_canvas_goes_down_to_one_step(
     bundles: Callable[[str], Bundle], clip: np.ndarray
 ) -> None:
-    rollout = canvasmar_rt.load(bundles("no-canvas").path).start(clip)
+    predictor = canvasmar_rt.load(bundles("no-canvas").path)
+    rollout = predictor.start(clip)
     rollout.warmup(deadlines=True)
     assert rollout.step(budget_ms=1e-6).ar_steps == 1
+    # guidance of a canvas that is not there is none, and no rung does without it
+    plain = dataclasses.replace(predictor.sampling, temporal_guidance=1.0, canvas_guidance=1.5)
+    rollout = predictor.start(clip, sampling=plain)
+    rollout.warmup(deadlines=True)
+    assert {rung.guided for rung in rollout.latency} == {False}
+    assert len({(rung.ar_steps, rung.flow_steps) for rung in rollout.latency}) == len(
+        rollout.latency
+    )
+    assert not rollout.step().guided
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_a_level_of_groups_draws_what_a_rollout_of_its_own_would(
+    bundles: Callable[[str], Bundle], clip: np.ndarray, engine: str
+) -> None:
+    """Every frame of a group has the order that its AR steps are drawn in."""
+    predictor = canvasmar_rt.load(bundles("next-group").path, engine=engine)
+    levels = ladder(predictor.sampling)
+    assert {level.ar_steps for level in levels} == {3, 1}
+    rollout = predictor.start(clip, seed=9)
+    rollout.warmup(deadlines=True)
+    for level, sampling in enumerate(levels):
+        want = predictor.start(clip, seed=9, sampling=sampling).step()
+        rollout.reset()
+        got = rollout._step(None, level=level)
+        np.testing.assert_array_equal(got.order, want.order)
+        np.testing.assert_allclose(got.latent, want.latent, atol=1e-5)
 
 
 def test_the_canvas_is_there_early(rollout: Rollout) -> None:
@@ -236,10 +264,11 @@ def test_levels_an_engine_refuses_leave_the_rollout_as_it_was(
 
 def test_the_clock_does_not_matter_to_what_was_seen(predictor: Predictor, clip: np.ndarray) -> None:
     """Times enter the model by their differences: the canvas, before any noise of the frame's own
-    order, is the same a million frames later."""
+    order, is the same as late as a clock may be."""
     quiet = dataclasses.replace(predictor.sampling, frame_noise=0.0, canvas_noise=0.0)
-    early, late = (predictor.start(clip, sampling=quiet, clock=t).step() for t in (0, 10**6))
-    assert late.frame == 10**6 + early.frame
+    most = LATEST - 1
+    early, late = (predictor.start(clip, sampling=quiet, clock=t).step() for t in (0, most))
+    assert late.frame == most + early.frame
     np.testing.assert_allclose(late.canvas, early.canvas, atol=1e-4)
 
 

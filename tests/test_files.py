@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,35 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
                 attempt(path)
             assert str(error.value).startswith(f"{path}: ")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
+
+
+def test_links_lead_to_the_file_that_is_written(tmp_path: Path) -> None:
+    real, link = tmp_path / "a" / "real", tmp_path / "link"
+    real.parent.mkdir()
+    real.write_text("before")
+    link.symlink_to(real)
+    check_writable(link)
+    write_file(link, "after")
+    assert link.is_symlink()
+    assert real.read_text() == "after"
+    assert list(real.parent.iterdir()) == [real]
+
+
+def test_a_pipe_is_written_to(tmp_path: Path) -> None:
+    """And stays one: nothing takes the place of a device."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        check_writable(pipe)
+        write_file(pipe, "text")
+        assert os.read(reader, 100) == b"text"
+        with pytest.raises(OSError, match="it is a device or a pipe"), replacing(pipe):
+            pass
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert list(tmp_path.iterdir()) == [pipe]
 
 
 @pytest.mark.parametrize("error", [OSError, SafetensorError])

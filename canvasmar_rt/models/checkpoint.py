@@ -14,9 +14,10 @@ from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError
 from canvasmar_rt.files import replacing
 from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.families import build
+from canvasmar_rt.models.families import FAMILIES, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 RUN_FILE = "run.json"
 """What a training run leaves beside its checkpoints."""
 
@@ -83,8 +84,8 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
     Raises:
         BundleError: naming the tensor that is missing, unknown, of the wrong shape or not finite.
     """
-    model = build(config)
-    want = model.state_dict()
+    with torch.device("meta"):  # no memory is asked for before the shapes fit
+        want = FAMILIES[config.family](config).state_dict()
     for name in sorted(want.keys() - state.keys()):
         raise BundleError(f"{where}: tensor {name} is missing")
     for name in sorted(state.keys() - want.keys()):
@@ -95,11 +96,17 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
                 f"{where}: tensor {name} has shape {tuple(tensor.shape)}, expected "
                 f"{tuple(want[name].shape)}"
             )
+        if tensor.dtype not in FLOATS:
+            raise BundleError(
+                f"{where}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; weights "
+                f"are float32, float16, bfloat16 or float64"
+            )
         # the extremes are NaN where a value is; they need no mask as large as the tensor
-        if tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
             raise BundleError(
                 f"{where}: tensor {name} holds values that are not finite: its training diverged, "
                 "or the file is damaged; take an earlier checkpoint or another copy"
             )
+    model = build(config)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from canvasmar_rt.bundle import (
     MANIFEST,
     BatchRange,
     Bundle,
+    Difference,
     FileEntry,
     component_entries,
     sha256,
@@ -243,6 +245,77 @@ def test_replacing_needs_force_and_is_all_or_nothing(bundle: Bundle, model: Canv
     assert [p.name for p in bundle.path.parent.iterdir()] == ["b"]
 
 
+def test_what_came_while_it_ran_is_kept(
+    model: CanvasMAR, traced_once: None, tmp_path: Path
+) -> None:
+    thesis = tmp_path / "b" / "thesis.txt"
+
+    def come(what: str) -> None:
+        if what.startswith("golden rollout"):
+            thesis.parent.mkdir(exist_ok=True)
+            thesis.write_text("years of work")
+
+    with pytest.raises(BundleError, match="not a bundle"):
+        export_bundle(
+            model, SAMPLING, tmp_path / "b", ExportOptions(), source="test", progress=come
+        )
+    assert [p.name for p in tmp_path.iterdir()] == ["b"]
+    assert thesis.read_text() == "years of work"
+
+
+def test_an_empty_folder_is_filled(model: CanvasMAR, traced_once: None, tmp_path: Path) -> None:
+    export_bundle(model, SAMPLING, tmp_path, ExportOptions(drift_frames=1), source="test")
+    assert Bundle.open(tmp_path).manifest.source == "test"
+
+
+def test_files_are_readable_as_the_user_has_it(
+    model: CanvasMAR, traced_once: None, tmp_path: Path
+) -> None:
+    before = os.umask(0o077)
+    try:
+        made = export_bundle(
+            model, SAMPLING, tmp_path / "b", ExportOptions(drift_frames=1), source="test"
+        ).path
+    finally:
+        os.umask(before)
+    assert {p.stat().st_mode & 0o777 for p in (made, *made.rglob("*"))} == {0o700, 0o600}
+
+
+def test_fast_takes_as_many_evaluations_as_are_unrolled(model: CanvasMAR, tmp_path: Path) -> None:
+    options = ExportOptions(unroll=True, fast=dataclasses.replace(SAMPLING, flow_steps=1))
+    with pytest.raises(ConfigError, match="unroll fixes the evaluations"):
+        export_bundle(model, SAMPLING, tmp_path / "b", options, source="test")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_too_small_for_int8_is_refused(
+    model: CanvasMAR, traced_once: None, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="no product of this model is large enough"):
+        export_bundle(
+            model, SAMPLING, tmp_path / "b", ExportOptions(quantize="int8"), source="test"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("frame", [0, 2])
+def test_a_rollout_that_is_not_finite_is_refused(bundle: Bundle, frame: int) -> None:
+    """In whichever frame it begins to be."""
+    golden = load_file(bundle.path / "golden" / "rollout.safetensors")
+    golden["latents"][frame] = np.nan
+    change_golden(bundle, "rollout", golden)
+    with pytest.raises(ParityError, match="the rollout drifts by nan"):
+        verify(bundle.path)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_difference_that_is_not_finite_is_the_worse(order: int) -> None:
+    near = Difference(max_abs=1.0, relative=1e-7, cosine=1.0)
+    bad = Difference(max_abs=np.nan, relative=np.nan, cosine=np.nan)
+    found = parity._worse(*(near, bad)[::order])
+    assert np.isnan([found.max_abs, found.relative, found.cosine]).all()
+
+
 def test_a_full_disk_is_said(
     model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -336,6 +409,8 @@ def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
         ({"opset": 26}, "20, 23, 24"),
         ({"opset": 23}, "opset 20"),
         ({"dtype": "fp16", "opset": 23, "weights": "bf16"}, "fp16 under an fp32 graph"),
+        ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, "seed"),
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:
@@ -364,17 +439,33 @@ def test_the_smallest_batch_may_be_more_than_one(
 
 
 def test_golden_tensors_that_do_not_fit_are_one_error(bundle: Bundle) -> None:
-    from safetensors.numpy import load_file, save_file
-
-    path = bundle.path / "golden" / "flow.safetensors"
-    tensors = load_file(path)
+    tensors = load_file(bundle.path / "golden" / "flow.safetensors")
     del tensors["in.flow_noise"]
-    save_file(tensors, path)
-    files = dict(bundle.manifest.files)
-    files["golden/flow.safetensors"] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
-    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+    change_golden(bundle, "flow", tensors)
     with pytest.raises(BundleError, match="golden tensors do not fit"):
         verify(bundle.path)
+
+
+def change_golden(bundle: Bundle, name: str, tensors: dict[str, np.ndarray]) -> None:
+    """Golden tensors with a manifest that knows them."""
+    path = bundle.path / "golden" / f"{name}.safetensors"
+    save_file(tensors, path)
+    files = dict(bundle.manifest.files)
+    files[f"golden/{name}.safetensors"] = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+
+
+def test_a_golden_seed_that_is_no_number_is_one_error(bundle: Bundle) -> None:
+    golden = load_file(bundle.path / "golden" / "rollout.safetensors")
+    change_golden(bundle, "rollout", golden | {"seed": np.array([np.inf])})
+    with pytest.raises(BundleError, match="golden tensors do not fit"):
+        verify(bundle.path)
+
+
+def test_weights_that_are_no_safetensors_are_one_error(bundle: Bundle) -> None:
+    (bundle.path / "flow" / "model.safetensors").write_bytes(b"garbage" * 9)
+    with pytest.raises(BundleError, match=r"flow/model.safetensors cannot be read"):
+        load_model(bundle)
 
 
 def test_a_manifest_of_another_model_is_refused(bundle: Bundle) -> None:

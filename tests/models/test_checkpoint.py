@@ -166,8 +166,30 @@ def test_an_autoencoder_s_run_holds_no_whole_model(saved: Path) -> None:
             lambda s: s.update({TENSOR: s[TENSOR].half().fill_(-float("inf"))}),
             [f"tensor {TENSOR} holds values that are not finite"],
         ),
+        (
+            lambda s: s.update({TENSOR: torch.full((16,), 1e300, dtype=torch.float64)}),
+            [f"tensor {TENSOR} holds values that are not finite"],
+        ),
+        (
+            lambda s: s.update({TENSOR: torch.ones(16, dtype=torch.int8)}),
+            [f"tensor {TENSOR} is int8", "float32"],
+        ),
+        (
+            lambda s: s.update({TENSOR: torch.ones(16).to(torch.float8_e4m3fn)}),
+            [f"tensor {TENSOR} is float8_e4m3fn"],
+        ),
     ],
-    ids=["missing", "unknown", "misshapen", "rank", "nan", "infinite"],
+    ids=[
+        "missing",
+        "unknown",
+        "misshapen",
+        "rank",
+        "nan",
+        "infinite",
+        "too large",
+        "int8",
+        "float8",
+    ],
 )
 def test_wrong_tensors_are_named(saved: Path, change: Any, words: list[str]) -> None:
     rewrite(saved, change)
@@ -175,6 +197,15 @@ def test_wrong_tensors_are_named(saved: Path, change: Any, words: list[str]) -> 
     assert WEIGHTS_FILE in message
     for word in words:
         assert word in message
+
+
+def test_sizes_are_compared_before_memory_is_asked_for(saved: Path) -> None:
+    """A hostile configuration is refused at once."""
+    path = saved / CONFIG_FILE
+    data = json.loads(path.read_text())
+    data["model"] |= {"dim": 65536, "heads": 8192}
+    path.write_text(json.dumps(data))
+    assert "has shape" in refused(BundleError, lambda: load_checkpoint(saved))
 
 
 def test_weights_of_another_configuration(model: CanvasMAR) -> None:
