@@ -276,8 +276,8 @@ class SamplingConfig:
     `frame_noise` is r of eq. 11, `canvas_noise` r' of eq. 12, guidance scales are w_t and w_s of
     eq. 8, `temperature` scales the Gumbel noise of the order. `flow_temperature` scales the flow's
     noise; it goes linearly from the first number, at the start of a video, to the second, from
-    latent frame `temperature_frames` on (VideoMAR's progressive temperature); a group's is that of its
-    first frame."""
+    latent frame `temperature_frames` on (VideoMAR's progressive temperature); a group has that of
+    its first frame."""
 
     ar_steps: int = 4
     flow_steps: int = 30

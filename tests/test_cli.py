@@ -281,13 +281,19 @@ def test_a_tampered_bundle_is_refused(tmp_path: Path) -> None:
     assert "flow/model.safetensors does not match its sha256" in done.stderr
 
 
+def _hear() -> None:
+    """A test run in the background of a shell, or under nohup, ignores signals, and children
+    inherit that."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_an_interrupt_leaves_nothing_behind(tmp_path: Path, how: signal.Signals) -> None:
     process = subprocess.Popen(
         [*COMMAND, "predict", str(DEMO_CLIP), "-o", "x.mp4", "--frames", "100000"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        # a test run in the background of a shell ignores SIGINT, and children inherit that
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_hear,
     )  # fmt: skip
     try:
         time.sleep(3)
@@ -333,7 +339,7 @@ def test_serve_answers_until_it_is_told_to_end(tmp_path: Path, how: signal.Signa
     process = subprocess.Popen(
         [*COMMAND, "serve", "--port", "0", "--slots", "1"],
         cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=_hear,
     )  # fmt: skip
     try:
         assert process.stdout is not None
