@@ -383,7 +383,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return float(value)
         except OverflowError:
             raise ConfigError(f"{where}: expected a number, got one too large") from None
-    if hint is int and isinstance(value, numbers.Integral) and not isinstance(value, bool):
+    if hint is int and not isinstance(value, bool) and isinstance(value, numbers.Integral):
         return int(value)  # also of NumPy
     ok = isinstance(value, hint) and hint is not int
     _require(ok, f"{where}: expected {hint.__name__}, got {value!r}")
