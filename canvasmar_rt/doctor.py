@@ -35,6 +35,7 @@ def examine() -> list[Finding]:
         *_bundles(),
         _package("torch", "engine 'torch', export", "pip install 'canvasmar-rt[export]'"),
         _package("onnx", "export", "pip install 'canvasmar-rt[export]'"),
+        _package("onnxscript", "export", "pip install 'canvasmar-rt[export]'"),
         _package("fastapi", "serve", "pip install 'canvasmar-rt[serve]'"),
         _package("ray", "several machines", "pip install 'canvasmar-rt[cluster]'"),
         _package("gymnasium", "Gymnasium environments", "pip install 'canvasmar-rt[gym]'"),

@@ -31,7 +31,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
     read_plan,
     write_engine,
 )
-from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.schedule import ar_steps, branch_inputs, first_step_branches, flow_plan
 
@@ -110,6 +110,8 @@ def build_engines(
         EngineError: no TensorRT or GPU, or a component that TensorRT refuses. A refused `frame` is
             only reported.
     """
+    if directory.exists() and not directory.is_dir():
+        raise InputError(f"{directory}: a file, where the engines' folder is to be; give another")
     return _Build(bundle, directory, options or BuildOptions(), progress).run()
 
 

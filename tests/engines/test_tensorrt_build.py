@@ -21,7 +21,7 @@ from canvasmar_rt.engines import tensorrt_build
 from canvasmar_rt.engines.cuda_memory import Gpu
 from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines, profiles
 from canvasmar_rt.engines.tensorrt_cache import Profile, plan_path, read_metadata, read_plan
-from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError
 from canvasmar_rt.schedule import ar_steps, flow_plan
 
 LIBRARY = "canvasmar_rt.engines.tensorrt_library"
@@ -176,6 +176,13 @@ def test_a_batch_or_component_the_bundle_lacks(bundle: Bundle, tmp_path: Path) -
         build_engines(bundle, tmp_path, BuildOptions(dry_run=True, batch=large))
     with pytest.raises(ConfigError, match="no component flows; there are encoder, temporal"):
         build_engines(bundle, tmp_path, BuildOptions(dry_run=True, components=("flows",)))
+
+
+def test_a_file_is_no_folder_for_engines(bundle: Bundle, tmp_path: Path) -> None:
+    file = tmp_path / "engines"
+    file.touch()
+    with pytest.raises(InputError, match="engines: a file, where"):
+        build_engines(bundle, file, BuildOptions(dry_run=True))
 
 
 # -- without TensorRT
