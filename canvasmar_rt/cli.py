@@ -286,7 +286,7 @@ def verify(
         stdout.print(table)
         stdout.print(
             f"rollout of {len(report['drift'])} frames: largest difference "
-            f"{report['largest_drift']:.2e} (tolerance {report['drift_tolerance']:.0e}), "
+            f"{max(report['drift']):.2e} (tolerance {report['drift_tolerance']:.0e}), "
             f"{report['flipped_orders']} frames with a near tie in the token order\n"
             f"within tolerance on {report['engine']}/{report['device']}",
             highlight=False,

@@ -28,19 +28,12 @@ def replacing(target: Path) -> Iterator[Path]:
     temporary = target.with_name(f".{secrets.token_hex(8)}{target.suffix}")
     try:
         temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
-        as_new(temporary)
+        temporary.chmod(mode)  # safetensors makes files that only their owner can read
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def as_new(path: Path) -> None:
-    """Give a file or folder the mode of any new one: safetensors and tempfile make theirs for their
-    owner alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def write_file(path: Path, data: str | bytes) -> None:

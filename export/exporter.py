@@ -11,6 +11,7 @@ import json
 import logging
 import math
 import os
+import secrets
 import shutil
 import tempfile
 import typing
@@ -53,7 +54,7 @@ from canvasmar_rt.export.quantize import (
     quantize_products,
     quantize_weight,
 )
-from canvasmar_rt.files import as_new, refusals
+from canvasmar_rt.files import refusals, replacing
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
@@ -163,9 +164,9 @@ def export_bundle(
         )
     output = output.resolve()
     with refusals(output):
-        work = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+        work = output.with_name(f".{output.name}.{secrets.token_hex(8)}")
         try:
-            as_new(work)
+            work.mkdir()
             _write(model, sampling, work, options, source, progress)
             _check_free(output, force)  # another may have come meanwhile
             if _taken(output):
@@ -193,9 +194,11 @@ def _taken(output: Path) -> bool:
 
 def _check_free(output: Path, force: bool) -> None:
     """Raise `BundleError` if a bundle may not take this place."""
-    if _taken(output) and not (output / MANIFEST).is_file():
+    if not _taken(output):
+        return
+    if not (output / MANIFEST).is_file():
         raise BundleError(f"{output} exists and is not a bundle; give another --output")
-    if _taken(output) and not force:
+    if not force:
         raise BundleError(f"{output} exists; give another --output, or --force to replace it")
 
 
@@ -569,8 +572,8 @@ def write_graphs(
             }
         (work / home).mkdir(exist_ok=True)
         path = f"{home}/model.safetensors"
-        save_file(tensors, work / path)
-        as_new(work / path)
+        with replacing(work / path) as temporary:
+            save_file(tensors, temporary)
         written.append(path)
         places |= _places(work, path)
     for label, proto in graphs.items():

@@ -13,7 +13,7 @@ from canvasmar_rt.bundle import Bundle, Difference, Parity
 from canvasmar_rt.components import MASKED, TensorSpec, components
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines import create
-from canvasmar_rt.files import as_new
+from canvasmar_rt.files import replacing
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.graphs import graph
@@ -107,8 +107,8 @@ def measure(
 
 
 def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
-    save_file({k: np.require(v, requirements="C") for k, v in tensors.items()}, bundle.path / name)
-    as_new(bundle.path / name)
+    with replacing(bundle.path / name) as temporary:
+        save_file({k: np.require(v, requirements="C") for k, v in tensors.items()}, temporary)
 
 
 def failures(parity: Parity) -> list[str]:
