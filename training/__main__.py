@@ -34,7 +34,14 @@ from training.config import RECIPES, Recipe, recipe
 from training.datasets import READERS, DataSet
 from training.losses import open_skips, zero_outputs
 from training.options import SetData, override
-from training.trainer import Ranks, Trainer, load_weights, process_group, progress_bar
+from training.trainer import (
+    Ranks,
+    Trainer,
+    find_checkpoints,
+    load_weights,
+    process_group,
+    progress_bar,
+)
 from training.transfer import transfer, translate
 
 FITTED_CLIPS = 64
@@ -42,6 +49,9 @@ FITTED_CLIPS = 64
 
 DRAWN_AHEAD = 2048
 """ToyTable clips that a GPU draws at once."""
+
+ENCODED = {"cpu": 16, "cuda": 512}
+"""Clips of 25 frames of 64x64 pixels that are encoded at once; of larger ones as many fewer."""
 
 app = typer.Typer(
     add_completion=False,
@@ -102,6 +112,8 @@ def autoencoder(
     settings = override(chosen.autoencoder, set_)
     _threads(threads)
     if init is None:
+        if settings.freeze_encoder and not find_checkpoints(run):
+            raise ConfigError("freeze_encoder: which encoder? give --init; its decoder learns")
         network = build(chosen.model, settings.seed)
         open_skips(network.autoencoder)
     else:
@@ -132,6 +144,9 @@ def encode(
     minutes: Annotated[
         float | None, typer.Option(min=0, help="Stop after so long, with what is whole by then.")
     ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Clips at once; by default by their size.")
+    ] = None,
     device: Device = "",
     threads: Threads = None,
     quiet: Quiet = False,
@@ -148,15 +163,18 @@ def encode(
         if ranks.world > 1:
             raise InputError("encode is one process: start it without torchrun")
         model.to(ranks.device)
+        ae = model.config.autoencoder
+        fits = ENCODED[ranks.device.type] * 25 * 64 * 64 // (frames * ae.height * ae.width)
         write_latents(
             _source(model.config, given, ranks, frames=frames, seed=seed, on_skip=on_skip),
             lambda pixels: stages.encode_clips(model, pixels),
             output,
             clips=clips,
-            temporal_compression=model.config.autoencoder.temporal_compression,
+            temporal_compression=ae.temporal_compression,
             autoencoder=stages.weights_id(model.autoencoder),
             data=given.described(),
-            batch=16 if ranks.device.type == "cpu" else 512,
+            seed=seed,
+            batch=batch or min(max(fits, 1), ENCODED[ranks.device.type]),
             seconds=math.inf if minutes is None else 60 * minutes,
             progress=lambda done: advance(done, None),
         )
@@ -197,10 +215,13 @@ def model(
         described["data"] = source.about
     else:
         given = DataSet.of(data or "toytable", root, set_data)
+    _check_told(given, chosen.model)
     with process_group(device) as ranks, _naming(ranks, quiet) as on_skip:
         held_out = _source(
             chosen.model, given, ranks, frames=settings.frames, held_out=True, on_skip=on_skip
         )
+        if ranks.main and not quiet:
+            _tell_window(chosen.model, settings.frames)
         if init is None:
             zero_outputs(network)
         else:
@@ -290,6 +311,30 @@ def _naming(ranks: Ranks, quiet: bool) -> Iterator[Callable[[str, str], None]]:
     yield skip
     if names:
         show(f"recordings left out: {len(names)}")
+
+
+def _check_told(data: DataSet, config: ModelConfig) -> None:
+    """Actions that were asked for by name must have somewhere to go."""
+    told = data.options.get("action_dim")
+    if isinstance(told, int) and told and not config.action_dim:
+        ae = config.autoencoder
+        raise ConfigError(
+            f"--set-data action_dim={told}: model {config.name} takes no actions; add --set-model "
+            f"action_dim={told * ae.temporal_compression * config.group}, those of a step"
+        )
+
+
+def _tell_window(config: ModelConfig, frames: int) -> None:
+    """Say where a longer rollout meets what the training never shows."""
+    latent = 1 + (frames - 1) // config.autoencoder.temporal_compression
+    if latent <= config.context_frames:
+        stderr.print(
+            f"clips of {frames} frames ({latent} latent frames) do not go beyond the window of "
+            f"{config.context_frames}: what comes when the first frame leaves it, in longer "
+            "rollouts, is not learnt; --set frames=N or a smaller --set-model context_frames=N "
+            "shows it",
+            markup=False, highlight=False, soft_wrap=True,
+        )  # fmt: skip
 
 
 def _check_latents(

@@ -273,12 +273,29 @@ class LatentSource:
         """
         self.about: dict[str, Any] = {}
         self._shards: list[dict[str, Tensor]] = []
+        own: dict[str, Any] = {"shards": [], "clips": 0}
+        seeds: dict[int, Path] = {}
         for directory in directories:
             about, shards = _read_latents(directory)
-            self.about = self.about or about | {"shards": [], "clips": 0}
-            own = {"shards": [], "clips": 0}
-            if about | own != self.about | own:
-                raise InputError(f"{directory}: latents of other data than {directories[0]}")
+            drawn = about.pop("seed", None)  # older sets do not tell
+            if drawn in seeds:
+                raise InputError(
+                    f"{directory}: the same clips as in {seeds[drawn]}, both are of seed {drawn}; "
+                    "give each `encode` another --seed"
+                )
+            if drawn is not None:
+                seeds[drawn] = directory
+            self.about = self.about or about | own
+            differing = sorted(
+                k
+                for k in (about.keys() | self.about.keys()) - own.keys()
+                if about.get(k) != self.about.get(k)
+            )
+            if differing:
+                raise InputError(
+                    f"{directory}: latents of other data than {directories[0]} (they differ in "
+                    f"{', '.join(differing)})"
+                )
             self.about["shards"] += about["shards"]
             self.about["clips"] += about["clips"]
             self._shards += shards
@@ -350,6 +367,7 @@ def write_latents(
     temporal_compression: int,
     autoencoder: str,
     data: Mapping[str, Any],
+    seed: int = 0,
     batch: int = 16,
     shard: int = 2048,
     seconds: float = math.inf,
@@ -357,7 +375,7 @@ def write_latents(
 ) -> None:
     """Encode clips 0 ... `clips` - 1 of a source into float16 shards, or as many whole shards as
     are begun within so many `seconds`. `encode` maps uint8 frames (B, T, H, W, 3) to latents
-    (B, 1+n, N, C); `autoencoder` identifies it, `data` tells what the clips are of. The list
+    (B, 1+n, N, C); `autoencoder` identifies it, `data` and `seed` tell what the clips are. The list
     of shards is written last: without it nothing reads the directory.
 
     Raises:
@@ -394,5 +412,6 @@ def write_latents(
         "width": source.width,
         "action_dim": source.action_dim,
         "autoencoder": autoencoder,
+        "seed": seed,
     }
     write_file(listing, json.dumps(about, indent=2) + "\n")

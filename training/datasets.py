@@ -25,6 +25,7 @@ import io
 import math
 import os
 import re
+import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -62,6 +63,9 @@ from training.tfrecord import Example, Record, read_record, scan_records
 Actions = NDArray[np.float32]
 Window = tuple[Pixels, Actions | None]
 """Frames (T, H, W, 3) and the actions (T-1, A) between them, None for data without actions."""
+
+IN_A_ROW = 1000
+"""Recordings in random order of which none can be used: no other one is looked for."""
 
 _ORDER_STREAM, _START_STREAM = 0, 1
 _Job = TypeVar("_Job")
@@ -141,7 +145,7 @@ class RecordedClips:
         self.skipped: dict[str, str] = {}
         self._recordings = recordings
         self._seed, self._stride, self._workers = seed, stride, workers
-        self._on_skip = on_skip
+        self._on_skip, self._telling = on_skip, threading.Lock()
         self._order = lru_cache(maxsize=4)(self._new_order)
         self._skip(missing or {})
 
@@ -157,11 +161,7 @@ class RecordedClips:
         """
         if first < 0 or count < 1:
             raise InputError(f"expected clips from 0 on, at least one; got {count} from {first}")
-        windows = []
-        for window, bad in self._share(self._draw, range(first, first + count)):
-            self._skip(bad)
-            windows.append(window)
-        return _batch(windows)
+        return _batch(list(self._share(self._draw, range(first, first + count))))
 
     def test_clips(
         self, batch: int = 16, window: Literal["first", "centre"] = "first"
@@ -198,18 +198,20 @@ class RecordedClips:
         elif none_yet:
             raise self._nothing_left(self.skipped)
 
-    def _draw(self, clip: int) -> tuple[Window, dict[str, str]]:
-        """Clip number `clip`, and the recordings found bad on the way to it."""
+    def _draw(self, clip: int) -> Window:
+        """Clip number `clip`; recordings found bad on the way to it are told at once."""
         turn, place = divmod(clip, len(self))
         order = self._order(turn)
         share = float(np.random.default_rng([self._seed, _START_STREAM, clip]).random())
         bad: dict[str, str] = {}
-        for step in range(len(self)):
+        for step in range(min(len(self), IN_A_ROW)):
             item = int(order[(place + step) % len(self)])
             try:
-                return self._cut(item, share), bad
+                return self._cut(item, share)
             except InputError as error:
-                bad |= self._reason(item, error)
+                reason = self._reason(item, error)
+                self._skip(reason)
+                bad |= reason
         raise self._nothing_left(bad)
 
     def _new_order(self, turn: int) -> NDArray[np.int64]:
@@ -244,16 +246,20 @@ class RecordedClips:
         return {name: str(error).removeprefix(f"{name}: ")}
 
     def _skip(self, bad: Mapping[str, str]) -> None:
-        for name, reason in bad.items():
-            if name not in self.skipped:
-                self.skipped[name] = reason
-                if self._on_skip is not None:
-                    self._on_skip(name, reason)
+        with self._telling:
+            for name, reason in bad.items():
+                if name not in self.skipped:
+                    self.skipped[name] = reason
+                    if self._on_skip is not None:
+                        self._on_skip(name, reason)
 
     def _nothing_left(self, bad: Mapping[str, str]) -> InputError:
         name, reason = next(iter(bad.items()))
+        which = f"none of the {len(self)} recordings"
+        if len(bad) < len(self):
+            which = f"of the {len(self)} recordings none of {len(bad)} in a row"
         return InputError(
-            f"none of the {len(self)} recordings can be used, the first is {name}: {reason};"
+            f"{which} can be used, the first is {name}: {reason};"
             " check the path, the clip length and that the data were copied whole"
         )
 
@@ -372,7 +378,7 @@ def kinetics600(
     another one are passed over. Videos that were never downloaded count as skipped.
 
     Args:
-        table: the CSV file; by default `root/{split}.csv`.
+        table: the CSV file, with the column `split`; by default `root/{split}.csv`.
 
     Raises:
         ConfigError: an option is out of range.
@@ -382,6 +388,12 @@ def kinetics600(
     file = root / f"{split}.csv" if table is None else table
     rows = csv.DictReader(io.StringIO(_text(file), newline=""))
     columns = set(rows.fieldnames or ())
+    if table is not None and "split" not in columns:
+        raise InputError(
+            f"{file}: one table for all splits needs a column split (train, test); without it the "
+            f"clips that are held out would be trained on; or name the tables {root}/train.csv and "
+            "so on"
+        )
     if "path" not in columns and not {"youtube_id", "time_start", "time_end"} <= columns:
         raise InputError(
             f"{file}: expected columns youtube_id, time_start, time_end (or path), got"
@@ -518,6 +530,11 @@ class DataSet:
             root = Path(about["root"])
         given = cls.of(known, root, assignments)
         return replace(given, options=about.get("options", {}) | given.options)
+
+    @property
+    def usual(self) -> bool:
+        """Whether the reader cuts what it cuts by default, wherever its files lie."""
+        return self.options.keys() <= {"workers", "lists", "table", "action_dim"}
 
     def described(self) -> dict[str, Any]:
         """What decides on the clips."""

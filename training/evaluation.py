@@ -483,8 +483,9 @@ def protocol(
     features = I3D(i3d, device=place, chunk=batch)
     distance = None if lpips is None else Lpips(lpips, device=place)
     usual = name.split("-")[0]
-    name_of_data = data or {"bair": "bair-tfrecord"}.get(usual, usual)
-    source = DataSet.of(name_of_data, root, set_data).source(
+    readers = {"bair": ("bair-tfrecord", "bair-frames")}.get(usual, (usual,))
+    given = DataSet.of(data or readers[0], root, set_data)
+    source = given.source(
         frames=chosen.conditioning + chosen.predicted,
         height=model.config.autoencoder.height,
         width=model.config.autoencoder.width,
@@ -496,7 +497,9 @@ def protocol(
         result = measure_protocol(
             model, sampling, chosen, source, features, lpips=distance, clips=clips,
             samples=samples, batch=batch, seed=seed, tick=tick,
+            usual=given.name in readers and split == "test" and given.usual,
         )  # fmt: skip
+    result |= {"data": given.described(), "split": split}
     result["i3d_sha256"] = hashlib.sha256(i3d.read_bytes()).hexdigest()
     _write(output, "protocol", model, sampling, result, quiet)
     _tell_skipped(source, quiet)

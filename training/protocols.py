@@ -105,6 +105,7 @@ def measure_protocol(
     samples: int | None = None,
     batch: int = 16,
     seed: int = 0,
+    usual: bool = True,
     tick: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
     """FVD by a protocol, with PSNR, SSIM and LPIPS of the same predictions.
@@ -118,7 +119,9 @@ def measure_protocol(
     Args:
         source: clips of `conditioning + predicted` frames in the model's size.
         clips, samples: fewer places, another number of predictions of each: not the protocol's
-            figure, and `whole_protocol` says so.
+            figure, and `whole_protocol` says so, as where a recording of a protocol that takes the
+            beginning of each is missing.
+        usual: whether the source is the protocol's data set, its test split, read as is usual.
 
     Raises:
         InputError: clips of another size, or a context the model cannot take.
@@ -175,10 +178,14 @@ def measure_protocol(
         chosen, places, generate, features, seed=seed, batch=batch, lengths=[span] * len(places)
     )
     report = dataclasses.asdict(result) | {
-        "whole_protocol": clips in (None, whole) and drawn == protocol.samples,
+        "whole_protocol": usual
+        and clips in (None, whole)
+        and len(places) == whole
+        and drawn == protocol.samples,
         "conditioning": protocol.conditioning,
         "predicted": protocol.predicted,
         "resolution": protocol.resolution,
+        "recordings": len(source),
         "skipped_recordings": len(source.skipped),
     }
     for name, gathered in scores.items():

@@ -16,9 +16,12 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import time
+import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -40,7 +44,12 @@ from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.files import refusals, replacing, write_file
 from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.checkpoint import RUN_FILE, load_checkpoint, save_checkpoint
+from canvasmar_rt.models.checkpoint import (
+    RUN_FILE,
+    WEIGHTS_FILE,
+    load_checkpoint,
+    save_checkpoint,
+)
 from training.clips import (
     Clips,
     ClipSource,
@@ -57,7 +66,12 @@ from training.losses import Draws, Terms
 
 STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
 LOG_FILE = "log.jsonl"
+LOCK_FILE = ".lock"
 CARRIED = "carried"
+
+AT_ONCE = 2.0
+"""Seconds after a signal to stop from which another one means now: `torchrun` passes on to its
+ranks what a terminal has sent them already."""
 
 UNCHECKED_STEPS = 32
 """Steps on a GPU after which it is seen whether their losses were finite."""
@@ -294,19 +308,29 @@ class Trainer:
         self.module: nn.Module = stage.loss
         if ranks.world > 1:
             self.module = DistributedDataParallel(stage.loss, find_unused_parameters=True)
+            self._control = dist.new_group(backend="gloo")  # what is asked there waits for no GPU
         self.optimizers = make_optimizers(stage.loss, self.config)
         self.average = Average(stage.loss, self.config.ema_decay)
         self.step = 0
         self.seconds = 0.0
         self._factor = 0.0  # of the learning rate, at the latest step
         self._unchecked: list[tuple[int, Tensor]] = []  # steps; their loss and gradient norm
-        checkpoints = find_checkpoints(directory)
-        if checkpoints:
-            self._load(checkpoints[-1])
+        latest = self._latest()
+        if latest is not None:
+            self._load(latest)
 
     def run(self, until: int | None = None) -> None:
-        """Train to `until` steps, by default to the end; ends with a checkpoint. A run interrupted
-        by the user or a signal loses what came after its last checkpoint."""
+        """Train to `until` steps, by default to the end; ends with a checkpoint, also where the
+        user or a signal interrupts it, unless they do so twice.
+
+        Raises:
+            ConfigError: if another process trains in the directory.
+            KeyboardInterrupt: after the checkpoint of the step that was interrupted.
+        """
+        with self._alone(), _heeding_signals() as stopped:
+            self._run(until, stopped)
+
+    def _run(self, until: int | None, stopped: Callable[[], bool]) -> None:
         c, r = self.config, self.ranks
         steps = sys.maxsize if c.minutes else c.steps
         end = steps if until is None else min(until, steps)
@@ -338,7 +362,8 @@ class Trainer:
                     terms = self._step(to_device(clips, r.device))
                     self.step += 1
                     self.seconds = before + time.monotonic() - began
-                    ended = self._ended(end)
+                    stop = self._any(stopped())
+                    ended = stop or self._ended(end)
                     if self.step % c.log_every == 0 or ended:
                         shown = self._log(writer, terms)
                     else:
@@ -348,6 +373,9 @@ class Trainer:
                     done = now
                     if self.step % c.checkpoint_every == 0 or ended:
                         self.save()
+                        stop = self._any(stopped())
+                    if stop:
+                        raise KeyboardInterrupt
                     if c.sample_every and self.step % c.sample_every == 0 and writer is not None:
                         with refusals(self.directory), self._averaged():
                             self.stage.sample(writer, self.step, self.directory)
@@ -357,6 +385,14 @@ class Trainer:
             if writer is not None:
                 with refusals(self.directory):
                     writer.close()
+
+    def _any(self, stopped: bool) -> bool:
+        """Whether any rank is to stop: all do, after the same step."""
+        if self.ranks.world == 1:
+            return stopped
+        flag = torch.tensor(stopped, dtype=torch.int32)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._control)
+        return bool(flag)
 
     def _ended(self, end: int) -> bool:
         limit = 60 * self.config.minutes or math.inf
@@ -509,9 +545,27 @@ class Trainer:
             dist.all_gather(parts, own)
         return {CARRIED: torch.cat(parts).cpu()}
 
+    def _latest(self) -> Path | None:
+        """The checkpoint to go on from, the same one on all ranks.
+
+        Raises:
+            InputError: if ranks see others.
+        """
+        found = find_checkpoints(self.directory)[-1:]
+        names: list[str] = [found[0].name if found else "none"] * self.ranks.world
+        if self.ranks.world > 1:
+            dist.all_gather_object(names, names[0])
+        if len(set(names)) > 1:
+            raise InputError(
+                f"{self.directory}: the ranks see different checkpoints ({', '.join(names)}); the "
+                "run must lie in a folder that all machines share"
+            )
+        return found[0] if found else None
+
     def _load(self, checkpoint: Path) -> None:
         try:
             tensors = load_file(checkpoint / STATE_FILE)
+            saved = load_file(checkpoint / WEIGHTS_FILE)
             progress = json.loads((checkpoint / PROGRESS_FILE).read_text())
             self.step, self.seconds = int(progress["step"]), float(progress["seconds"])
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
@@ -537,6 +591,9 @@ class Trainer:
                 else:
                     place = parameters if kind == "weights" else self.average.shadow
                     place[name].copy_(tensor)
+            for name, buffer in self.stage.model.named_buffers():
+                if name in saved:  # the scale of the latents
+                    buffer.copy_(saved[name])
         for name, optimizer in self.optimizers.items():
             whole = optimizer.state_dict()
             optimizer.load_state_dict({"state": state[name], "param_groups": whole["param_groups"]})
@@ -565,8 +622,8 @@ class Trainer:
             differing = [
                 k for k in ("stage", "model", "autoencoder") if found.get(k) != wanted.get(k)
             ]
-            if not _same_data(data, dict(wanted.get("data") or {})):
-                differing.append("data")
+            if other := _other_data(data, dict(wanted.get("data") or {})):
+                differing.append(f"data ({', '.join(other)})")
             if "stage" not in differing:
                 now = wanted["training"]
                 usual = to_dict(type(self.config)(steps=1, batch=1))
@@ -580,12 +637,58 @@ class Trainer:
         if self.ranks.main:
             with refusals(self.directory):
                 self.directory.mkdir(exist_ok=True)
+            with self._alone(), refusals(self.directory):
                 for left in self.directory.glob(".step_*"):  # by a process that was killed
                     shutil.rmtree(left)
                 with replacing(path) as temporary:  # other ranks may be reading
                     temporary.write_text(json.dumps(wanted, indent=2) + "\n")
         if self.ranks.world > 1:
             dist.barrier()
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """No other process of this machine trains in the directory meanwhile."""
+        if not self.ranks.main:
+            yield
+            return
+        lock = FileLock(self.directory / LOCK_FILE, timeout=0)
+        with refusals(self.directory):
+            try:
+                lock.acquire()
+            except Timeout:
+                raise ConfigError(
+                    f"{self.directory}: another process trains there; wait for it, or choose "
+                    "another directory"
+                ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+
+@contextmanager
+def _heeding_signals() -> Iterator[Callable[[], bool]]:
+    """Signals that would interrupt are kept for what it gives, which tells of them; one that comes
+    `AT_ONCE` seconds after the first interrupts."""
+    first: list[float] = []
+
+    def keep(signum: int, frame: types.FrameType | None) -> None:
+        now = time.monotonic()
+        if first and now - first[0] > AT_ONCE:
+            raise KeyboardInterrupt
+        first.append(now)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, keep)
+    try:
+        yield lambda: bool(first)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def find_checkpoints(directory: Path) -> list[Path]:
@@ -599,7 +702,7 @@ def latest_checkpoint(path: Path) -> Path:
     Raises:
         BundleError: if there is none.
     """
-    if (path / "model.safetensors").is_file():
+    if (path / WEIGHTS_FILE).is_file():
         return path
     found = find_checkpoints(path)
     if not found:
@@ -635,11 +738,12 @@ def _logged_step(line: str) -> float:
         return math.inf
 
 
-def _same_data(a: dict[str, Any], b: dict[str, Any]) -> bool:
-    """Whether two descriptions of data name the same, wherever it lies now. Latents are what
+def _other_data(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """In what two descriptions of data differ, wherever they lie now. Latents are what
     `latents.json` says of them; older ones do not name their data."""
-    both = (a.keys() & b.keys()) - {"root"}
-    return a.keys() ^ b.keys() <= {"name", "root"} and all(a[k] == b[k] for k in both)
+    both = a.keys() & b.keys()
+    alone = (a.keys() ^ b.keys()) - {"name", "root"}
+    return sorted(alone | {k for k in both - {"root"} if a[k] != b[k]})
 
 
 def _check_source(stage: Stage, source: ClipSource, what: str = "", then: str = "") -> None:

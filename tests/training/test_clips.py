@@ -274,13 +274,16 @@ def test_latents_of_several_directories_are_one_set(tmp_path: Path) -> None:
         part.mkdir()
     write(parts[0])
     write(parts[1], source=Waves(seed=1))
+    with pytest.raises(InputError, match=r"b: the same clips as in .*a, both are of seed 0; give"):
+        LatentSource(*parts)
+    rewrite(seed=1)(parts[1])
     source = LatentSource(*parts)
     assert source.about["clips"] == 22
     rows = {tuple(r) for r in source.clips(0, 22).latents.flatten(1).tolist()}
     each = [LatentSource(part).clips(0, 11).latents.flatten(1).tolist() for part in parts]
     assert rows == {tuple(r) for part in each for r in part}
     rewrite(autoencoder="another")(parts[1])
-    with pytest.raises(InputError, match=r"b: latents of other data than .*a$"):
+    with pytest.raises(InputError, match=r"b: .* other data than .*a \(they differ in autoenc"):
         LatentSource(*parts)
 
 

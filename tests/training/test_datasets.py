@@ -547,6 +547,8 @@ def test_kinetics_with_paths_in_the_table(film: tuple[Path, Frames], tmp_path: P
     assert len(source) == 1
     assert len(source.skipped) == 3
     assert source.clips(0, 2).frames.shape == (2, 4, 16, 16, 3)
+    with pytest.raises(InputError, match="one table for all splits needs a column split"):
+        make_source("kinetics600", tmp_path, table=tmp_path / "train.csv", **SMALL)
 
 
 @pytest.mark.parametrize(
@@ -720,6 +722,21 @@ def test_options_that_make_no_sense(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         make_source(name, tmp_path, **options)
+
+
+def test_a_long_search_is_told_and_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.datasets.IN_A_ROW", 3)
+    for name in "abcde":
+        (tmp_path / f"{name}.mp4").write_bytes(b"nothing")
+    told: list[str] = []
+    source = make_source(
+        "videos", tmp_path, **SMALL, on_skip=lambda name, reason: told.append(name)
+    )
+    with pytest.raises(InputError, match="of the 5 recordings none of 3 in a row can be used"):
+        source.clips(0, 1)
+    assert len(told) == len(set(told)) == 3
 
 
 def test_clips_before_the_first_one_are_refused(tmp_path: Path) -> None:

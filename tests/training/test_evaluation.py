@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1022,7 +1023,7 @@ def test_protocol_of_a_perfect_model_and_of_a_copy(
 
     best = measure(lambda stream: 0)
     assert (best["real_clips"], best["generated_clips"], best["skipped_recordings"]) == (4, 12, 1)
-    assert best["whole_protocol"]
+    assert (best["recordings"], best["whole_protocol"]) == (5, False)  # a place is missing
     assert best["frechet"] < 2  # not 0: of 4 clips and of the same thrice, covariances differ
     assert best["psnr_db"] == {"mean": 100.0, "best": 100.0}
     assert best["ssim"] == {"mean": pytest.approx(1), "best": pytest.approx(1)}
@@ -1036,6 +1037,9 @@ def test_protocol_of_a_perfect_model_and_of_a_copy(
     assert mixed["lpips"]["best"] == 0
     assert mixed["lpips"]["mean"] == pytest.approx(10 / 127.5, rel=1e-4)
     assert mixed["frechet"] > 50
+
+    shutil.rmtree(folders / "test" / "2")
+    assert measure(lambda stream: 0)["whole_protocol"]
 
 
 def test_random_places_are_windows_of_the_recordings(
@@ -1104,6 +1108,8 @@ def test_protocol_command_on_folders_of_pictures(
     assert result["frechet"] > 0
     assert set(result["psnr_db"]) == set(result["ssim"]) == set(result["lpips"]) == {"mean", "best"}
     assert len(result["i3d_sha256"]) == 64
+    assert result["data"] == {"name": "bair-frames", "root": str(folders)}
+    assert result["split"] == "test"
     assert [p.name for p in output.parent.iterdir()] == ["bair.json"]
 
 

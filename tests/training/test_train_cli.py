@@ -171,6 +171,19 @@ def test_a_frozen_encoder_leaves_the_latents_as_they_are(autoencoder: Path, tmp_
         assert torch.equal(after[name], tensor) != name.startswith("decoder."), name
 
 
+def test_a_frozen_encoder_keeps_its_scale_where_the_run_is_resumed(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    command = [*AUTOENCODER, "-o", tmp_path / "run", "--set", "freeze_encoder=true"]
+    assert "which encoder? give --init" in fails(*command)
+    run(*command, "--init", autoencoder, "--until", 2)
+    run(*command)
+    before, after = (load_weights(d)[0].autoencoder for d in (autoencoder, tmp_path / "run"))
+    assert not torch.equal(before.latent_std, torch.ones_like(before.latent_std))
+    for name in ("latent_mean", "latent_std"):
+        assert torch.equal(getattr(after, name), getattr(before, name)), name
+
+
 def test_a_model_can_start_from_another(autoencoder: Path, tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
@@ -272,7 +285,8 @@ def test_a_model_cannot_start_from_a_wider_one(
 def test_progress_is_shown_unless_quiet(autoencoder: Path, tmp_path: Path) -> None:
     command = [*TRAIN, "-o", tmp_path, "--autoencoder", autoencoder]
     assert run(*command, "--until", 1) == ""
-    lines = run(*[word for word in command if word != "--quiet"]).splitlines()
+    window, *lines = run(*[word for word in command if word != "--quiet"]).splitlines()
+    assert "do not go beyond the window" in window
     assert [line.split()[:2] for line in lines] == [["model", "2/3"], ["model", "3/3"]]
 
 
@@ -511,6 +525,16 @@ def test_a_model_that_takes_actions_says_that_it_gets_none(
     assert "the data give none" not in run(*command, "-o", tmp_path / "c")
 
 
+def test_actions_asked_for_by_name_must_have_somewhere_to_go(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    robot(tmp_path / "data" / "train", 1)
+    data = ["--data", "videos", "--root", tmp_path / "data", "--set-data", "action_dim=3"]
+    command = [*TRAIN, "--autoencoder", autoencoder, "--set-model", "action_dim=0"]
+    line = fails(*command, "-o", tmp_path / "run", *data)
+    assert "takes no actions; add --set-model action_dim=6, those of a step" in line
+
+
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
@@ -560,10 +584,12 @@ def test_recordings_left_out_are_named_once_and_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("when", ["step", "save"])
+@pytest.mark.parametrize("times", [1, 2])
 def test_an_interrupt_leaves_whole_checkpoints(
-    how: signal.Signals, when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    how: signal.Signals, when: str, times: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second save, or a step after the first, is interrupted; then the run goes on."""
+    """The second save, or the step before it, is interrupted, and finished first; a second signal
+    is heeded at once. Then the run goes on."""
     calls = 0
 
     def interrupted(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -572,12 +598,14 @@ def test_an_interrupt_leaves_whole_checkpoints(
             calls += 1
             done = work(*arguments, **options)
             if calls == 2:
-                os.kill(os.getpid(), how)
+                for _ in range(times):
+                    os.kill(os.getpid(), how)
             return done
 
         return call
 
     with monkeypatch.context() as patch:
+        patch.setattr("training.trainer.AT_ONCE", -1.0)
         patch.setattr(sys, "argv", ["training", *AUTOENCODER, "-o", str(tmp_path / "run")])
         if when == "save":
             patch.setattr("training.trainer.save_file", interrupted(save_file))
@@ -588,7 +616,8 @@ def test_an_interrupt_leaves_whole_checkpoints(
             run_command(app)
     assert leaving.value.code == 130
     assert calls == 2
-    assert states(tmp_path / "run") == ["step_00000001"]
+    made = ["step_00000001", "step_00000002"]
+    assert states(tmp_path / "run") == made[: 3 - times]
     load_weights(tmp_path / "run")
     run(*AUTOENCODER, "-o", tmp_path / "run")
     assert states(tmp_path / "run") == ["step_00000002", "step_00000003"]

@@ -331,6 +331,25 @@ def test_a_checkpoint_is_the_averaged_model(tmp_path: Path) -> None:
     assert sample.frames.shape == (1, 2, 16, 16, 3)
 
 
+def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
+    words = "another process trains there; wait for it, or choose another directory"
+    waiting = trainer(model_stage(), tmp_path)
+    running = trainer(model_stage(), tmp_path)
+    real = running.save
+
+    def save() -> None:
+        with pytest.raises(ConfigError, match=words):
+            trainer(model_stage(), tmp_path)
+        with pytest.raises(ConfigError, match=words):
+            waiting.run(2)
+        real()
+
+    running.save = save  # type: ignore[method-assign]
+    running.run(2)
+    assert names(tmp_path) == ["step_00000002"]
+    assert trainer(model_stage(), tmp_path).step == 2
+
+
 def test_a_failed_save_leaves_the_one_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,7 +472,7 @@ def test_a_directory_belongs_to_one_data_set(tmp_path: Path) -> None:
         ("named", latents | toytable),
         ("named", videos),
     ):
-        with pytest.raises(ConfigError, match="with another data;"):
+        with pytest.raises(ConfigError, match=r"with another data \("):
             described(name, data)
 
 
@@ -669,9 +688,12 @@ def test_progress_is_lines_where_there_is_no_terminal(
 # Ranks
 
 RANKED = """
+import os
+import signal
 import sys
 from pathlib import Path
 import torch
+from canvasmar_rt.errors import InputError
 from tests.training.small_runs import STAGES, trainer
 from training.trainer import process_group
 torch.set_num_threads(1)
@@ -680,6 +702,24 @@ with process_group("cpu") as ranks:
     for name, make in STAGES.items():
         trainer(make(), Path(sys.argv[1]) / name, ranks).run(2)
         trainer(make(), Path(sys.argv[1]) / name, ranks).run(4)
+    stopped = trainer(STAGES["history"](), Path(sys.argv[1]) / "stopped", ranks)
+    advance = stopped.stage.advance
+    def told(inputs, draws):
+        advance(inputs, draws)
+        if stopped.step == 1 and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+    stopped.stage.advance = told
+    try:
+        stopped.run()
+    except KeyboardInterrupt:
+        print("stopped at", stopped.step)
+    alone = Path(sys.argv[1]) / f"alone{ranks.rank}"
+    alone.mkdir(parents=True)
+    trainer(STAGES["model"](), alone, ranks).run(1)
+    try:
+        trainer(STAGES["model"](), alone, ranks)
+    except InputError as error:
+        print(error)
 """
 
 
@@ -695,17 +735,27 @@ def test_two_ranks_are_one_with_the_same_batch(tmp_path: Path) -> None:
         }  # fmt: skip
         command = [sys.executable, "-c", RANKED, str(tmp_path / "two")]
         ranks.append(
-            subprocess.Popen(command, cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True)
-        )
+            subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                text=True,
+            )
+        )  # fmt: skip
     try:
         for name, make in STAGES.items():
             trainer(make(), tmp_path / "one" / name).run(4)
-        errors = [process.communicate(timeout=120)[1] for process in ranks]
+        told, errors = zip(*(process.communicate(timeout=120) for process in ranks), strict=True)
     finally:
         for process in ranks:
             process.kill()
             process.wait()
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(errors)
+    for rank, lines in enumerate(text.splitlines() for text in told):  # one was told to stop
+        assert lines[0] == "stopped at 2"
+        assert lines[1] == (
+            f"{tmp_path}/two/alone{rank}: the ranks see different checkpoints (step_00000001, "
+            "none); the run must lie in a folder that all machines share"
+        )
+    assert_same(saved(tmp_path / "two" / "stopped", 2), saved(tmp_path / "two" / "history", 2))
     for name in STAGES:
         one, two = logged(tmp_path / "one" / name), logged(tmp_path / "two" / name)
         assert [line["step"] for line in two] == [1, 2, 3, 4]
