@@ -68,6 +68,13 @@ Profile = Annotated[
     typer.Option(help="Sampling of the bundle: default, or fast, which is taken if there is one."),
 ]
 Order = Annotated[str | None, typer.Option(help="Token order: motion, maskgit or random.")]
+Origin = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="A web page of another server that may connect, such as https://game.example; '*': "
+        "all of them. Repeat as needed."
+    ),
+]
 Output = Annotated[
     Path,
     typer.Option(
@@ -716,6 +723,7 @@ def serve(
     clip: Annotated[
         Path | None, typer.Option(help="What to cut start pictures from; the packaged clip.")
     ] = None,
+    origin: Origin = None,
     seed: Seed = Settings.seed,
     engine: Engine = "onnxruntime",
     engine_option: EngineOption = None,
@@ -731,6 +739,7 @@ def serve(
     settings = Settings(
         slots=slots, max_sessions=max_sessions, fps=fps, budget_ms=budget_ms,
         action_limit=action_limit, clip=clip or DEMO_CLIP, seed=seed,
+        origins=tuple(origin or ()),
     )  # fmt: skip
     predictor = load(
         _model(model, device), engine=engine, device=device, threads=threads, profile=profile,

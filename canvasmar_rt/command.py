@@ -27,6 +27,9 @@ def run_command(app: typer.Typer) -> None:
     hangup = getattr(signal, "SIGHUP", None)  # when a terminal goes; nohup has it ignored
     if hangup is not None and signal.getsignal(hangup) is signal.SIG_DFL:
         signal.signal(hangup, _terminate)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed before we began, as a daemon's may be
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a path must never fail to print
             stream.reconfigure(errors="backslashreplace")

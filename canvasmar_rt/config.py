@@ -292,11 +292,7 @@ class SamplingConfig:
     temperature_frames: int = 16
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(SamplingConfig)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            value = _coerce(hints[field.name], value, f"sampling: {field.name}")
-            object.__setattr__(self, field.name, value)
+        coerce_fields(self, "sampling: ")
         _require(
             1 <= self.ar_steps <= LARGEST,
             f"sampling: ar_steps must lie in 1..{LARGEST}, got {self.ar_steps}",
@@ -350,6 +346,14 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: key {name!r} is missing")
     return cls(**values)
+
+
+def coerce_fields(options: Any, where: str = "") -> None:
+    """For `__post_init__` of frozen options: every field as its type, or a `ConfigError`."""
+    hints = typing.get_type_hints(type(options))
+    for field in dataclasses.fields(options):
+        value = _coerce(hints[field.name], getattr(options, field.name), f"{where}{field.name}")
+        object.__setattr__(options, field.name, value)
 
 
 def _coerce(hint: Any, value: Any, where: str) -> Any:

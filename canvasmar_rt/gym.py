@@ -56,7 +56,10 @@ class _World:
                 f"gym: model {config.name} takes no actions, so there is nothing to do in its "
                 "world; use a model with action_dim > 0"
             )
-        clips = np.array(contexts)  # the caller's may change
+        try:
+            clips = np.array(contexts)  # the caller's may change
+        except ValueError as error:
+            raise InputError(f"contexts: expected clips of one size ({error})") from None
         if clips.ndim != 5 or not len(clips):
             raise InputError(
                 f"contexts: expected uint8 (M, 1 + n*{ae.temporal_compression}, {ae.height}, "
@@ -70,14 +73,15 @@ class _World:
                     f"context_actions: expected float32 ({len(clips)}, n, {config.action_dim}), "
                     f"those of every clip in contexts; got shape {told.shape}"
                 )
-        if max_episode_steps is not None and max_episode_steps < 1:
-            raise ConfigError(f"max_episode_steps: expected at least 1, got {max_episode_steps}")
+        whole = isinstance(max_episode_steps, (int, np.integer))
+        if max_episode_steps is not None and not (whole and max_episode_steps >= 1):
+            raise ConfigError(f"max_episode_steps: expected at least 1, got {max_episode_steps!r}")
         if render_mode not in (None, "rgb_array"):
             raise ConfigError(f"render_mode: expected 'rgb_array' or None, got {render_mode!r}")
         shape = (config.action_dim,)
         try:
             low, high = (np.broadcast_to(np.asarray(b, np.float32), shape) for b in action_bounds)
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ConfigError(f"action_bounds: expected (low, high) of {shape} ({error})") from None
         if not (low < high).all():
             raise ConfigError(f"action_bounds: low must be below high, got {low} and {high}")

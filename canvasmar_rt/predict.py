@@ -216,10 +216,15 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.
     found = rows.shape
     if rows.shape[1] * t == size:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
-    if rows.shape[1] != size or len(rows) < latents:
+    if rows.shape[1] != size:
         raise InputError(
             f"{source}: actions have shape {found}, expected at least ({latents}, {size}) or "
             f"({latents * t}, {size / t:g})"
+        )
+    if len(rows) < latents:
+        raise InputError(
+            f"{source}: its actions lead to {1 + t * len(rows)} frames, context and prediction "
+            f"want {1 + t * latents}; ask for fewer frames"
         )
     return rows
 

@@ -127,7 +127,7 @@ class Predictor:
         self.engine = engine
         self.bundle = engine.bundle
         self.config = engine.bundle.manifest.model
-        self.sampling = sampling or engine.bundle.manifest.sampling
+        self.sampling = engine.bundle.manifest.sampling if sampling is None else sampling
 
     def start(
         self,
@@ -161,7 +161,7 @@ class Predictor:
             batch = len(array) if array is not None and array.ndim == 5 else 1
         self.bundle.manifest.batch.require(batch)
         (first,) = _keys("stream", stream)
-        chosen = sampling or self.sampling
+        chosen = self.sampling if sampling is None else sampling
         if not isinstance(chosen, SamplingConfig):
             raise ConfigError(f"sampling must be a SamplingConfig, got {chosen!r}")
         self.bundle.manifest.require_flow(chosen)
@@ -670,7 +670,8 @@ class Rollout:
         """n futures of each video, as one rollout of batch B*n that shares nothing with this one.
 
         Row b*n + j continues video b; unless `streams` says otherwise it draws its noise from
-        stream `own stream + j*B`, so the first copy of each replays what this rollout will do.
+        stream `own stream + j*S`, S being B, or where rows were seated as many as lie from the
+        lowest own stream to the highest. The first copy of each replays what this rollout will do.
 
         Args:
             into: an earlier fork of the same size to use again, so that a loop which forks at every
@@ -687,8 +688,9 @@ class Rollout:
         if not isinstance(n, (int, np.integer)) or n < 1 or b * n > limit:
             raise InputError(f"fork: {n} futures of {b} videos; 1..{limit // b} are possible")
         n = int(n)
-        own = tuple(s + j * b for s in self._streams for j in range(n))
-        if streams is not None and (np.ndim(streams) != 1 or len(streams) != b * n):
+        span = max(self._streams) - min(self._streams) + 1
+        own = tuple(s + j * span for s in self._streams for j in range(n))
+        if streams is not None and not _is_row(streams, b * n):
             raise InputError(f"fork: expected {b * n} streams, got {streams!r}")
         chosen = _keys("fork: streams", *(own if streams is None else streams))
         if into is not None and not isinstance(into, Rollout):
@@ -789,6 +791,13 @@ def _keys(what: str, *values: int) -> tuple[int, ...]:
         if not isinstance(value, (int, np.integer)) or not 0 <= value < 2**64:
             raise ConfigError(f"{what} must be integers in [0, 2**64), got {value!r}")
     return tuple(int(value) for value in values)
+
+
+def _is_row(values: Any, count: int) -> bool:
+    try:
+        return bool(np.shape(values) == (count,))
+    except ValueError:  # rows of several lengths
+        return False
 
 
 def _pixels(what: str, frames: Any) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -55,6 +56,21 @@ def test_demo_writes_a_video_and_a_sheet(tmp_path: Path) -> None:
     with Image.open(tmp_path / "canvasmar_demo_sheet.png") as sheet:
         assert sheet.width > 1000
     assert "weights: " in done.stdout
+
+
+def test_a_closed_output_is_nobody_s_business(tmp_path: Path) -> None:
+    """As a daemon starts it: what it would print goes nowhere, and into no file of its own."""
+    script = f"exec {shlex.join(COMMAND)} demo --frames 2 -o a.mp4 >&- 2>&-"
+    assert subprocess.run(["sh", "-c", script], cwd=tmp_path, timeout=120).returncode == 0
+    assert len(decoded(tmp_path / "a.mp4")) == 7
+
+
+def test_more_frames_than_the_clip_has_actions_for(tmp_path: Path) -> None:
+    done = run("demo", "--frames", 29, cwd=tmp_path, code=2)
+    assert "its actions lead to 33 frames, context and prediction want 35; ask for fewer" in (
+        done.stderr
+    )
+    assert not list(tmp_path.iterdir())
 
 
 def test_predict_with_every_option(tmp_path: Path) -> None:

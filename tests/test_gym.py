@@ -198,6 +198,13 @@ def test_a_wrapper_counts_episodes(make_vector: Callable[..., WorldVectorEnv]) -
     ("changes", "error", "message"),
     [
         ({"max_episode_steps": 0}, ConfigError, "max_episode_steps"),
+        ({"max_episode_steps": "5"}, ConfigError, "max_episode_steps"),
+        ({"action_bounds": 1}, ConfigError, "action_bounds"),
+        (
+            {"contexts": [np.zeros((n, 64, 64, 3), np.uint8) for n in (3, 5)]},
+            InputError,
+            "one size",
+        ),
         ({"render_mode": "human"}, ConfigError, "rgb_array"),
         ({"action_bounds": (0.1, -0.1)}, ConfigError, "below"),
         ({"action_bounds": (np.zeros(3), np.ones(3))}, ConfigError, "action_bounds"),

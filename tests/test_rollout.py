@@ -332,11 +332,28 @@ def test_bad_start_is_one_clear_error(
         predictor.start(**arguments)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("sampling", [{}, 0, "", {"ar_steps": 2}])
+def test_sampling_of_another_kind_is_refused(predictor: Predictor, sampling: Any) -> None:
+    with pytest.raises(ConfigError, match="sampling must be a SamplingConfig"):
+        predictor.start(sampling=sampling)
+
+
+def test_no_two_futures_share_their_noise(predictor: Predictor, clip: np.ndarray) -> None:
+    rollout = predictor.start(clip, batch=3)
+    assert rollout.fork(2).state().streams == (0, 3, 1, 4, 2, 5)
+    rollout.seat(1, predictor.start(clip, stream=4).state())
+    streams = rollout.fork(3).state().streams
+    assert streams == (0, 5, 10, 4, 9, 14, 2, 7, 12)
+    assert len(set(streams)) == 9
+
+
 def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: Predictor) -> None:
     with pytest.raises(InputError, match="33 futures"):
         rollout.fork(33)
     with pytest.raises(InputError, match="expected 2 streams"):
         rollout.fork(2, streams=[1])
+    with pytest.raises(InputError, match="expected 2 streams"):
+        rollout.fork(2, streams=[[1], [1, 2]])  # type: ignore[list-item]
     with pytest.raises(StateError, match="another batch"):
         rollout.restore(predictor.start(batch=2).state())
     with pytest.raises(InputError, match=r"2\.0 futures"):

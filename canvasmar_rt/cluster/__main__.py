@@ -12,7 +12,7 @@ import typer
 from rich.markup import escape
 
 from canvasmar_rt.bundle import DEMO_CLIP, Bundle
-from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL, Engine, Frames, Profile, Quiet, Seed
+from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL, Engine, Frames, Origin, Profile, Quiet, Seed
 from canvasmar_rt.cluster.worker import Worker
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.errors import EngineError, InputError
@@ -148,6 +148,7 @@ def serve(
     clip: Annotated[
         Path, typer.Option(help="What start pictures are cut from; the same on every machine.")
     ] = DEMO_CLIP,
+    origin: Origin = None,
     host: Annotated[str, typer.Option(help="Address that every machine listens on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port that every machine listens on.")] = 8000,
     address: Address = None,
@@ -156,7 +157,13 @@ def serve(
     worker = _worker(model, engine, profile, cpus, gpus)
     service = application(
         worker,
-        Settings(slots=slots, max_sessions=max_sessions, fps=fps, clip=clip.absolute()),
+        Settings(
+            slots=slots,
+            max_sessions=max_sessions,
+            fps=fps,
+            clip=clip.absolute(),
+            origins=tuple(origin or ()),
+        ),
         Replicas(least=replicas, most=most or replicas, sessions=sessions),
     )
     manifest = Bundle.open(worker.model).manifest  # what every replica will need

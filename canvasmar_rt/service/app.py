@@ -7,14 +7,16 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from canvasmar_rt.errors import StateError
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.service.metrics import Metrics
-from canvasmar_rt.service.session import FULL, SHUTDOWN, End, Session
+from canvasmar_rt.service.session import FOREIGN, FULL, SHUTDOWN, UNSTARTED, End, Session
 from canvasmar_rt.service.settings import Settings
 from canvasmar_rt.service.starts import cut_starts
 from canvasmar_rt.service.world import World
@@ -40,14 +42,20 @@ class Service:
         self._ending = False
 
     async def open(self) -> None:
-        """Start the model; returns when it is warm, or the world was closed."""
+        """Start the model, unless it has been; returns when it is warm, or the world was closed.
+
+        Raises:
+            StateError: if the service has ended; it does not begin again.
+            CanvasMarError: what the model or engine raised.
+        """
+        if self._ending:
+            raise StateError("this service has ended; make another application with create_app")
         await asyncio.to_thread(self.world.open)
 
     async def serve(self, websocket: WebSocket) -> None:
         """A client, from its connection to its end."""
         session = Session(websocket, self.world, self._config, self._settings, self.metrics)
-        full = len(self._sessions) >= self._settings.max_sessions
-        refused = SHUTDOWN if self._ending else FULL if full else None
+        refused = self._refusal(websocket)
         end: End | None = None
         if refused is None:
             self._sessions.add(session)
@@ -62,6 +70,19 @@ class Service:
                 if not self._sessions:
                     self._nobody.set()
             self.metrics.ends.labels(end.reason if end else "error").inc()
+
+    def _refusal(self, websocket: WebSocket) -> End | None:
+        """Why a client is not served, if so. A browser names the page that connects, which for our
+        own page is the server it connects to."""
+        if self._ending:
+            return SHUTDOWN
+        if not self.world.opened:
+            return UNSTARTED
+        page, allowed = websocket.headers.get("origin"), self._settings.origins
+        own = websocket.headers.get("host")
+        if page is not None and not {page, "*"} & set(allowed) and urlsplit(page).netloc != own:
+            return FOREIGN
+        return FULL if len(self._sessions) >= self._settings.max_sessions else None
 
     async def end_sessions(self) -> None:
         """Tell every session that the server shuts down, and wait until they are gone."""
@@ -78,7 +99,8 @@ class Service:
 
 
 def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAPI:
-    """The application; `app.state.service` is its `Service`.
+    """The application; `app.state.service` is its `Service`. It runs once, from the start of its
+    lifespan to its end; an application it is mounted in must enter that.
 
     Raises:
         VideoError: if the clip of the start pictures cannot be read.
@@ -102,7 +124,8 @@ def create_app(predictor: Predictor, settings: Settings | None = None) -> FastAP
     @app.get("/healthz")
     async def healthz() -> JSONResponse:
         good = service.world.healthy
-        return JSONResponse({"status": "ok" if good else "stuck"}, 200 if good else 503)
+        bad = "stuck" if service.world.opened else "not started"
+        return JSONResponse({"status": "ok" if good else bad}, 200 if good else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:

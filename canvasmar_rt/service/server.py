@@ -65,6 +65,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         watch = asyncio.create_task(self._give_up_when_told())
+        await self._service.open()  # here its errors are ours, in the lifespan uvicorn logs them
         await super().startup(sockets)
         watch.cancel()
         if not self.should_exit:
@@ -93,6 +94,7 @@ def run(
 
     Raises:
         ConfigError: if the address cannot be had, or for settings the model cannot run with.
+        CanvasMarError: what the model or engine raised when it was warmed up.
         VideoError: if the clip of the start pictures cannot be read.
     """
     app = create_app(predictor, settings)

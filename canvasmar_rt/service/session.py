@@ -42,6 +42,11 @@ MALFORMED = End("malformed", 1007, "not a message of this protocol")
 TOO_FREQUENT = End("too_frequent", 1008, "too many messages in a second")
 STALLED = End("stalled", 1008, "pictures were not taken for too long")
 OVERSIZED = End("oversized", 1009, "a message was too large")
+UNSTARTED = End(
+    "unstarted", 1011, "the application was not started: its server, or the one around it, must "
+    "enter its lifespan"
+)  # fmt: skip
+FOREIGN = End("foreign", 1008, "pages of other servers may not connect")
 FAILED = End("failed", 1011, "the model failed; try again")
 FULL = End("full", 1013, "all places are taken; try again later")
 

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from canvasmar_rt.bundle import DEMO_CLIP
-from canvasmar_rt.config import TOYTABLE_SPEED, ModelConfig
+from canvasmar_rt.config import TOYTABLE_SPEED, ModelConfig, coerce_fields
 from canvasmar_rt.errors import ConfigError
 
 BUDGET_SHARE = 0.8
@@ -28,6 +28,8 @@ class Settings:
         data. The default is ToyTable's top speed in table widths a pixel frame.
     seed: same seed and same order of starts, same videos.
     clip: the video, folder or archive that start pictures are cut from.
+    origins: web pages of other servers whose scripts may connect, such as "https://game.example";
+        "*" stands for all. Programs that are no pages always may.
     """
 
     slots: int = 2
@@ -40,8 +42,10 @@ class Settings:
     action_limit: float = TOYTABLE_SPEED
     seed: int = 0
     clip: Path = DEMO_CLIP
+    origins: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        coerce_fields(self)
         for name in ("slots", "max_sessions", "max_message_bytes", "max_message_rate"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

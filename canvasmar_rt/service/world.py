@@ -113,7 +113,8 @@ class World:
         with self._changed:
             if self._closing:
                 return
-            self._thread.start()
+            if self._thread.ident is None:
+                self._thread.start()
         while not (self._ready.wait(POLL_S) or self._closing):
             pass
         if self._error is not None and not self._closing:
@@ -133,6 +134,11 @@ class World:
                 )
         self._thread.join(timeout)
         return not self._thread.is_alive()
+
+    @property
+    def opened(self) -> bool:
+        """Whether the thread was ever started."""
+        return self._thread.ident is not None
 
     @property
     def healthy(self) -> bool:

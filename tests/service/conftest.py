@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
+from websockets.typing import Origin
 
 from canvasmar_rt.bundle import BatchRange
 from canvasmar_rt.config import preset
@@ -41,6 +42,8 @@ class FakePredictor:
     lost: bool = False
     """There is no way back after that."""
     warmup_s: float = 0.0
+    cold: bool = False
+    """It cannot be warmed up."""
     started: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stepped: list[np.ndarray] = dataclasses.field(default_factory=list)
     seated: list[int] = dataclasses.field(default_factory=list)
@@ -70,6 +73,8 @@ class FakeRollout:
 
     def warmup(self, *, deadlines: bool) -> None:
         assert deadlines
+        if self.predictor.cold:
+            raise EngineError("out of memory")
         end = time.monotonic() + self.predictor.warmup_s
         while time.monotonic() < end:
             time.sleep(0.01)
@@ -122,9 +127,11 @@ class Running:
         while not up.wait(0.1):
             assert self.thread.is_alive(), "the server did not start"
 
-    def connect(self, query: str = "?format=raw") -> Client:
+    def connect(self, query: str = "?format=raw", origin: str | None = None) -> Client:
         url = f"ws://127.0.0.1:{self.port}/ws{query}"
-        return Client(self.clients.enter_context(connect(url, compression=None, proxy=None)))
+        page = None if origin is None else Origin(origin)
+        client = connect(url, compression=None, proxy=None, origin=page)
+        return Client(self.clients.enter_context(client))
 
     def get(self, path: str) -> str:
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=5) as answer:

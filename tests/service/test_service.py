@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import io
 import json
@@ -10,6 +11,7 @@ import threading
 import time
 import urllib.error
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,10 +19,10 @@ from PIL import Image
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from websockets.exceptions import ConnectionClosed
 
-from canvasmar_rt.errors import ConfigError, InputError, VideoError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError, StateError, VideoError
 from canvasmar_rt.service import world
 from canvasmar_rt.service.app import create_app
-from canvasmar_rt.service.server import Server, bind
+from canvasmar_rt.service.server import Server, bind, run
 from canvasmar_rt.service.session import QUEUE
 from canvasmar_rt.service.settings import Settings
 
@@ -418,6 +420,57 @@ def test_a_world_closed_before_it_opens_does_not_start(fake: FakePredictor) -> N
     assert not fake.started
 
 
+def test_pages_of_other_servers_do_not_connect(serve: Serve, fake: FakePredictor) -> None:
+    running = serve(fake)
+    for own in (None, f"http://127.0.0.1:{running.port}"):
+        assert running.connect(origin=own).hello()["type"] == "hello"
+    for other in ("http://evil.example", "http://127.0.0.1:1", "null"):
+        assert running.connect(origin=other).ended() == (
+            1008, "pages of other servers may not connect"
+        )  # fmt: skip
+    for allowed in ("https://game.example", "*"):
+        friendly = serve(fake, origins=(allowed,))
+        assert friendly.connect(origin="https://game.example").hello()["type"] == "hello"
+    assert running.metric('canvasmar_session_ends_total{reason="foreign"}') == 3
+
+
+def test_what_the_model_raises_at_its_start_is_raised(
+    fake: FakePredictor, capfd: pytest.CaptureFixture[str]
+) -> None:
+    fake.cold = True
+    with pytest.raises(EngineError, match=r"^out of memory$"):
+        run(fake, Settings(), host="127.0.0.1", port=0)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_an_application_runs_once_and_wants_to_be_started(fake: FakePredictor) -> None:
+    app = create_app(fake, Settings())
+    sent: list[Any] = []
+
+    async def receive() -> dict[str, str]:
+        return {"type": "websocket.connect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    def ask(kind: str, path: str) -> None:
+        scope = {"type": kind, "path": path, "method": "GET", "query_string": b"", "headers": []}
+        asyncio.run(app(scope, receive, send))
+
+    async def live() -> None:
+        async with app.router.lifespan_context(app):
+            assert app.state.service.world.healthy
+
+    ask("http", "/healthz")  # as one that was mounted in another, whose lifespan alone is entered
+    assert (sent[0]["status"], sent[1]["body"]) == (503, b'{"status":"not started"}')
+    ask("websocket", "/ws")
+    assert sent[-1]["code"] == 1011
+    assert "must enter its lifespan" in sent[-1]["reason"]
+    asyncio.run(live())
+    with pytest.raises(StateError, match="make another application"):
+        asyncio.run(live())
+
+
 def test_the_page_is_whole_in_itself(serve: Serve, fake: FakePredictor) -> None:
     page = serve(fake).get("/")
     assert '<canvas id="world">' in page
@@ -429,7 +482,8 @@ def test_the_page_is_whole_in_itself(serve: Serve, fake: FakePredictor) -> None:
 def test_settings_the_model_cannot_run_with(fake: FakePredictor) -> None:
     for name, value in (
         ("slots", 0), ("max_sessions", 0), ("fps", 0.0), ("stall_s", float("nan")),
-        ("budget_ms", -1.0), ("action_limit", float("inf")), ("seed", -1),
+        ("budget_ms", -1.0), ("action_limit", float("inf")), ("seed", -1), ("slots", "2"),
+        ("seed", 1.5), ("max_message_rate", 1.5), ("fps", "a"), ("clip", 3), ("origins", "*"),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=name):
             Settings(**{name: value})
