@@ -291,6 +291,8 @@ def verify(
         for name, d in report["components"].items():
             table.add_row(name, f"{d['max_abs']:.2e}", f"{d['relative']:.2e}", f"{d['cosine']:.7f}")
         stdout.print(table)
+        for name, why in report["omitted"].items():
+            stdout.print(f"{name} is not run here: {why}", highlight=False)
         stdout.print(
             f"rollout of {len(report['drift'])} frames: largest difference "
             f"{max(report['drift']):.2e} (tolerance {report['drift_tolerance']:.0e}), "
@@ -517,10 +519,11 @@ def build(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would be built, and why.")
     ] = False,
+    device: Annotated[str, typer.Option(help="The GPU: cuda or cuda:<index>.")] = "cuda",
     json_: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build TensorRT engines of a bundle for this machine's GPU."""
+    """Build TensorRT engines of a bundle for a GPU of this machine."""
     from canvasmar_rt.bundle import BatchRange
     from canvasmar_rt.engines.tensorrt_build import BuildOptions, build_engines
 
@@ -541,6 +544,7 @@ def build(
             lambda component, done, total: bar.update(
                 task, description=component, completed=done, total=total
             ),
+            device=device,
         )  # fmt: skip
     if json_:
         print(json.dumps(dataclasses.asdict(report), default=str))

@@ -173,6 +173,11 @@ def _cuda_onnxruntime(gpu: bool) -> Finding:
     except ImportError:
         return Finding(name=name, status="missing", detail="onnxruntime cannot be imported")
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        from canvasmar_rt.engines.onnxruntime_engine import GPU_COMMAND, missing_libraries
+
+        if missing := missing_libraries():
+            detail = f"this build has the CUDA provider, but not {', '.join(missing)}"
+            return Finding(name=name, status="problem", detail=detail, fix=GPU_COMMAND)
         return Finding(name=name, status="ok", detail="this build has the CUDA provider")
     detail = "this build of onnxruntime has no CUDA provider"
     if gpu:

@@ -147,11 +147,12 @@ def _verified(
         "frame_tolerance": parity.limit("frame"),
         "drift_tolerance": parity.drift_tolerance,
         "components": {},
+        "omitted": dict(made.omitted),
     }
     failed = []
     for name in bundle.manifest.components:
-        if name == "frame" and made.name == "torch":
-            continue  # composed from the others; the torch engine runs those
+        if name in report["omitted"]:
+            continue
         progress(f"running {name}")
         tensors = bundle.tensors(golden_file(name))
         split: dict[str, dict[str, Array]] = {"in": {}, "out": {}}

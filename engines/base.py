@@ -27,6 +27,10 @@ class Engine(Protocol):
     def graph_off(self) -> Mapping[str, str]:
         """What runs on a GPU without a CUDA graph, and why; empty on the CPU."""
 
+    @property
+    def omitted(self) -> Mapping[str, str]:
+        """Components that `bind` does not take because rollouts here do without, and why."""
+
     def program(self, *, batch: int, sampling: SamplingConfig) -> Program: ...
 
     def memory(self) -> Memory: ...

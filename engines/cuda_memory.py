@@ -56,6 +56,17 @@ def gpu(index: int = 0) -> Gpu:
     )
 
 
+def choose_gpu(index: int) -> None:
+    """Make a GPU the calling thread's.
+
+    Raises:
+        EngineError: as `gpu`.
+    """
+    cuda = _runtime()
+    _require_gpu(cuda, index)
+    _checked(cuda, "choosing the GPU", cuda.cudaSetDevice(index))
+
+
 class CudaMemory:
     """See `canvasmar_rt.engines.memory.Memory`. One non-blocking stream; not for two threads,
     unless it is `shared`: then they take turns, also with whatever holds `UNDISTURBED`.

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import io
 import itertools
+import sys
 import threading
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -73,7 +77,7 @@ class OnnxRuntimeEngine:
         if device == "cpu":
             _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
         else:
-            ort.preload_dlls()  # CUDA's libraries from pip packages, where there are any
+            preload()
         self._plugin = _rtx_device(index) if kind == "tensorrt-rtx" else None
         if self._plugin is None and self._provider not in ort.get_available_providers():
             raise EngineError(
@@ -107,6 +111,10 @@ class OnnxRuntimeEngine:
     @property
     def graph_off(self) -> Mapping[str, str]:
         return self._graph_off
+
+    @property
+    def omitted(self) -> Mapping[str, str]:
+        return {}
 
     def program(self, *, batch: int, sampling: SamplingConfig) -> ComponentProgram:
         return ComponentProgram(self, batch=batch, sampling=sampling)
@@ -164,6 +172,7 @@ class OnnxRuntimeEngine:
             # every AR step is a copy of the same nodes, and each would pack the weights for itself
             options.add_session_config_entry("session.disable_prepacking", "1")
         chosen: dict[str, Any] = {"providers": [(self._provider, dict(settings))]}
+        chosen["enable_fallback"] = 0  # it would say what failed on stdout, and go on on the CPU
         if self._plugin is not None:
             options.add_provider_for_devices([self._plugin], dict(settings))
             chosen = {}
@@ -171,14 +180,14 @@ class OnnxRuntimeEngine:
             session = ort.InferenceSession(str(self.bundle.file(component)), options, **chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class
             told = " ".join(str(error).split())
+            then = "copy or export the bundle again" if self._cuda is None else _advice()
             raise EngineError(
-                f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {told}; copy or "
-                "export the bundle again"
+                f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {told}; {then}"
             ) from None
         if session.get_providers()[0] != self._provider:
             raise EngineError(
                 f"{component}: asked ONNX Runtime for {self._provider}, got "
-                f"{session.get_providers()}"
+                f"{session.get_providers()}; {_advice()}"
             )
         return session
 
@@ -225,19 +234,58 @@ class OnnxRuntimeEngine:
             try:
                 session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's exceptions share no base class
-                raise EngineError(f"{component}: ONNX Runtime failed: {error}") from None
+                then = "" if self._cuda is None else f"; {_advice()}"
+                raise EngineError(f"{component}: ONNX Runtime failed: {error}{then}") from None
 
         if self._cuda is None:
             return run
-        captured: set[int] = set()
+        captured = threading.local()  # what ONNX Runtime captured belongs to a thread
 
         def run_in_turn() -> None:
-            thread = threading.get_ident()
-            with UNDISTURBED if thread in captured else capturing():
+            with UNDISTURBED if hasattr(captured, "done") else capturing():
                 run()
-            captured.add(thread)
+            captured.done = True
 
         return run_in_turn
+
+
+def preload() -> None:
+    """Load CUDA's libraries from pip packages, where there are any. ONNX Runtime prints which it
+    does not find, also where the system has them elsewhere."""
+    with contextlib.redirect_stdout(io.StringIO()):
+        ort.preload_dlls()
+
+
+def missing_libraries() -> list[str]:
+    """Shared libraries that the CUDA kernels of this ONNX Runtime need and that are not found, so
+    that it would take the CPU, or fail at its first convolution. None where it has no such kernels.
+    """
+    from onnxruntime.capi import build_and_package_info as built
+
+    major = (getattr(built, "cuda_version", "") or "").partition(".")[0]
+    if not major or sys.platform != "linux":
+        return []
+    preload()
+    wanted = [f"lib{name}.so.{major}" for name in ("cublasLt", "cublas", "cudart")]
+    return [name for name in (*wanted, "libcurand.so.10", "libcudnn.so.9") if not _found(name)]
+
+
+def _found(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+GPU_COMMAND = "pip install 'canvasmar-rt[gpu]'"
+
+
+def _advice() -> str:
+    missing = missing_libraries()
+    if missing:
+        return f"{', '.join(missing)} cannot be found: {GPU_COMMAND}"
+    return "see what canvasmar-rt doctor says of the GPU"
 
 
 def _rtx_device(index: int) -> Any:

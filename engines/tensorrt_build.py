@@ -16,7 +16,8 @@ from typing import Literal
 from canvasmar_rt.bundle import BatchRange, Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.deadline import ladder
-from canvasmar_rt.engines.cuda_memory import Gpu, gpu
+from canvasmar_rt.engines.base import cuda_index
+from canvasmar_rt.engines.cuda_memory import Gpu, choose_gpu, gpu
 from canvasmar_rt.engines.tensorrt_cache import (
     SCHEMA_VERSION,
     EngineMetadata,
@@ -100,9 +101,11 @@ def build_engines(
     directory: Path,
     options: BuildOptions | None = None,
     progress: Progress = lambda component, done, total: None,
+    *,
+    device: str = "cuda",
 ) -> BuildReport:
-    """Build engines into `directory` for the first GPU; those that still fit are reused. Where one
-    fails the others stay, and so does the plan it was to replace.
+    """Build engines into `directory` for the GPU `device`, "cuda" or "cuda:<index>"; those that
+    still fit are reused. Where one fails the others stay, and so does the plan it was to replace.
 
     Raises:
         ConfigError: unknown component, or a batch the bundle was not exported for.
@@ -112,7 +115,8 @@ def build_engines(
     """
     if directory.exists() and not directory.is_dir():
         raise InputError(f"{directory}: a file, where the engines' folder is to be; give another")
-    return _Build(bundle, directory, options or BuildOptions(), progress).run()
+    index = cuda_index("tensorrt", device)
+    return _Build(bundle, directory, options or BuildOptions(), progress, index).run()
 
 
 def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Profile] | None:
@@ -178,9 +182,15 @@ def profiles(bundle: Bundle, component: str, batch: BatchRange) -> dict[str, Pro
 
 class _Build:
     def __init__(
-        self, bundle: Bundle, directory: Path, options: BuildOptions, progress: Progress
+        self,
+        bundle: Bundle,
+        directory: Path,
+        options: BuildOptions,
+        progress: Progress,
+        index: int,
     ) -> None:
         bundle.manifest.require_device("cuda")
+        self._index = index
         self._bundle, self._directory, self._options = bundle, directory, options
         self._progress = progress
         self._notes: list[str] = []
@@ -217,7 +227,9 @@ class _Build:
         except EngineError as error:
             self._unless_dry(error, "the TensorRT version")
         try:
-            here = gpu()
+            here = gpu(self._index)
+            if not self._options.dry_run:
+                choose_gpu(self._index)  # the one TensorRT builds for
         except EngineError as error:
             self._unless_dry(error, "the GPU")
         return version, here

@@ -103,10 +103,11 @@ def metadata_path(directory: Path, component: str) -> Path:
     return directory / f"{component}.plan.metadata.json"
 
 
-def build_command(bundle: Bundle, directory: Path) -> str:
+def build_command(bundle: Bundle, directory: Path, device: str = "cuda:0") -> str:
     """What a user types to have the engines of a bundle."""
     where, into = shlex.quote(str(bundle.path)), shlex.quote(str(directory))
-    return f"canvasmar-rt build {where} --engine-dir {into}"
+    other = "" if device == "cuda:0" else f" --device {device}"
+    return f"canvasmar-rt build {where} --engine-dir {into}{other}"
 
 
 def files_of(bundle: Bundle, component: str) -> tuple[str, dict[str, str]]:

@@ -22,6 +22,7 @@ from canvasmar_rt.engines.tensorrt_cache import (
     Profile,
     build_command,
     files_of,
+    metadata_path,
     mismatches,
     plan_path,
     read_metadata,
@@ -65,7 +66,7 @@ class TensorRTEngine:
             raise EngineError("engine 'tensorrt' has no CPU threads to set; leave threads out")
         index = cuda_index(self.name, device)
         if engine_dir is None:
-            example = build_command(bundle, Path("ENGINES"))
+            example = build_command(bundle, Path("ENGINES"), f"cuda:{index}")
             raise EngineError(f"engine 'tensorrt' needs engine_dir, the folder made by: {example}")
         from canvasmar_rt.engines.tensorrt_library import started, trt
 
@@ -88,6 +89,16 @@ class TensorRTEngine:
         with self._lock:
             reasons = [m.graph_off for m in self._memories]
         return {f"rollout {i}": r for i, r in enumerate(reasons) if r is not None}
+
+    @property
+    def omitted(self) -> dict[str, str]:
+        manifest, found = self.bundle.manifest, {}
+        for name in manifest.components:
+            if profiles(self.bundle, name, manifest.batch) is None:
+                found[name] = "a frame has one AR step"
+            elif name == OPTIONAL and not metadata_path(self._directory, name).exists():
+                found[name] = "not built; no rollout runs it"
+        return found
 
     def program(self, *, batch: int, sampling: SamplingConfig) -> ComponentProgram:
         return ComponentProgram(self, batch=batch, sampling=sampling)
@@ -205,7 +216,7 @@ class TensorRTEngine:
             told = [f"[{', '.join(names)}] {line}" for line, names in by_line.items()]
             raise EngineError(
                 f"{self._directory}: these engines cannot be used: {'; '.join(told)}. Run: "
-                f"{build_command(self.bundle, self._directory)}"
+                f"{build_command(self.bundle, self._directory, self.device)}"
             )
 
     def _check_shapes(
@@ -217,8 +228,9 @@ class TensorRTEngine:
             if not profile.takes(inputs[name].shape)
         ]
         if wrong:
+            command = build_command(self.bundle, self._directory, self.device)
             raise EngineError(
                 f"{component}: {'; '.join(wrong)}. Keep to the bundle's sampling options and the "
                 "batches the engines were built for; for other batches run: "
-                f"{build_command(self.bundle, self._directory)} --batch-min A --batch-max B"
+                f"{command} --batch-min A --batch-max B"
             )

@@ -15,6 +15,7 @@ from typing import SupportsInt, TypeVar
 
 from canvasmar_rt.engines.tensorrt_cache import DTYPE_WORDS, Profile
 from canvasmar_rt.errors import EngineError
+from canvasmar_rt.signals import kept_signals
 
 try:
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
@@ -67,12 +68,13 @@ def started(kind: Callable[[trt.ILogger], Started]) -> Started:
 
 class _Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
     """Tells `progress` steps done and steps in all of the outermost phase. What it raises cancels
-    the build and is kept in `raised`: it must not travel through C++."""
+    the build and is kept in `raised`: it must not travel through C++, nor may an interrupt, for
+    which `stopped` is asked."""
 
-    def __init__(self, progress: Callable[[int, int], None]) -> None:
+    def __init__(self, progress: Callable[[int, int], None], stopped: Callable[[], bool]) -> None:
         trt.IProgressMonitor.__init__(self)
         self.raised: BaseException | None = None
-        self._progress = progress
+        self._progress, self._stopped = progress, stopped
         self._steps: dict[str, int] = {}
 
     def phase_start(
@@ -87,7 +89,7 @@ class _Monitor(trt.IProgressMonitor):  # type: ignore[misc, unused-ignore]
                 self._progress(int(step) + 1, self._steps[phase_name])
             except BaseException as error:
                 self.raised = error
-        return self.raised is None
+        return self.raised is None and not self._stopped()
 
     def phase_finish(self, phase_name: str) -> None:
         self._steps.pop(phase_name, None)
@@ -118,7 +120,26 @@ def compile_graph(
 
     Raises:
         EngineError: the parser or the builder refused the graph; with every error they gave.
+        KeyboardInterrupt: a signal came; TensorRT calls back from C++, where none may be raised.
     """
+    with kept_signals() as stopped:
+        made = _compiled(
+            onnx, profiles, optimization_level, workspace_bytes, timing_cache, progress, stopped
+        )
+    if made is None or stopped():
+        raise KeyboardInterrupt
+    return made
+
+
+def _compiled(
+    onnx: Path,
+    profiles: Mapping[str, Profile],
+    optimization_level: int,
+    workspace_bytes: int | None,
+    timing_cache: bytes,
+    progress: Callable[[int, int], None],
+    stopped: Callable[[], bool],
+) -> Compiled | None:
     log.taken()
     builder, runtime = started(trt.Builder), started(trt.Runtime)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -141,11 +162,13 @@ def compile_graph(
         profile.set_shape(name, trt.Dims(p.minimum), trt.Dims(p.optimum), trt.Dims(p.maximum))
     if config.add_optimization_profile(profile) < 0:
         raise EngineError(f"{onnx}: TensorRT refused the shapes: {log.taken()}")
-    monitor = _Monitor(progress)
+    monitor = _Monitor(progress, stopped)
     config.progress_monitor = monitor
     plan = builder.build_serialized_network(network, config)
     if monitor.raised is not None:
         raise monitor.raised
+    if stopped():
+        return None
     if plan is None:
         raise EngineError(f"{onnx}: TensorRT cannot build it: {log.taken()}")
     made = bytes(plan)

@@ -142,6 +142,11 @@ class TorchEngine:
             return {}
         return {"frame": "switched off"}
 
+    @property
+    def omitted(self) -> Mapping[str, str]:
+        whole = "frame" in self.bundle.manifest.components
+        return {"frame": "composed of the others, which run"} if whole else {}
+
     def program(self, *, batch: int, sampling: SamplingConfig) -> TorchProgram:
         return TorchProgram(
             self.model,

@@ -177,6 +177,8 @@ class TorchProgram:
                 residual=self._config.residual,
                 mode=flow_kernel,
             )
+        if self._device.type == "cuda":  # what was packed and cleared is used on another stream
+            torch.cuda.synchronize(self._device)
 
     def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch

@@ -23,6 +23,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
+from onnx.helper import make_node
 from onnxscript import opset20
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -441,7 +442,33 @@ def to_onnx(
     proto.graph.doc_string = ""
     made: ModelProto = proto
     assert not made.functions
+    _widen(made)
     return made
+
+
+MOVES = ("DepthToSpace", "Pad", "Resize")
+"""What ONNX Runtime has no bfloat16 kernels for, on a GPU either. They only move numbers."""
+
+
+def _widen(proto: ModelProto) -> None:
+    """Let bfloat16 pass through `MOVES` as float32, which changes nothing."""
+    g, kind = proto.graph, TensorProto
+    types = {v.name: v.type.tensor_type.elem_type for v in (*g.input, *g.value_info, *g.output)}
+    types |= {t.name: t.data_type for t in g.initializer}
+    nodes = []
+    for node in g.node:
+        if node.op_type not in MOVES or types[node.input[0]] != kind.BFLOAT16:
+            nodes.append(node)
+            continue
+        for i, name in enumerate(node.input):
+            if types.get(name) == kind.BFLOAT16:
+                node.input[i] = f"{node.name}_wide_{i}"
+                nodes.append(make_node("Cast", [name], [node.input[i]], to=kind.FLOAT))
+        (name,) = node.output
+        node.output[0] = f"{node.name}_wide"
+        nodes += [node, make_node("Cast", [node.output[0]], [name], to=kind.BFLOAT16)]
+    del g.node[:]
+    g.node.extend(nodes)
 
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
@@ -614,9 +641,7 @@ def _externalise(proto: ModelProto, name: str, place: Place, folder: Path) -> No
     if tensor.data_type == TensorProto.FLOAT and place.dtype == "F16":
         tensor.data_type = TensorProto.FLOAT16
         tensor.name = f"{name}.fp16"
-        widen = onnx.helper.make_node(
-            "Cast", [tensor.name], [name], f"{name}.widen", to=TensorProto.FLOAT
-        )
+        widen = make_node("Cast", [tensor.name], [name], f"{name}.widen", to=TensorProto.FLOAT)
         proto.graph.node.insert(0, widen)
 
 

@@ -248,7 +248,7 @@ def test_a_suffix_may_be_of_any_case(name: str, tmp_path: Path) -> None:
 
 
 def test_bench_measures_and_draws(tmp_path: Path) -> None:
-    run("bench", "--batch", "1,2", "--baseline", "eager", "--iterations", 2, "--warmup", 1,
+    run("bench", "--batch", "1,2", "--baseline", "eager", "--iterations", 1, "--warmup", 0,
         "--frames", 1, "--json", "b.json", "--csv", "b.csv", "--plot", "figures",
         cwd=tmp_path)  # fmt: skip
     bench = json.loads((tmp_path / "b.json").read_text())
@@ -275,14 +275,14 @@ def test_a_dry_build_says_what_it_would_do(tmp_path: Path) -> None:
 
 
 def test_engine_options_reach_the_engine(tmp_path: Path) -> None:
-    torch = ["predict", DEMO_CLIP, "-o", "x.mp4", "--engine", "torch", "--frames", 2]
-    run(*torch, "--engine-option", "cuda_graph=false", cwd=tmp_path)
+    predict = ["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", 2]
+    run(*predict, "--engine", "torch", "--engine-option", "cuda_graph=false", cwd=tmp_path)
     for option, message in (
         ("cuda_grap=false", "no option cuda_grap; its options are .*cuda_graph"),
         ("cuda_graph=maybe", "cuda_graph must be true or false, got 'maybe'"),
         ("cuda_graph", "NAME=VALUE"),
     ):
-        done = run(*torch, "--engine-option", option, cwd=tmp_path, code=2)
+        done = run(*predict, "--engine-option", option, cwd=tmp_path, code=2)
         assert re.search(message, done.stderr), done.stderr
 
 

@@ -16,12 +16,9 @@ import json
 import math
 import os
 import shutil
-import signal
 import sys
 import tempfile
-import threading
 import time
-import types
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -50,6 +47,7 @@ from canvasmar_rt.models.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from canvasmar_rt.signals import kept_signals
 from training.clips import (
     Clips,
     ClipSource,
@@ -68,10 +66,6 @@ STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
 CARRIED = "carried"
-
-AT_ONCE = 2.0
-"""Seconds after a signal to stop from which another one means now: `torchrun` passes on to its
-ranks what a terminal has sent them already."""
 
 UNCHECKED_STEPS = 32
 """Steps on a GPU after which it is seen whether their losses were finite."""
@@ -327,7 +321,7 @@ class Trainer:
             ConfigError: if another process trains in the directory.
             KeyboardInterrupt: after the checkpoint of the step that was interrupted.
         """
-        with self._alone(), _heeding_signals() as stopped:
+        with self._alone(), kept_signals() as stopped:
             self._run(until, stopped)
 
     def _run(self, until: int | None, stopped: Callable[[], bool]) -> None:
@@ -664,31 +658,6 @@ class Trainer:
             yield
         finally:
             lock.release()
-
-
-@contextmanager
-def _heeding_signals() -> Iterator[Callable[[], bool]]:
-    """Signals that would interrupt are kept for what it gives, which tells of them; one that comes
-    `AT_ONCE` seconds after the first interrupts."""
-    first: list[float] = []
-
-    def keep(signum: int, frame: types.FrameType | None) -> None:
-        now = time.monotonic()
-        if first and now - first[0] > AT_ONCE:
-            raise KeyboardInterrupt
-        first.append(now)
-
-    before = {}
-    if threading.current_thread() is threading.main_thread():
-        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
-                before[number] = signal.signal(number, keep)
-    try:
-        yield lambda: bool(first)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def find_checkpoints(directory: Path) -> list[Path]:

@@ -47,6 +47,7 @@ class Library:
         self.trt = SimpleNamespace(__version__="11.4.0.106")
         self.refusing: set[str] = set()
         self.compiled: list[str] = []
+        self.chosen: list[int] = []
         self.caches: list[bytes] = []
         self.bundle = Bundle.open("toytable")
         self.wrong: dict[str, str] = {}
@@ -81,7 +82,9 @@ def library(monkeypatch: pytest.MonkeyPatch) -> Library:
     fake = Library()
     monkeypatch.setitem(sys.modules, LIBRARY, fake)  # type: ignore[arg-type]
     h200 = Gpu(name="NVIDIA H200", compute_capability="9.0")
-    monkeypatch.setattr(tensorrt_build, "gpu", lambda index=0: h200)
+    cards = [h200, Gpu(name="NVIDIA RTX A4000", compute_capability="8.6")]
+    monkeypatch.setattr(tensorrt_build, "gpu", lambda index=0: cards[index])
+    monkeypatch.setattr(tensorrt_build, "choose_gpu", fake.chosen.append)
     return fake
 
 
@@ -226,6 +229,20 @@ def test_built_once_then_reused(bundle: Bundle, tmp_path: Path, library: Library
     assert library.compiled == names
     dry = build_engines(bundle, tmp_path, BuildOptions(dry_run=True))
     assert {c.action for c in dry.components} == {"would reuse"}
+
+
+def test_engines_are_built_for_the_gpu_that_is_named(
+    bundle: Bundle, tmp_path: Path, library: Library
+) -> None:
+    only = BuildOptions(components=("decoder",))
+    build_engines(bundle, tmp_path, only)
+    again = build_engines(bundle, tmp_path, only, device="cuda:1").components[0]
+    assert again.action == "built"
+    assert any("H200" in reason and "A4000" in reason for reason in again.reasons)
+    assert read_metadata(tmp_path, "decoder").source.gpu == "NVIDIA RTX A4000"
+    assert library.chosen == [0, 1]
+    with pytest.raises(EngineError, match="knows no device 'cpu'"):
+        build_engines(bundle, tmp_path, only, device="cpu")
 
 
 def test_what_does_not_fit_is_rebuilt_and_why(

@@ -227,6 +227,17 @@ def test_a_program_can_be_made(library: Library, directory: Path) -> None:
     assert len({c.scratch for c in library.contexts}) == 1
 
 
+def test_what_was_not_built_and_is_not_needed_is_omitted(library: Library, directory: Path) -> None:
+    engine = TensorRTEngine(BUNDLE, engine_dir=directory)
+    assert engine.omitted == {"frame": "not built; no rollout runs it"}
+    write(directory, "frame")
+    assert engine.omitted == {}
+    one_step = dataclasses.replace(BUNDLE.manifest.sampling, ar_steps=1)
+    manifest = dataclasses.replace(BUNDLE.manifest, sampling=one_step, fast=None)
+    engine.bundle = dataclasses.replace(BUNDLE, manifest=manifest)
+    assert engine.omitted == {"spatial": "a frame has one AR step"}
+
+
 def test_every_difference_of_every_engine_is_named_at_once(
     library: Library, directory: Path
 ) -> None:

@@ -7,6 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,7 +33,7 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
 from canvasmar_rt.export import exporter, parity, tensorrt_ops
-from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+from canvasmar_rt.export.exporter import MOVES, ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
 from canvasmar_rt.verify import difference, verify
@@ -48,22 +49,35 @@ def model() -> CanvasMAR:
 
 
 @pytest.fixture(scope="module")
-def graphs(model: CanvasMAR) -> dict[str, onnx.ModelProto]:
-    return exporter.trace(model, SAMPLING, ExportOptions(), lambda _: None)
+def parts() -> list[onnx.ModelProto]:
+    """What PyTorch traced of `model`, in order, once `graphs` is there."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def graphs(model: CanvasMAR, parts: list[onnx.ModelProto]) -> dict[str, onnx.ModelProto]:
+    traced = exporter.to_onnx
+
+    def kept(*arguments: Any) -> onnx.ModelProto:
+        parts.append(traced(*arguments))
+        return copied(parts[-1])
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exporter, "to_onnx", kept)
+        return exporter.trace(model, SAMPLING, ExportOptions(), lambda _: None)
+
+
+def copied(proto: onnx.ModelProto) -> onnx.ModelProto:
+    copy = onnx.ModelProto()
+    copy.CopyFrom(proto)
+    return copy
 
 
 @pytest.fixture
 def traced_once(graphs: dict[str, onnx.ModelProto], monkeypatch: pytest.MonkeyPatch) -> None:
     """Exports of `model` reuse one tracing; what a test looks at comes after it."""
 
-    def copies(*_: object) -> dict[str, onnx.ModelProto]:
-        out = {}
-        for name, proto in graphs.items():
-            out[name] = onnx.ModelProto()
-            out[name].CopyFrom(proto)
-        return out
-
-    monkeypatch.setattr(exporter, "trace", copies)
+    monkeypatch.setattr(exporter, "trace", lambda *_: {n: copied(p) for n, p in graphs.items()})
 
 
 @pytest.fixture
@@ -367,10 +381,16 @@ def test_float16_runs_and_stays_close(model: CanvasMAR, tmp_path: Path) -> None:
 
 
 def test_unrolled_graphs_hold_no_loop(
-    bundle: Bundle, model: CanvasMAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Bundle,
+    model: CanvasMAR,
+    parts: list[onnx.ModelProto],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """CUDA graphs take no loops; the price is that the solver is fixed."""
-    monkeypatch.undo()  # trace again
+    monkeypatch.undo()  # compose again, of the same parts
+    again = map(copied, parts)
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: next(again))
     unrolled = export_bundle(
         model, SAMPLING, tmp_path / "u", ExportOptions(unroll=True), source="test"
     )
@@ -400,6 +420,13 @@ def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
     assert 1e-4 < report["components"]["spatial"]["relative"] <= worst
     with pytest.raises(BundleError, match=r"GPU engine only.*fp32"):
         canvasmar_rt.load(bundle.path)
+    seen = set()
+    for name in ("encoder", "decoder"):
+        graph = onnx.shape_inference.infer_shapes(onnx.load(bundle.file(name))).graph
+        types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.value_info)}
+        seen |= {(n.op_type, types[n.input[0]]) for n in graph.node if n.op_type in MOVES}
+    # ONNX Runtime has no kernels of these for bfloat16
+    assert seen == {("DepthToSpace", onnx.TensorProto.FLOAT)}
 
 
 @pytest.mark.parametrize(

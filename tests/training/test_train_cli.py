@@ -605,7 +605,7 @@ def test_an_interrupt_leaves_whole_checkpoints(
         return call
 
     with monkeypatch.context() as patch:
-        patch.setattr("training.trainer.AT_ONCE", -1.0)
+        patch.setattr("canvasmar_rt.signals.AT_ONCE", -1.0)
         patch.setattr(sys, "argv", ["training", *AUTOENCODER, "-o", str(tmp_path / "run")])
         if when == "save":
             patch.setattr("training.trainer.save_file", interrupted(save_file))
