@@ -123,6 +123,18 @@ class Schedule:
         return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
 
+def check_frames(chunk: int, context: int, frames: int) -> None:
+    """
+    Raises:
+        ConfigError: if `frames` after `context` latent frames do not complete the chunk.
+    """
+    if frames != chunk - context:
+        raise ConfigError(
+            f"dfot: it denoises {chunk} latent frames at once and {context} are given, so it plays "
+            f"{chunk - context}, not {frames}"
+        )
+
+
 def schedule(frames: int, context: int, guidance: Guidance, *, steps: int = STEPS) -> Schedule:
     """The first `context` of `frames` latent frames are history, the others go together from pure
     noise to clean in `steps` steps of equally many levels of the cosine schedule. v is what the
@@ -423,12 +435,8 @@ class DfotContestant:
             ConfigError: for any number of frames but those that complete the chunk.
             EngineError: the engine returned values that are not finite.
         """
-        known, wanted = self._history.shape[1], self.frames.shape[1]
-        if frames != wanted:
-            raise ConfigError(
-                f"dfot: it denoises {known + wanted} latent frames at once and {known} are given, "
-                f"so it plays {wanted}, not {frames}"
-            )
+        known = self._history.shape[1]
+        check_frames(known + self.frames.shape[1], known, frames)
         self._runner.rewind(self._decoder_start)
         ready, decoding = [], []
         clock = Clock()

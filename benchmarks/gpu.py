@@ -26,10 +26,18 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import torch
 import typer
 
 import canvasmar_rt
+from canvasmar_rt.command import print_error, run_command, stderr
+from canvasmar_rt.errors import CanvasMarError, EngineError
+
+try:
+    import torch
+except ImportError:
+    print_error(EngineError("the GPU benchmarks need PyTorch: pip install 'canvasmar-rt[export]'"))
+    sys.exit(2)
+
 from canvasmar_rt.benchmarks.latency import (
     BenchOptions,
     bench,
@@ -38,14 +46,12 @@ from canvasmar_rt.benchmarks.latency import (
     resident_bytes,
 )
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.command import run_command, stderr
 from canvasmar_rt.config import SamplingConfig, preset
 from canvasmar_rt.engines.base import ENGINES, cuda_index
 from canvasmar_rt.engines.program import Clock
 from canvasmar_rt.engines.tensorrt_build import OPTIONAL, BuildOptions, build_engines
 from canvasmar_rt.engines.torch_engine import torch_device
 from canvasmar_rt.engines.torch_program import TorchProgram
-from canvasmar_rt.errors import CanvasMarError
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.models import sampler

@@ -95,8 +95,10 @@ def bench(
     options: BenchOptions,
     others: Mapping[str, Make],
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+    so_far: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
-    """Measure a predictor, and `others` beside it.
+    """Measure a predictor, and `others` beside it. `so_far` is given the report after every batch
+    size but the last, for whom an interrupt must not cost it.
 
     Returns:
         JSON-ready: `config`, `metadata`, `timed_boundary`, and `metrics` for every batch size.
@@ -116,7 +118,19 @@ def bench(
         return RolloutContestant(OURS, predictor, context, batch=batch, seed=options.seed)
 
     described: dict[str, Any] = {}
-    metrics = []
+    metrics: list[dict[str, Any]] = []
+    report: dict[str, Any] = {
+        "config": {
+            "model": config.name,
+            "source": predictor.bundle.manifest.source,
+            **dataclasses.asdict(options),
+            "frames": frames,
+            "contestants": described,
+        },
+        "metadata": machine(),
+        "timed_boundary": BOUNDARY,
+        "metrics": metrics,
+    }
     for batch in options.batches:
         label = f"batch {batch}"
         runs, memory = [], {}
@@ -148,19 +162,9 @@ def bench(
             }
         )
         del runs
-    manifest = predictor.bundle.manifest
-    report: dict[str, Any] = {
-        "config": {
-            "model": config.name,
-            "source": manifest.source,
-            **dataclasses.asdict(options),
-            "frames": frames,
-            "contestants": described,
-        },
-        "metadata": machine(),
-        "timed_boundary": BOUNDARY,
-        "metrics": metrics,
-    }
+        if batch != options.batches[-1] or options.soak:
+            so_far(report)
+    report["metadata"] = machine()  # PyTorch may have come with a baseline
     if options.soak:
         report["soak"] = _soak(predictor, options, lambda d, t: progress("soak", d, t))
     return report

@@ -620,6 +620,7 @@ def bench(
 ) -> None:
     """Measure latency on this machine, beside other systems, interleaved."""
     from canvasmar_rt.benchmarks import baselines, random_models, report
+    from canvasmar_rt.benchmarks.dfot import check_frames
     from canvasmar_rt.benchmarks.latency import BenchOptions
     from canvasmar_rt.benchmarks.latency import bench as run
 
@@ -669,24 +670,44 @@ def bench(
         )  # fmt: skip
         predictor = Predictor(predictor.engine, sampling)
         others = baselines.baselines(predictor, options.baselines, seed=seed, threads=threads)
+        if any(name.startswith("dfot") for name in options.baselines):  # before it is exported
+            window, played = predictor.config.context_frames, options.predicted(predictor.config)
+            check_frames(window, context, played)
         if sweep is not None:
             others |= baselines.sweep(
                 predictor, sweep, seed=seed, threads=threads,
                 beside="unified" in options.baselines,
             )  # fmt: skip
+
+        def keep(found: dict[str, Any]) -> None:
+            found["config"]["loading"] = loading
+            if json_ is not None:
+                write_file(json_, json.dumps(found, indent=1) + "\n")
+            if csv is not None:
+                write_file(csv, report.as_csv(found))
+
+        def so_far(found: dict[str, Any]) -> None:
+            nonlocal whole
+            whole = found
+
+        whole: dict[str, Any] | None = None
         with stderr_bar(quiet) as bar:
             task = bar.add_task("", total=None)
-            measured = run(
-                predictor, options, others,
-                lambda what, done, total: bar.update(
-                    task, description=what, completed=done, total=total
-                ),
-            )  # fmt: skip
-    measured["config"]["loading"] = loading
-    if json_ is not None:
-        write_file(json_, json.dumps(measured, indent=1) + "\n")
-    if csv is not None:
-        write_file(csv, report.as_csv(measured))
+            try:
+                measured = run(
+                    predictor, options, others,
+                    lambda what, done, total: bar.update(
+                        task, description=what, completed=done, total=total
+                    ),
+                    so_far,
+                )  # fmt: skip
+            except BaseException:  # what was measured by then is not lost
+                if whole is not None:
+                    keep(whole)
+                    if json_ or csv:
+                        stderr.print("batches measured by then are kept")
+                raise
+    keep(measured)
     if not quiet:
         stdout.print(report.table(measured))
         if "soak" in measured:

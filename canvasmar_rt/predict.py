@@ -67,14 +67,19 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     have the same name, and all with theirs where that is again the name of another.
 
     Raises:
-        InputError: if `output` is no folder that can be written to, and cannot become one.
+        InputError: if `output` is no folder that can be written to, and cannot become one, or a
+            video would take the place of a clip.
     """
     _check_folder(output.absolute(), output)
     stems = [clip.stem for clip in clips]
     names = [clip.stem if stems.count(clip.stem) == 1 else clip.name for clip in clips]
     if len(set(names)) < len(clips):
         names = [clip.name for clip in clips]
-    return {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
+    videos = {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
+    given = {clip.resolve() for clip in clips}
+    if lost := [video for video in videos.values() if video.resolve() in given]:
+        raise InputError(f"{lost[0]}: is one of the clips; give another folder")
+    return videos
 
 
 def predict_clip(
@@ -131,6 +136,10 @@ def predict_clip(
         )
     if config.action_dim and not options.actions and find_actions(source):
         notes.append("the clip's actions are not used; --actions predicts under them")
+    if length != options.context:
+        notes.append(
+            f"the context is {length} frames, not {options.context}: the model takes 1 + n*{t}"
+        )
     context = clip.frames[:length]
     steps, group = math.ceil(options.frames / config.step_frames), config.group
     known = (length - 1) // t

@@ -139,7 +139,7 @@ def test_a_killed_worker_loses_no_clip(
     assert not list((tmp_path / "out").glob(".*")), "nothing half-written is left"
 
     (clips / "broken.mp4").unlink()
-    monkeypatch.setattr(command, "_connect", lambda address: None)
+    monkeypatch.setattr(command, "_connect", lambda address, gpus: None)
     again_with = ["-o", str(tmp_path / "out"), "--frames", "4", "--seed", "3"]
     again = CliRunner().invoke(command.app, ["predict", str(clips), *again_with])
     assert again.exit_code == 0
@@ -309,7 +309,7 @@ def test_files_of_others_are_left_alone(clips: Path, tmp_path: Path) -> None:
     films = tmp_path / "films"
     films.mkdir()
     (films / "a.mp4").write_bytes(b"a video")
-    with pytest.raises(InputError, match=r"a\.mp4 is one of the clips"):
+    with pytest.raises(InputError, match=r"a\.mp4: is one of the clips"):
         predict_folder(films, films, PredictOptions(), Worker(), workers=1)
     shutil.rmtree(films)
     labels = tmp_path / "c2.json"
@@ -357,6 +357,18 @@ def test_a_cluster_that_is_not_there_is_named(
     found = CliRunner().invoke(command.app, arguments).exception
     assert isinstance(found, EngineError)
     assert "auto: no Ray cluster is to be had there (no such cluster)" in str(found)
+
+
+def test_a_machine_without_a_gpu_does_not_wait_for_one(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(ray, "init", lambda *_, **__: None)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    arguments = ["predict", str(clips), "-o", str(tmp_path), "--gpus", "1"]
+    found = CliRunner().invoke(command.app, arguments).exception
+    assert isinstance(found, EngineError)
+    assert "--gpus 1: Ray finds 0 GPUs on this machine" in str(found)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,14 @@ def test_what_needs_torch_says_so(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_the_gpu_command_says_what_it_needs(tmp_path: Path) -> None:
+    code = "import runpy; runpy.run_module('canvasmar_rt.benchmarks.gpu', run_name='__main__')"
+    done = run(code, "--help", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: the GPU benchmarks need PyTorch: pip install")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
 def test_what_needs_ray_says_so(tmp_path: Path) -> None:
     code = (
         "import runpy; sys.modules['ray'] = None; "

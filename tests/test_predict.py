@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_every_clip_has_a_video_of_its_own(
 ) -> None:
     found = video_names([Path(clip) for clip in clips], tmp_path)
     assert list(found.values()) == [tmp_path / video for video in videos]
+
+
+def test_no_video_takes_the_place_of_a_clip(tmp_path: Path) -> None:
+    clips = [tmp_path / "a.npz", tmp_path / "b.mp4"]
+    with pytest.raises(InputError, match=r"b\.mp4: is one of the clips"):
+        video_names(clips, tmp_path)
+    assert list(video_names(clips[:1], tmp_path).values()) == [tmp_path / "a.mp4"]
+
+
+def test_a_context_that_is_cut_is_said_to_be(tmp_path: Path) -> None:
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    for asked, told in ((4, ["the context is 3 frames, not 4: the model takes 1 + n*2"]), (5, [])):
+        made = predict_clip(
+            predictor, DEMO_CLIP, tmp_path / "a.png",
+            PredictOptions(frames=2, context=asked, actions=True),
+        )  # fmt: skip
+        assert made["notes"] == told
+        shutil.rmtree(tmp_path / "a")
 
 
 def test_a_video_and_an_archive_with_its_frames_are_continued_alike(tmp_path: Path) -> None:

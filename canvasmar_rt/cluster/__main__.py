@@ -67,7 +67,7 @@ def _worker(
     )  # fmt: skip
 
 
-def _connect(address: str | None) -> None:
+def _connect(address: str | None, gpus: float) -> None:
     os.environ.update(ENVIRONMENT)  # for a cluster that starts here and now
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
     try:
@@ -78,6 +78,12 @@ def _connect(address: str | None) -> None:
             f"had there ({str(error).splitlines()[0]}); give the --address that 'ray start' told, "
             "or none for this machine alone"
         ) from None
+    have = ray.cluster_resources().get("GPU", 0)
+    if gpus > have and not (address or os.environ.get("RAY_ADDRESS")):  # others may grow
+        raise EngineError(
+            f"--gpus {gpus:g}: Ray finds {have:g} GPUs on this machine; give the --address of a "
+            "cluster that has some, or leave --gpus out"
+        )
 
 
 @app.command()
@@ -107,7 +113,7 @@ def predict(
         report = predict_folder(
             source, output, options, worker, workers=workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            connect=lambda: _connect(address),
+            connect=lambda: _connect(address, gpus),
         )  # fmt: skip
     for why in report.failed.values():
         print_error(InputError(why))
@@ -169,7 +175,7 @@ def serve(
     manifest = Bundle.open(worker.model).manifest  # what every replica will need
     manifest.profile(worker.profile)
     cut_starts(manifest.model, clip)
-    _connect(address)
+    _connect(address, gpus)
     try:
         ray_serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
         ray_serve.run(service, name="canvasmar", blocking=True)

@@ -78,8 +78,6 @@ def predict_folder(
         options = dataclasses.replace(options, sampling=sampling)
     targets = video_names([clip.absolute() for clip in find_clips(source)], output)
     for target in targets.values():
-        if target.absolute() in targets:
-            raise InputError(f"{target} is one of the clips; give another output")
         path = _record_path(target)
         if path.exists() and not _read_record(path).keys() & {"begun", "bundle"}:
             raise InputError(

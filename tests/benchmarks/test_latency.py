@@ -60,6 +60,23 @@ def test_contestants_take_turns_and_warm_up_is_not_kept() -> None:
     assert calls == ["slow", "slow"]
 
 
+def test_what_was_measured_before_an_interrupt_is_kept(predictor: Predictor) -> None:
+    kept: list[int] = []
+
+    def broken(context: np.ndarray, batch: int) -> Fixed:
+        if batch == 2:
+            raise KeyboardInterrupt
+        return Fixed("broken", Played((0.1,), None, {}), [])
+
+    options = BenchOptions(batches=(1, 2), frames=1, warmup=0, iterations=1)
+    with pytest.raises(KeyboardInterrupt):
+        bench(
+            predictor, options, {"broken": broken},
+            so_far=lambda report: kept.extend(m["batch"] for m in report["metrics"]),
+        )  # fmt: skip
+    assert kept == [1]
+
+
 def test_a_frame_is_the_time_between_pixels() -> None:
     found = summary([STREAM], pixel_frames=12, chunked=False)
     assert found["frame_ms"]["p50"] == pytest.approx(20.0)  # of 10, 20 and 30
