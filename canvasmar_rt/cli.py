@@ -686,11 +686,12 @@ def bench(
             if csv is not None:
                 write_file(csv, report.as_csv(found))
 
+        whole: dict[str, Any] | None = None
+
         def so_far(found: dict[str, Any]) -> None:
             nonlocal whole
             whole = found
 
-        whole: dict[str, Any] | None = None
         with stderr_bar(quiet) as bar:
             task = bar.add_task("", total=None)
             try:

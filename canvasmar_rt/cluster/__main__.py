@@ -78,7 +78,7 @@ def _connect(address: str | None, gpus: float) -> None:
             f"had there ({str(error).splitlines()[0]}); give the --address that 'ray start' told, "
             "or none for this machine alone"
         ) from None
-    have = ray.cluster_resources().get("GPU", 0)
+    have = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     if gpus > have and not (address or os.environ.get("RAY_ADDRESS")):  # others may grow
         raise EngineError(
             f"--gpus {gpus:g}: Ray finds {have:g} GPUs on this machine; give the --address of a "
