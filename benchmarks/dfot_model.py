@@ -24,9 +24,9 @@ from canvasmar_rt.benchmarks.dfot import (
     shapes_of,
     step_component,
 )
-from canvasmar_rt.engines.memory import Array
+from canvasmar_rt.engines.memory import Array, capturing
 from canvasmar_rt.engines.program import Float32, UInt8
-from canvasmar_rt.engines.torch_engine import TorchEngine
+from canvasmar_rt.engines.torch_engine import TorchEngine, compiled
 from canvasmar_rt.engines.torch_program import Parcel, exact_float32
 from canvasmar_rt.export.exporter import to_onnx
 from canvasmar_rt.export.quantize import quantize_products
@@ -64,7 +64,7 @@ def rotary_tables(config: DfotConfig) -> tuple[Tensor, Tensor]:
 
 def modulated(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer norm without weights, then scale and shift."""
-    normed = F.layer_norm(x.float(), x.shape[-1:], eps=1e-6).to(x.dtype)
+    normed = F.layer_norm(x, x.shape[-1:], eps=1e-6)  # in float32 inside, whatever the dtype
     return normed * (1 + scale) + shift
 
 
@@ -233,7 +233,7 @@ class TorchRunner:
         device = torch.device(engine.device)
         self._step = DfotStep(network.to(device))
         if engine._compile:
-            self._step.compile(dynamic=False)
+            compiled(self._step)
         self._decoder = engine.component("decoder")
         self._steps = len(plan.keep)
         self._stream = None
@@ -277,6 +277,8 @@ class TorchRunner:
             self._do(self._in.upload, work)  # from step 0 each time
         with (
             torch.inference_mode(),
+            capturing(),
+            torch.cuda.device(self._latent.tensors["latent"].device),
             torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
         ):
             work()

@@ -30,7 +30,7 @@ import typer
 
 import canvasmar_rt
 from canvasmar_rt.command import print_error, run_command, stderr
-from canvasmar_rt.errors import CanvasMarError, EngineError
+from canvasmar_rt.errors import EngineError
 
 try:
     import torch
@@ -48,9 +48,9 @@ from canvasmar_rt.benchmarks.latency import (
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig, preset
 from canvasmar_rt.engines.base import ENGINES, cuda_index
-from canvasmar_rt.engines.program import Clock
+from canvasmar_rt.engines.program import Clock, NoiseAhead, NoiseKey
 from canvasmar_rt.engines.tensorrt_build import OPTIONAL, BuildOptions, build_engines
-from canvasmar_rt.engines.torch_engine import torch_device
+from canvasmar_rt.engines.torch_engine import compiled, torch_device
 from canvasmar_rt.engines.torch_program import TorchProgram
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
@@ -76,6 +76,8 @@ FLOW_KERNELS: dict[str, Literal["staged", "persistent"]] = {
 
 Report = dict[str, Any]
 Say = Callable[[str], None]
+Left = Callable[[], float]
+"""Seconds that are left."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -126,7 +128,7 @@ class Frames:
             if name not in modules:
                 modules[name] = graph(model, name)
                 if "compile" in case.mode:
-                    modules[name].compile(dynamic=False)
+                    compiled(modules[name])
             return modules[name]
 
         self._program = TorchProgram(
@@ -135,6 +137,7 @@ class Frames:
             flow_kernel=FLOW_KERNELS.get(case.mode),
         )  # fmt: skip
         self._program.warmup()
+        self._noise = NoiseAhead(self._program.noise)
         self.step = self._programmed
 
     def _eager(self) -> None:
@@ -150,16 +153,16 @@ class Frames:
         self._time += 1
 
     def _programmed(self) -> None:
-        self._program.noise.fill(
-            self._sampling,
-            seed=0,
-            streams=range(self._batch),
-            frame=self._time,
-            has_canvas=self._model.config.canvas,
-        )
+        key = NoiseKey(
+            sampling=self._sampling, seed=0, streams=tuple(range(self._batch)),
+            since=(0,) * self._batch, frame=self._time, has_canvas=self._model.config.canvas,
+        )  # fmt: skip
+        following = dataclasses.replace(key, frame=self._time + 1)
+        self._noise.fill(key)
         self._program.predict(
-            self._time, None, order=None, level=lambda: 0, on_canvas=None, clock=Clock()
-        )
+            self._time, None, order=None, level=lambda: 0, on_canvas=None, clock=Clock(),
+            meanwhile=lambda: self._noise.draw(following),
+        )  # fmt: skip
         self._time += 1
 
 
@@ -190,58 +193,68 @@ def latency(case: Case, device: torch.device, *, seconds: float) -> Report:
     }
 
 
-def parity(device: str) -> list[Report]:
-    """`verify` of the packaged bundle on every engine that this machine has on the device."""
-    found = []
+def parity(device: str, left: Left) -> list[Report]:
+    """`verify` of the packaged bundle on every engine that this machine has on the device, as long
+    as there is time left."""
+    found: list[Report] = []
     with tempfile.TemporaryDirectory() as work:
         for engine in ENGINES:
+            if left() < 0:
+                found.append({"engine": engine, "device": device, "skipped": "no time left"})
+                continue
             try:
                 options = {}
                 if device != "cpu":  # where TensorRT says that it does not run
-                    options = _needed("toytable", engine, Path(work), whole=True)
+                    options = _needed("toytable", engine, Path(work))
                 report = verify("toytable", engine=engine, device=device, **options)
                 del report["bundle"]
                 found.append(report)
-            except (CanvasMarError, RuntimeError) as error:  # the other engines go on
-                found.append({"engine": engine, "device": device, "error": str(error)})
+            except Exception as error:  # of Triton or a compiler, too: the other engines go on
+                found.append({"engine": engine, "device": device, "error": _told(error)})
     return found
 
 
-def _needed(
-    bundle: str | Path, engine: str, directory: Path, *, whole: bool = False
-) -> dict[str, Any]:
-    """Options an engine does not run without: of TensorRT the engines' folder, built here; with the
-    `whole` frame's, which takes longest and no loop uses."""
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"[:2000]
+
+
+def _needed(bundle: str | Path, engine: str, directory: Path) -> dict[str, Any]:
+    """Options an engine does not run without: of TensorRT the engines' folder, built here, without
+    the whole frame's, which takes longest and no loop uses."""
     if engine != "tensorrt":
         return {}
     opened = Bundle.open(bundle)
-    names = tuple(name for name in opened.manifest.components if whole or name != OPTIONAL)
+    names = tuple(name for name in opened.manifest.components if name != OPTIONAL)
     build_engines(opened, directory, BuildOptions(components=names))
     return {"engine_dir": directory}
 
 
-def engines(bundle: str | Path, device: str) -> list[Report]:
-    """`canvasmar-rt bench` of a bundle on every engine, with and without CUDA graphs."""
-    found = []
+def engines(bundle: str | Path, device: str, left: Left) -> list[Report]:
+    """`canvasmar-rt bench` of a bundle on every engine, with and without CUDA graphs, as long as
+    there is time left."""
+    found: list[Report] = []
     with tempfile.TemporaryDirectory() as work:
         for engine, graphs in itertools.product(ENGINES, (True, False)):
+            if left() < 0:
+                found.append({"engine": engine, "cuda_graph": graphs, "skipped": "no time left"})
+                continue
             try:
                 options = {"cuda_graph": graphs} | _needed(bundle, engine, Path(work))
                 predictor = canvasmar_rt.load(bundle, engine=engine, device=device, **options)
                 report = bench(predictor, BenchOptions(iterations=ITERATIONS), {})
                 found.append({"config": report["config"], "metrics": report["metrics"]})
-            except (CanvasMarError, RuntimeError) as error:  # the other engines go on
-                found.append({"engine": engine, "cuda_graph": graphs, "error": str(error)})
+            except Exception as error:  # of Triton or a compiler, too: the other engines go on
+                found.append({"engine": engine, "cuda_graph": graphs, "error": _told(error)})
     return found
 
 
-def exported(name: str, dtype: str, device: str) -> list[Report]:
+def exported(name: str, dtype: str, device: str, left: Left) -> list[Report]:
     """The same for a preset with random weights, exported without loops."""
     model, sampling = build(preset(name)[0], seed=0), preset(name)[1]
     options = ExportOptions(dtype=dtype, opset=23, unroll=True, drift_frames=1)
     with tempfile.TemporaryDirectory() as work:
         bundle = export_bundle(model, sampling, Path(work) / name, options, source="random weights")
-        return engines(bundle.path, device)
+        return engines(bundle.path, device, left)
 
 
 def soak(device: str, *, frames: int, seconds: float) -> Report:
@@ -327,11 +340,13 @@ def describe(device: str) -> Report:
 
 @contextmanager
 def _freed() -> Iterator[None]:
-    yield
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-    torch._dynamo.reset()
+    try:
+        yield
+    finally:
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        torch._dynamo.reset()
 
 
 def run(
@@ -368,8 +383,8 @@ def run(
             try:
                 with _freed():
                     value = work()
-            except (CanvasMarError, RuntimeError) as error:
-                value = {"error": f"{type(error).__name__}: {error}"[:2000]}
+            except Exception as error:  # whatever it is, the other parts go on
+                value = {"error": _told(error)}
         report[name] = value
         report.setdefault("seconds", {})[name] = round(time.perf_counter() - started, 1)
         write_file(output, json.dumps(report, indent=1) + "\n")
@@ -379,15 +394,15 @@ def run(
         label = ", ".join(words + ([] if case.guided else ["unguided"]))
         part(label, lambda: latency(case, place, seconds=min(CASE_SECONDS, left() / 2)), at_least)
 
-    part("parity", lambda: parity(device), 0)
+    part("parity", lambda: parity(device, left), 0)
     for case in cases:
         if "compile" not in case.mode:
             measured(case, 10)
-    part("engines, toytable", lambda: engines("toytable", device), 30)
+    part("engines, toytable", lambda: engines("toytable", device, left), 30)
     part("soak", lambda: soak(device, frames=soak_frames, seconds=left() / 2), 5)
     part("tests", lambda: gpu_tests(seconds=left()), 10)
     if device != "cpu":
-        part("engines, bair fp16", lambda: exported("bair", "fp16", device), 200)
+        part("engines, bair fp16", lambda: exported("bair", "fp16", device, left), 200)
     for case in cases:  # last: compiling `bair` took six minutes of an H200's host
         if "compile" in case.mode:
             measured(case, 10 if device == "cpu" else 400)

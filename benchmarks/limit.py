@@ -545,6 +545,9 @@ def measured(report: Mapping[str, Any], config: ModelConfig) -> Measured:
             "int8" if int8 else dtypes[ours["arithmetic"]],
             ours["device"],
         )
+        for batch, ms in found.frame_ms.items():
+            if type(batch) is not int or type(ms) not in (int, float) or not 0 < ms < math.inf:
+                raise TypeError
     except (KeyError, TypeError, ConfigError):
         raise InputError(
             "--measured: not a report that `canvasmar-rt bench --json` wrote"
@@ -671,7 +674,7 @@ def _batches(text: str) -> list[int]:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"--measured {path}: cannot be read ({error})") from None
 
 

@@ -29,6 +29,7 @@ from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import (
     ar_steps,
     flow_plan,
+    flow_temperature,
     generation_order,
     guidance_branches,
     set_sizes,
@@ -234,16 +235,17 @@ class EagerContestant:
     def play(self, frames: int) -> Played:
         """See `Contestant`."""
         state, decoder = self._start, 0.0
-        ready, decoding = [], []
+        ready, decoding = list[float](), list[float]()
         self._decodings.clear()
+        group = self._model.config.group  # the pixels of a group are there at once
         begun = time.perf_counter()
-        for _ in range(frames):
+        while len(ready) < frames:
             state, _ = self._frame(state)
-            ready.append(time.perf_counter() - begun)
+            ready += [time.perf_counter() - begun] * group
         for a, b in self._decodings:
             decoder += b - a if self._device.type == "cpu" else 1e-3 * a.elapsed_time(b)
-            decoding.append(decoder)
-        return Played(tuple(ready), tuple(decoding), {"decoder": decoder})
+            decoding += [decoder] * group
+        return Played(tuple(ready[:frames]), tuple(decoding[:frames]), {"decoder": decoder})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -307,10 +309,10 @@ class NaiveOnnxContestant:
             predictor, self._sampling, "onnxruntime, plain", dtype
         )
         model = load_model(predictor.bundle)
-        if not isinstance(model, CanvasMAR):
+        if not isinstance(model, CanvasMAR) or self._config.group > 1:
             raise EngineError(
-                f"naive-onnx: exports CanvasMAR's networks, and {self._config.name} is another "
-                "family; leave this baseline out"
+                f"naive-onnx: exports the networks of CanvasMAR that draws frame by frame, and "
+                f"{self._config.name} is another kind; leave this baseline out"
             )
         self._start = _as_numpy(_start(model, context, batch), self._config.context_frames)
         cast(model, getattr(torch, dtype))
@@ -370,6 +372,7 @@ class NaiveOnnxContestant:
             frame=state.time,
             has_canvas=self._config.canvas,
         )
+        np.multiply(noise.flow, flow_temperature(sampling, state.time), out=noise.flow)
         clock.lap("noise")
         z_temporal, cache = self._temporal(state)
         clock.lap("temporal")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import math
 import re
+import struct
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -61,6 +63,10 @@ def untimed(frames: Iterator[Callable[[], Pixels]], fps: float | None) -> Track:
     return Track(shown=shown, fps=rate, slack=0.25 / rate, notes=notes)
 
 
+PICTURES = ("PNG", "JPEG", "BMP", "WEBP")
+"""What Pillow may take an image file for, whatever its name; some JPEG becomes MPO, of phones."""
+
+
 def picture_at(path: Path) -> Callable[[], Pixels]:
     """What decodes the image file at `path`, upright, once it is called."""
 
@@ -68,8 +74,14 @@ def picture_at(path: Path) -> Callable[[], Pixels]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("error", Image.DecompressionBombWarning)
-                with Image.open(path) as image:
+                with Image.open(path, formats=PICTURES) as image:
                     check_side(path, image.height, image.width)
+                    frames = getattr(image, "n_frames", 1)
+                    if image.format != "MPO" and frames > 1:
+                        raise VideoError(
+                            f"{path}: expected a picture, got a film of {frames} frames; convert it"
+                            " to .gif or .mp4"
+                        )
                     return _image_rgb(path, ImageOps.exif_transpose(image))
         except VideoError:
             raise
@@ -103,16 +115,26 @@ class _Header(NamedTuple):
         return f"{self.name} {self.dtype.name}{list(self.shape)}"
 
 
+MAX_HEADER_BYTES = 64 << 10
+
+
 def array_header(source: Path, name: str, file: IO[bytes]) -> _Header:
     """Read a .npy header, and leave `file` where the data begin."""
     version = np.lib.format.read_magic(file)
     readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
+        (1, 0): ("<H", np.lib.format.read_array_header_1_0),
+        (2, 0): ("<I", np.lib.format.read_array_header_2_0),
     }
     if version not in readers:
         raise VideoError(f"{source}: array {name} is in .npy format {version}, expected 1.0 or 2.0")
-    return _Header(name, *readers[version](file))
+    length, read = readers[version]
+    stated = file.read(struct.calcsize(length))
+    if len(stated) < struct.calcsize(length):
+        raise VideoError(f"{source}: {name} breaks off in its header; copy the file again")
+    (count,) = struct.unpack(length, stated)
+    if count > MAX_HEADER_BYTES:  # NumPy would read it whole before it looks
+        raise VideoError(f"{source}: array {name} states a header of {count} bytes; it is damaged")
+    return _Header(name, *read(io.BytesIO(stated + file.read(count))))
 
 
 @contextmanager
@@ -120,11 +142,13 @@ def open_member(
     source: Path, archive: zipfile.ZipFile, key: str | None
 ) -> Iterator[tuple[_Header, IO[bytes], int]]:
     """The chosen array of an .npz: its header, and the bytes that follow, and how many."""
-    members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
+    members = {
+        info.filename.removesuffix(".npy"): info
+        for info in archive.infolist()
+        if info.filename.endswith(".npy")
+    }
     headers = {}
     for name, info in members.items():
-        if not info.filename.endswith(".npy"):
-            continue
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             raise VideoError(f"{source}: {name} is packed by a method that NumPy does not write")
         with archive.open(info) as file:
@@ -166,6 +190,11 @@ def array_frames(
         )
     check_side(source, shape[1], shape[2], least=1)
     frame_bytes = math.prod(shape[1:]) * dtype.itemsize
+    if frame_bytes > MAX_CLIP_BYTES // 4:  # it is held twice while it becomes uint8
+        raise VideoError(
+            f"{source}: a frame of {header} takes {frame_bytes >> 20} MiB; save smaller ones, or "
+            "as uint8"
+        )
     if frame_bytes * shape[0] > have:
         raise VideoError(
             f"{source}: {header} needs {frame_bytes * shape[0]} bytes, the file holds {have};"

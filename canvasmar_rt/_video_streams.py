@@ -8,7 +8,7 @@ import struct
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from itertools import chain, repeat
+from itertools import chain, dropwhile, repeat
 from pathlib import Path
 from typing import cast
 
@@ -57,6 +57,8 @@ def open_video(source: Path, *, timed: bool, start: float = 0.0) -> Iterator[Tra
         # A clock as coarse as the frames themselves counts frames and rounds nothing.
         rounded = tick < 0.5 / track.fps
         track.slack = max(1e-6, min(tick, 0.25 / track.fps)) if rounded else 1e-6
+        if stream.metadata.get("alpha_mode") == "1":  # VP8 and VP9 keep it beside their pictures
+            track.notes.append("the video's transparency is not read: all of it shows")
         if not fps:
             track.notes.append(f"the video states no frame rate: {UNSTATED_FPS:g} fps is assumed")
         origin = None
@@ -66,6 +68,21 @@ def open_video(source: Path, *, timed: bool, start: float = 0.0) -> Iterator[Tra
         frames = _decoded(source, container, stream, track)
         track.shown = _timed(frames, track.fps, _REORDER if timed else 0, origin)
         yield track
+
+
+def packet_stamps(source: Path) -> tuple[list[int | None], float | None]:
+    """The time stamps of a video's frames in the file's order, read without decoding, and the
+    seconds of a tick; a stamp or the tick is None where the file has none."""
+    with _container(source) as container:
+        stream = _video_stream(source, container)
+        packets = (p for p in container.demux(stream) if p.size)
+        decodable = dropwhile(lambda packet: not packet.is_keyframe, packets)
+        stamps = [
+            packet.dts if packet.pts is None else packet.pts
+            for packet in decodable
+            if not packet.is_discard  # cut off by an edit list
+        ]
+        return stamps, float(stream.time_base) if stream.time_base else None
 
 
 @contextmanager
@@ -130,6 +147,8 @@ def _decoded(
         except av.FFmpegError as error:  # the container itself breaks off
             track.skip(error)
             packet = None
+        if packet is not None and packet.is_corrupt:
+            track.skip("a packet the container marks as damaged")
         try:
             frames = stream.codec_context.decode(packet)
         except av.EOFError:  # already flushed by the demuxer's own last packet

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import math
 import os
 import struct
@@ -65,11 +66,20 @@ def check_target(target: Path, count: int, fps: float) -> None:
         )
     if suffix == ".gif" and fps > 50:
         raise VideoError(f"{target}: a GIF shows at most 50 fps, got {fps:g}; write .mp4 instead")
-    if suffix == ".png" and (following := _numbered(target, count)).exists():
-        raise VideoError(
-            f"{following}: left from a longer clip, it would be read as part of this one;"
-            " remove the old frames or choose another name"
-        )
+    if suffix == ".png":
+        left = [
+            int(number)
+            for path in target.parent.glob(f"{glob.escape(target.stem)}_*.png")
+            if (number := path.stem.removeprefix(f"{target.stem}_")).isdecimal()
+        ]
+        if after := sorted(i for i in left if i >= count):
+            raise VideoError(
+                f"{_numbered(target, after[0])}: left from a longer clip, it would be read as part"
+                " of this one; remove the old frames or choose another name"
+            )
+        for i in left:
+            if _numbered(target, i).is_dir():
+                raise VideoError(f"{_numbered(target, i)}: is a directory; choose another name")
 
 
 def write_png(path: PathLike, image: Pixels) -> Path:
@@ -95,7 +105,9 @@ def _refusals(target: Path) -> Iterator[None]:
         yield
     except VideoError:
         raise
-    except (av.FFmpegError, OSError, ValueError, MemoryError, struct.error) as error:
+    except (
+        av.FFmpegError, OSError, ValueError, OverflowError, MemoryError, struct.error,
+    ) as error:  # fmt: skip
         raise VideoError(
             f"{target}: cannot be written ({brief(error)});"
             " check that the folder can be written to and has space"

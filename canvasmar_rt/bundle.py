@@ -405,12 +405,18 @@ def _check_files(
                 "export or copy it again"
             )
     for name, component in manifest.components.items():
-        weights = str(PurePosixPath(component.file).with_name("model.safetensors"))
-        present = [weights] if os.path.exists(directory / weights) else []
-        for used in (component.file, *present):
-            if used not in manifest.files:
+        folder = PurePosixPath(component.file).parent
+        beside = [str(folder / "model.safetensors")]
+        if folder.parts and component.file in manifest.files:
+            # its graph may read whatever lies there
+            beside = [str(folder / e.name) for e in os.scandir(directory / folder)]
+        for used in (component.file, *sorted(beside)):
+            hidden = PurePosixPath(used).name.startswith(".")  # as file managers leave
+            present = used == component.file or os.path.exists(directory / used)
+            if used not in manifest.files and present and not hidden:
                 raise BundleError(
-                    f"{directory}: {name}: {used} is not a listed file; export or copy it again"
+                    f"{directory}: {name}: {used} is not a listed file; remove it, or export or "
+                    "copy the bundle again"
                 )
 
 

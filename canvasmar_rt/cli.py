@@ -128,6 +128,8 @@ def _named(base: SamplingConfig, given: list[str] | None) -> SamplingConfig | No
         name, _, value = text.partition("=")
         try:
             changes[name] = json.loads(value)
+        except RecursionError:
+            raise ConfigError(f"{name}: brackets within brackets without end") from None
         except ValueError:
             changes[name] = value
     return from_dict(SamplingConfig, changes, "sampling")
@@ -569,6 +571,8 @@ def _engine_options(given: list[str] | None) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not (name and equals):
             raise ConfigError(f"--engine-option takes NAME=VALUE, got {text!r}")
+        if name in ("path_or_name", "engine", "device", "threads", "profile"):
+            raise ConfigError(f"--engine-option {name}: has an option of its own, --{name}")
         options[name] = {"true": True, "false": False}.get(value, value)
     return options
 

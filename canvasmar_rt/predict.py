@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from canvasmar_rt._video_streams import packet_stamps
 from canvasmar_rt._video_writing import check_target
 from canvasmar_rt.actions import find_actions, read_actions
 from canvasmar_rt.config import ModelConfig, SamplingConfig
@@ -146,6 +147,8 @@ def predict_clip(
     told = None
     if options.actions:
         told = read_latent_actions(source, config, known + math.ceil(options.frames / t))
+        if recorded:
+            _check_recorded(source, config)
         # of the last group only the first frames may be asked for
         told = np.pad(told, ((0, group - 1), (0, 0)))
     begun = time.perf_counter()
@@ -209,6 +212,18 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
         output = output.with_suffix("") / output.name
     check_target(output, count, fps)
     return output, sheet
+
+
+def _check_recorded(source: Path, config: ModelConfig) -> None:
+    """See that a video has no fewer frames than rows of actions."""
+    frames, rows = len(packet_stamps(source)[0]), read_actions(source)
+    t = config.autoencoder.temporal_compression
+    a_row = 1 if rows.shape[1] * t * config.group == config.action_dim else t  # frames of one
+    if a_row * len(rows) >= frames + a_row:
+        raise InputError(
+            f"{source}: {len(rows)} rows of actions for {frames} frames; if frames are missing, "
+            "which action is whose is unknown: copy the video again, or cut the table"
+        )
 
 
 def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:

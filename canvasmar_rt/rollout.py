@@ -22,9 +22,17 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.deadline import Deadlines, Rung, Timed, ladder
 from canvasmar_rt.engines import Engine, create
 from canvasmar_rt.engines.memory import STORAGE
-from canvasmar_rt.engines.program import Clock, Float32, Int64, Level, UInt8, state_shapes
+from canvasmar_rt.engines.program import (
+    Clock,
+    Float32,
+    Int64,
+    Level,
+    NoiseAhead,
+    NoiseKey,
+    UInt8,
+    state_shapes,
+)
 from canvasmar_rt.errors import ConfigError, InputError, StateError
-from canvasmar_rt.schedule import flow_temperature
 
 Array = npt.NDArray[Any]
 P = ParamSpec("P")
@@ -221,6 +229,7 @@ class Rollout:
             )
         self._time = int(clock)
         self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
+        self._noise = NoiseAhead(self._program.noise)
         self._program.since[:] = self._time
 
     # -- starting
@@ -373,16 +382,18 @@ class Rollout:
                 chosen -= 1  # there is no canvas yet
             return None if self._levels[chosen] is None else chosen
 
-        self._program.noise.fill(
-            self.sampling,
+        key = NoiseKey(
+            sampling=self.sampling,
             seed=self._seed,
             streams=self._streams,
+            since=self._since,
             frame=frame,
             has_canvas=self.config.canvas and not from_nothing,
         )
-        if self.sampling.flow_temperature != (1.0, 1.0):
-            for noise, since in zip(self._program.noise.flow, self._since, strict=True):
-                noise *= flow_temperature(self.sampling, frame - since)
+        following = dataclasses.replace(
+            key, frame=frame + self.config.group, has_canvas=self.config.canvas
+        )
+        self._noise.fill(key)
         clock.lap("noise")
         drawn = self._program.predict(
             frame,
@@ -390,6 +401,7 @@ class Rollout:
             order=order,
             level=choose,
             on_canvas=keep if decode_canvas or on_canvas is not None else None,
+            meanwhile=lambda: self._noise.draw(following),
             clock=clock,
         )
         self._time += self.config.group

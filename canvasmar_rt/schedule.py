@@ -104,6 +104,7 @@ def generation_order(
     batch, steps, tokens = gumbel.shape
     tau = order_temperatures(sampling)
     if staticness is None or sampling.order == "random":
+        tau = np.ones_like(tau)  # the noise alone decides, whatever its scale
         confidence = np.zeros((batch, tokens), np.float32)
     else:
         confidence = np.log(np.maximum(staticness.reshape(batch, tokens), np.float32(1e-6)))

@@ -430,6 +430,7 @@ class ComponentProgram:
         order: Int64 | None,
         level: Callable[[], Level],
         on_canvas: Callable[[UInt8], None] | None,
+        meanwhile: Callable[[], None],
         clock: Clock,
     ) -> Drawn:
         has_canvas = self._config.canvas and time > self.since.max()
@@ -460,6 +461,9 @@ class ComponentProgram:
         self._sides["decoder"] ^= self._config.group % 2
         if self._config.group > 1:
             self._feed((slot + 1) % self._config.context_frames)(clock)
+        if self._memory.device != "cpu":
+            meanwhile()
+            clock.lap("meanwhile")
         self._wait(clock)
         require_finite(self._engine.name, "flow", _host(self._out, "drawn"))
         return Drawn(

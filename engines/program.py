@@ -20,7 +20,7 @@ from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.engines.memory import Array, Index
 from canvasmar_rt.errors import EngineError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
-from canvasmar_rt.schedule import time_rotation
+from canvasmar_rt.schedule import flow_temperature, time_rotation
 
 UInt8 = npt.NDArray[np.uint8]
 Int64 = npt.NDArray[np.int64]
@@ -81,6 +81,57 @@ class Noise:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class NoiseKey:
+    """All that decides on a frame's noise; `since`: the frame with which each row's video began."""
+
+    sampling: SamplingConfig
+    seed: int
+    streams: tuple[int, ...]
+    since: tuple[int, ...]
+    frame: int
+    has_canvas: bool
+
+    def draw(self, into: Noise) -> None:
+        into.fill(
+            self.sampling,
+            seed=self.seed,
+            streams=self.streams,
+            frame=self.frame,
+            has_canvas=self.has_canvas,
+        )
+        if self.sampling.flow_temperature != (1.0, 1.0):
+            for noise, since in zip(into.flow, self.since, strict=True):
+                noise *= flow_temperature(self.sampling, self.frame - since)
+
+
+class NoiseAhead:
+    """A program's noise, that of the next frame drawn while the device is busy with this one. It is
+    the same noise: what was drawn ahead for another frame, or of other streams, is not taken."""
+
+    def __init__(self, noise: Noise) -> None:
+        self._noise = noise
+        self._spare: Noise | None = None
+        self._key: NoiseKey | None = None
+
+    def fill(self, key: NoiseKey) -> None:
+        """Put a frame's noise into the program's."""
+        if self._spare is None or self._key != key:
+            key.draw(self._noise)
+            return
+        for name, values in vars(self._spare).items():
+            np.copyto(getattr(self._noise, name), values)
+
+    def draw(self, key: NoiseKey) -> None:
+        """Draw a frame's noise beside the program's."""
+        if self._spare is None:
+            made = {name: np.zeros_like(x) for name, x in vars(self._noise).items()}
+            self._spare = Noise(**made)
+        self._key = None  # an interrupt leaves half of it
+        key.draw(self._spare)
+        self._key = key
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn:
     """One latent frame as the program holds it: views that the next call overwrites.
 
@@ -133,6 +184,7 @@ class Program(Protocol):
         order: Int64 | None,
         level: Callable[[], Level],
         on_canvas: Callable[[UInt8], None] | None,
+        meanwhile: Callable[[], None],
         clock: Clock,
     ) -> Drawn:
         """Advance, then draw the next latent frame from `noise` and decode it. Of a group, frames
@@ -143,6 +195,8 @@ class Program(Protocol):
             level: asked as late as this program can still choose.
             on_canvas: is given a view of the decoded canvas (B, t, H, W, 3), where there is one,
                 before the AR steps.
+            meanwhile: called once a device beside the host has all it needs for the frame; never on
+                the CPU, which has no time to spare.
 
         Raises:
             EngineError: values that are not finite.

@@ -95,6 +95,19 @@ def torch_device(device: str) -> torch.device:
     return torch.device("cuda", index)
 
 
+def compiled(module: torch.nn.Module) -> None:
+    """Run a component through torch.compile, each of its shapes: set sizes are many, and beyond its
+    usual limits PyTorch would run the others eager."""
+    import torch._dynamo.config as dynamo
+
+    for name in ("recompile_limit", "accumulated_recompile_limit"):
+        setattr(dynamo, name, max(getattr(dynamo, name), RECOMPILES))
+    module.compile(dynamic=False)
+
+
+RECOMPILES = 1024
+
+
 class TorchEngine:
     """The bundle's dtype on the CPU or CUDA. `cuda_graph` captures a frame into one graph on CUDA;
     `compile` runs the components through torch.compile, which builds kernels at the first frame.
@@ -163,8 +176,10 @@ class TorchEngine:
         with self._lock:
             if name not in self._graphs:
                 module = graph(self.model, name)
+                if self.model.device.type == "cuda":  # its tables are for all streams
+                    torch.cuda.current_stream(self.model.device).synchronize()
                 if self._compile:
-                    module.compile(dynamic=False)
+                    compiled(module)
                 self._graphs[name] = module
             return self._graphs[name]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -52,26 +53,61 @@ if TYPE_CHECKING:
 ALIGNMENT = 64
 
 
+def _without_tf32(backend: Any, operator: Any) -> Callable[[], None]:
+    """Switch TF32 off; what puts it back. PyTorch has two ways to say it, and refuses the older, of
+    the `backend`, to whoever took the newer, of the `operator`."""
+    try:
+        before = backend.allow_tf32
+    except RuntimeError:
+        precision = operator.fp32_precision
+        operator.fp32_precision = "ieee"
+        return lambda: setattr(operator, "fp32_precision", precision)
+    backend.allow_tf32 = False
+    return lambda: setattr(backend, "allow_tf32", before)
+
+
 class ExactFloat32:
-    """float32 convolutions without TF32, which cuDNN else takes for them; products take none.
-    PyTorch has one flag for the process, so threads share it: the first to enter sets it, the last
-    to leave puts it back."""
+    """float32 convolutions and products without TF32, which cuDNN takes for the former unless told
+    otherwise. PyTorch has one flag each for the process, so threads share it: the first to enter
+    sets it, the last to leave puts it back."""
 
     def __init__(self) -> None:
-        self._lock, self._inside, self._before = threading.Lock(), 0, False
+        self._lock, self._inside = threading.Lock(), 0
+        self._before: list[Callable[[], None]] = []
 
     def __enter__(self) -> None:
         with self._lock:
             if not self._inside:
-                self._before = torch.backends.cudnn.allow_tf32
-                torch.backends.cudnn.allow_tf32 = False
+                cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+                pairs = ((cudnn, getattr(cudnn, "conv", None)), (matmul, matmul))
+                self._before = [_without_tf32(*pair) for pair in pairs]
             self._inside += 1
 
     def __exit__(self, *_: object) -> None:
         with self._lock:
             self._inside -= 1
             if not self._inside:
-                torch.backends.cudnn.allow_tf32 = self._before
+                for put_back in self._before:
+                    put_back()
+
+
+_streams: weakref.WeakSet[Any] = weakref.WeakSet()
+_making_stream = threading.Lock()
+POOL = 32
+"""Streams that PyTorch has of a kind and hands out in turn."""
+
+
+def own_stream(make: Callable[[], Any]) -> Any:
+    """A stream that no other program has, as long as there are any: of two that shared one, the
+    work of the second would be recorded into a graph that the first captures."""
+    with _making_stream:
+        taken = {stream.cuda_stream for stream in _streams}
+        for _ in range(POOL):
+            stream = make()
+            if stream.cuda_stream not in taken:
+                break
+        _streams.add(stream)
+        return stream
 
 
 exact_float32 = ExactFloat32()
@@ -119,11 +155,13 @@ def draw_order(
     confidence = torch.zeros_like(gumbel[..., 0, :])
     if staticness is not None and sampling.order != "random":
         confidence = staticness.clamp(min=1e-6).log()
+    if staticness is None or sampling.order == "random":
+        tau = np.ones_like(tau)
     parts: list[Tensor] = []
     for k, step in enumerate(steps):
+        if parts:
+            confidence = confidence.scatter(-1, parts[-1], -torch.inf)
         score = confidence + float(tau[k]) * gumbel[..., k, :]
-        for taken in parts:
-            score = score.scatter(-1, taken, -torch.inf)
         parts.append(score.sort(dim=-1, descending=True, stable=True).indices[..., : step.drawn])
     return torch.cat(parts, dim=-1)
 
@@ -161,7 +199,9 @@ class TorchProgram:
         self.since = np.zeros(batch, np.int64)
         self._device = model.device
         self._capture = graphs and self._device.type == "cuda"
-        self._stream: Any = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        self._stream: Any = None
+        if self._device.type == "cuda":
+            self._stream = own_stream(lambda: torch.cuda.Stream(self._device))
         self._graphs: dict[tuple[Any, ...], Any] = {}
         self._flow_kernel: FlowKernel | None = None
         self._allocate(sampling)
@@ -382,11 +422,14 @@ class TorchProgram:
             told = action if j == 0 else None
             self._in.host["slot"][j] = tell(host, self._config, time + j, self.since, told)
 
-    def _do(self, *work: Callable[[], object]) -> None:
-        """Run on the program's stream and wait."""
+    def _do(self, *work: Callable[[], object], meanwhile: Callable[[], None] | None = None) -> None:
+        """Run on the program's stream and wait; `meanwhile` is called in between, if the stream is
+        one of a GPU."""
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             for each in work:
                 each()
+        if meanwhile is not None and self._stream is not None:
+            meanwhile()
         self._wait()
 
     def _wait(self) -> None:
@@ -421,6 +464,7 @@ class TorchProgram:
         order: Int64 | None,
         level: Callable[[], Level],
         on_canvas: Callable[[UInt8], None] | None,
+        meanwhile: Callable[[], None],
         clock: Clock,
     ) -> Drawn:
         """One captured graph, or two where the canvas is wanted in between."""
@@ -442,7 +486,7 @@ class TorchProgram:
         else:
             which = level()
             work.append(self._captured("_frame", has_canvas, which))
-        self._do(*work, self._out.download)
+        self._do(*work, self._out.download, meanwhile=meanwhile)
         clock.lap("frame")
         host = self._out.host
         if has_canvas:
@@ -486,7 +530,11 @@ class TorchProgram:
                 for _ in range(2):  # libraries choose and load their kernels
                     work()
             self._stream.synchronize()
-            with torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"):
+            # what begins a capture waits for the current GPU
+            with (
+                torch.cuda.device(self._device),
+                torch.cuda.graph(graph, stream=self._stream, capture_error_mode="thread_local"),
+            ):
                 work()
             with torch.cuda.stream(self._stream):
                 for tensor, before in zip(changed, kept, strict=True):

@@ -347,7 +347,7 @@ def _order(
         floor = b.constant(np.float32(1e-6), "floor")
         score = b.op("Log", [b.op("Max", [staticness, floor])])
     else:
-        score = ""
+        score, tau = "", np.ones_like(tau)
     taken = ""
     indices = []
     for k, size in enumerate(sizes):

@@ -20,6 +20,7 @@ from canvasmar_rt.models.graphs import graph
 from canvasmar_rt.schedule import (
     branch_inputs,
     generation_order,
+    order_temperatures,
     set_sizes,
     solver_inputs,
     time_rotation,
@@ -31,6 +32,10 @@ from canvasmar_rt.verify import (
     compare_rollout,
     golden_file,
 )
+
+ORDER_GAP = {"float32": 0.02, "float16": 0.2, "bfloat16": 0.5, "int8": 0.5}
+"""Between the scores of neighbours in the golden order of a whole frame, by dtype or quantisation:
+several times what engines differ by in the logarithm of the staticness."""
 
 TOLERANCE: dict[str, tuple[float, float | None, float]] = {
     "float32": (1e-4, None, 1e-3),
@@ -77,6 +82,8 @@ def measure(
         for batch in batches:  # the last, the smaller, is what the bundle keeps
             inputs = {s.name: _random(s, config, bundle, batch, rng) for s in component.inputs}
             _consistent(inputs, config, rng)
+            if name == "frame" and config.canvas:
+                _decide_order(reference, inputs, bundle, rng, ORDER_GAP[kind])
             outputs = (
                 _frame(reference, inputs, bundle)
                 if name == "frame"
@@ -187,10 +194,9 @@ def _random(
         # wide gaps: a near tie could flip between engines and would measure nothing
         ranks = rng.permuted(np.broadcast_to(np.arange(config.tokens), shape), axis=-1)
         return (4.0 * ranks).astype(np.float32)
-    if spec.name == "is_first":
-        return np.zeros(shape, np.float32)
-    if spec.name == "action_given":
-        return np.ones(shape, np.float32)
+    if spec.name in ("is_first", "action_given"):  # every second video begins, under no action
+        begins = np.broadcast_to(np.arange(batch) % 2, shape).astype(np.float32)
+        return begins if spec.name == "is_first" else 1 - begins
     if spec.name in ("cache_bias", "history_bias"):
         bias = np.zeros(shape, np.float32)
         bias[:, : -(-shape[1] // 2)] = MASKED
@@ -199,6 +205,28 @@ def _random(
         return bias
     # sixteenths are the same number in every dtype, and files of them compress well
     return np.round(16.0 * rng.standard_normal(shape, dtype=np.float32)) / np.float32(16.0)
+
+
+def _decide_order(
+    model: FrameModel,
+    inputs: dict[str, Array],
+    bundle: Bundle,
+    rng: np.random.Generator,
+    gap: float,
+) -> None:
+    """Choose the order's noise so that, with this staticness, neighbours in every step's order are
+    `gap` apart: far enough for no engine to swap them, and too near for an order that took the
+    staticness for something else, or not at all, to come out the same."""
+    sampling, have = bundle.manifest.sampling, dict(inputs)
+    for name in ("temporal", "canvas"):
+        component = components(model.config)[name]
+        have.update(_run(model, name, {s.name: have[s.name] for s in component.inputs}))
+    noise = inputs["order_noise"]
+    still = np.log(np.maximum(have["staticness"], np.float32(1e-6)))
+    for step, tau in enumerate(order_temperatures(sampling)):
+        if tau > 0 and sampling.order != "random":
+            rank = rng.permuted(np.broadcast_to(np.arange(still.shape[-1]), still.shape), axis=-1)
+            noise[..., step, :] = (gap * rank - still) / tau
 
 
 def _consistent(inputs: dict[str, Array], config: ModelConfig, rng: np.random.Generator) -> None:

@@ -404,6 +404,11 @@ def test_weights_that_are_not_listed(made: Path) -> None:
     listed = file_entry(made / "spatial/model.safetensors")
     edit(made, lambda m: m["files"].update({"spatial/model.safetensors": listed}))
     Bundle.open(made)
+    (made / "spatial/.DS_Store").write_bytes(b"of a file manager")
+    (made / "notes.txt").write_text("nobody reads this")
+    Bundle.open(made)
+    (made / "spatial/more.bin").write_bytes(b"weights")
+    assert "spatial/more.bin is not a listed file; remove it" in refused(made)
 
 
 # -- files

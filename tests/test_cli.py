@@ -281,6 +281,7 @@ def test_engine_options_reach_the_engine(tmp_path: Path) -> None:
         ("cuda_grap=false", "no option cuda_grap; its options are .*cuda_graph"),
         ("cuda_graph=maybe", "cuda_graph must be true or false, got 'maybe'"),
         ("cuda_graph", "NAME=VALUE"),
+        ("threads=2", "has an option of its own, --threads"),
     ):
         done = run(*predict, "--engine-option", option, cwd=tmp_path, code=2)
         assert re.search(message, done.stderr), done.stderr

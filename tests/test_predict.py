@@ -74,6 +74,23 @@ def test_every_clip_has_a_video_of_its_own(
     assert list(found.values()) == [tmp_path / video for video in videos]
 
 
+def test_frames_that_are_missing_are_noticed_by_their_actions(tmp_path: Path) -> None:
+    """As of a damaged file whose container goes on past the gap without a word."""
+    with np.load(DEMO_CLIP) as archive:
+        frames, actions = archive["frames"][:20], archive["actions"][:19]
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    options = PredictOptions(frames=2, actions=True)
+    for lost, told in ((0, True), (1, False), (3, False)):
+        write_clip(tmp_path / "a.mp4", frames[lost:], TOYTABLE.fps)
+        for rows in (actions, np.concatenate([actions, actions[-1:]])):  # one a frame, or one less
+            np.save(tmp_path / "a.actions.npy", rows)
+            if told or len(rows) <= len(frames) - lost:
+                predict_clip(predictor, tmp_path / "a.mp4", tmp_path / "b.mp4", options)
+                continue
+            with pytest.raises(InputError, match=f"{len(rows)} rows of actions for {20 - lost}"):
+                predict_clip(predictor, tmp_path / "a.mp4", tmp_path / "b.mp4", options)
+
+
 def test_no_video_takes_the_place_of_a_clip(tmp_path: Path) -> None:
     clips = [tmp_path / "a.npz", tmp_path / "b.mp4"]
     with pytest.raises(InputError, match=r"b\.mp4: is one of the clips"):

@@ -14,6 +14,7 @@ import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.component_program import ComponentProgram
+from canvasmar_rt.engines.program import NoiseKey
 from canvasmar_rt.errors import (
     CanvasMarError,
     ConfigError,
@@ -336,6 +337,61 @@ def test_bad_start_is_one_clear_error(
 def test_sampling_of_another_kind_is_refused(predictor: Predictor, sampling: Any) -> None:
     with pytest.raises(ConfigError, match="sampling must be a SamplingConfig"):
         predictor.start(sampling=sampling)
+
+
+class Busy:
+    """A program as on a GPU: it always has time for something else meanwhile."""
+
+    def __init__(self, program: Any) -> None:
+        self._program, self.drawn = program, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._program, name)
+
+    def predict(self, *arguments: Any, meanwhile: Callable[[], None], **options: Any) -> Any:
+        made = self._program.predict(*arguments, meanwhile=meanwhile, **options)
+        meanwhile()
+        self.drawn += 1
+        return made
+
+
+@pytest.mark.parametrize("change", ["nothing", "restore", "seed", "seat", "fade"])
+def test_noise_that_was_drawn_ahead_is_the_same_noise(
+    predictor: Predictor, clip: np.ndarray, change: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = NoiseKey.draw
+
+    def watched(key: NoiseKey, into: Any) -> None:
+        drawn.append(key.frame)
+        draw(key, into)
+
+    monkeypatch.setattr(NoiseKey, "draw", watched)
+    sampling = predictor.sampling
+    if change == "fade":  # the flow's noise changes from frame to frame
+        sampling = dataclasses.replace(sampling, flow_temperature=(1.0, 0.5), temperature_frames=4)
+
+    def film(busy: bool) -> list[np.ndarray]:
+        rollout = predictor.start(clip, batch=2, seed=3, sampling=sampling)
+        if busy:
+            rollout._program = Busy(rollout._program)
+        start = rollout.state()
+        made = [rollout.step().latent for _ in range(3)]
+        if change == "restore":
+            rollout.restore(start)
+        elif change == "seed":
+            rollout.reset(seed=4)
+        elif change == "seat":
+            one = predictor.start(clip, seed=3, stream=9, clock=rollout.frame - 4)
+            rollout.seat(1, one.state())
+        return made + [rollout.step().latent for _ in range(3)]
+
+    plain = film(busy=False)
+    serial = len(drawn)
+    np.testing.assert_array_equal(film(busy=True), plain)
+    # six frames, each drawn ahead of the one before but the first; again where all changed
+    anew = change in ("restore", "seed", "seat")
+    assert len(drawn) - serial == serial + 1 + anew
 
 
 def test_no_two_futures_share_their_noise(predictor: Predictor, clip: np.ndarray) -> None:

@@ -482,6 +482,19 @@ def test_bad_image_in_a_folder_is_named(tmp_path: Path, refused: Refused) -> Non
     assert "1.png" in refused(read_clip, tmp_path)
 
 
+def test_an_image_is_what_its_name_says(tmp_path: Path, refused: Refused) -> None:
+    """Other formats that Pillow knows are not looked for: of EPS it would start an interpreter."""
+    Image.fromarray(pictures(1)[0]).save(tmp_path / "0.eps")
+    (tmp_path / "0.eps").rename(tmp_path / "0.png")
+    assert "0.png: expected an image" in refused(read_clip, tmp_path / "0.png")
+    films = [Image.fromarray(picture) for picture in pictures(3)]
+    for name in ("film.webp", "film.png"):
+        films[0].save(tmp_path / name, save_all=True, append_images=films[1:])
+        assert "expected a picture, got a film of 3 frames; convert it to .gif or .mp4" in (
+            refused(read_clip, tmp_path / name)
+        )
+
+
 def test_image_with_a_huge_header(tmp_path: Path, refused: Refused) -> None:
     path = tmp_path / "bomb.png"
     Image.new("1", (15000, 15000)).save(path)  # 225 million pixels in a few KB
@@ -580,6 +593,36 @@ def header_only(shape: tuple[int, ...], order: bool = False) -> bytes:
     text = repr({"descr": "|u1", "fortran_order": order, "shape": shape})
     text += " " * (-(len(text) + 11) % 64) + "\n"
     return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(text)) + text.encode()
+
+
+def test_a_small_archive_cannot_ask_for_gigabytes(tmp_path: Path, refused: Refused) -> None:
+    wide = header_only((1, 8192, 8192, 3), False).replace(b"|u1", b"<i8")
+    with zipfile.ZipFile(tmp_path / "wide.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("frames.npy", wide + bytes(100))
+    assert "takes 1536 MiB; save smaller ones" in refused(read_clip, tmp_path / "wide.npz")
+    (tmp_path / "long.npy").write_bytes(b"\x93NUMPY\x02\x00" + struct.pack("<I", 600 << 20))
+    assert "states a header of 629145600 bytes" in refused(read_clip, tmp_path / "long.npy")
+    (tmp_path / "cut.npy").write_bytes(b"\x93NUMPY\x02\x00\x01")
+    assert "breaks off in its header" in refused(read_clip, tmp_path / "cut.npy")
+
+
+def test_a_member_of_a_like_name_hides_nothing(tmp_path: Path) -> None:
+    frames = pictures(3)
+    np.savez(tmp_path / "a.npz", frames=frames)
+    with zipfile.ZipFile(tmp_path / "a.npz", "a") as archive:
+        archive.writestr("frames", b"no array")
+    np.testing.assert_array_equal(read_clip(tmp_path / "a.npz").frames, frames)
+
+
+def test_transparency_that_is_not_read_is_said(tmp_path: Path) -> None:
+    with av.open(str(tmp_path / "a.webm"), "w") as container:
+        stream = container.add_stream("libvpx-vp9", rate=10)
+        assert isinstance(stream, VideoStream)
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuva420p"
+        frame = av.VideoFrame.from_ndarray(np.full((32, 32, 4), 200, np.uint8), format="rgba")
+        for packet in (*stream.encode(frame.reformat(format="yuva420p")), *stream.encode(None)):
+            container.mux(packet)
+    assert any("transparency is not read" in n for n in read_clip(tmp_path / "a.webm").notes)
 
 
 @pytest.mark.parametrize("order", [False, True])
@@ -756,6 +799,10 @@ def test_numbered_frames_are_exact(tmp_path: Path, refused: Refused) -> None:
     np.testing.assert_array_equal(read_clip(tmp_path / "out").frames, frames[::-1])
     with pytest.raises(VideoError, match=r"a_0005\.png: left from a longer clip"):
         write_clip(tmp_path / "out" / "a.png", frames[:5], 10)
+    (tmp_path / "out" / "a_0005.png").rename(tmp_path / "out" / "b.png")
+    with pytest.raises(VideoError, match=r"a_0006\.png: left from a longer clip"):
+        write_clip(tmp_path / "out" / "a.png", frames[:5], 10)
+    (tmp_path / "out" / "b.png").rename(tmp_path / "out" / "a_0005.png")
     np.testing.assert_array_equal(read_clip(tmp_path / "out").frames, frames[::-1])
 
 

@@ -32,19 +32,16 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
-from itertools import dropwhile
 from pathlib import Path
 from typing import Any, ClassVar, Literal, NotRequired, Protocol, TypedDict, TypeVar, Unpack
 
-import av
 import numpy as np
 import torch
-from av.stream import Disposition
 from numpy.typing import NDArray
 
 from canvasmar_rt._video_archives import array_header, listing, open_member
 from canvasmar_rt._video_common import PARSER_ERRORS, brief
-from canvasmar_rt._video_streams import open_video
+from canvasmar_rt._video_streams import open_video, packet_stamps
 from canvasmar_rt.actions import is_actions, read_actions
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.video import (
@@ -688,24 +685,10 @@ def _frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
         return np.arange(_archive_length(path)) / UNTIMED_FPS, 0.0
     with open_video(path, timed=False) as track:  # its checks of what the file is
         fps, slack = track.fps, track.slack
-    with av.open(
-        str(path.resolve()),
-        metadata_errors="ignore",
-        container_options={"protocol_whitelist": "file"},
-    ) as container:
-        shown = (s for s in container.streams.video if not s.disposition & Disposition.attached_pic)
-        stream = next(shown)
-        packets = (p for p in container.demux(stream) if p.size)
-        decodable = dropwhile(lambda packet: not packet.is_keyframe, packets)
-        stamps = [
-            packet.dts if packet.pts is None else packet.pts
-            for packet in decodable
-            if not packet.is_discard  # cut off by an edit list
-        ]
-        tick = stream.time_base
+    stamps, tick = packet_stamps(path)
     if tick is None or any(stamp is None for stamp in stamps) or not stamps:
         return np.arange(len(stamps)) / fps, slack
-    times: NDArray[np.float64] = np.sort(np.array(stamps, np.float64)) * float(tick)
+    times: NDArray[np.float64] = np.sort(np.array(stamps, np.float64)) * tick
     return times - float(times[0]), slack
 
 

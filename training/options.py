@@ -30,6 +30,8 @@ def parsed(assignments: Sequence[str] | None) -> Iterator[tuple[str, Any]]:
             raise ConfigError(f"{assignment!r}: expected name=value")
         try:
             yield name, json.loads(text)
+        except RecursionError:
+            raise ConfigError(f"{name}: brackets within brackets without end") from None
         except ValueError:
             yield name, text
 

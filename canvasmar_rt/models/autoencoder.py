@@ -185,7 +185,7 @@ class Autoencoder(nn.Module):
 
     def encode(self, frames: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """uint8 frames (B, T*t, H, W, 3) -> normalised latents (B, T, N, C) float32, states."""
-        x = frames.to(self.encoder.conv_out.weight.dtype) / 127.5 - 1.0
+        x = (frames.to(torch.float32) / 127.5 - 1.0).to(self.encoder.conv_out.weight.dtype)
         mean, _, new = self.encoder(x, states)
         mean = mean.flatten(3).transpose(2, 3)
         return (mean - self.latent_mean.float()) / self.latent_std.float(), new

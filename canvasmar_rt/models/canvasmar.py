@@ -273,15 +273,21 @@ class CanvasViT(nn.Module):
         return z_canvas, canvas, staticness
 
 
+Pieces = tuple[Tensor | None, Tensor | None]
+"""The tokens of a spatial block: all of them and None, or MM-DiT's two streams, condition and mask
+tokens in one, known tokens in the other, one of which may be absent."""
+
+
 class SpatialBlock(nn.Module):
-    """Block over [condition | mask | known] tokens with expert norms or MM-DiT weights."""
+    """Block over [condition | mask | known] tokens with expert norms or MM-DiT weights. MM-DiT's
+    streams meet in the attention alone: between blocks each stays in one piece of memory."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         dim = config.dim
-        self.heads = config.heads
+        self.heads, self.apart = config.heads, config.norm == "mmdit"
         norms = {"shared": 1, "expert": 3, "mmdit": 2}[config.norm]
-        streams = 2 if config.norm == "mmdit" else 1
+        streams = 2 if self.apart else 1
         self.norm1 = Experts(norms, lambda: LayerNorm(dim))
         self.norm2 = Experts(norms, lambda: LayerNorm(dim))
         self.qkv = Experts(streams, lambda: nn.Linear(dim, 3 * dim))
@@ -290,25 +296,41 @@ class SpatialBlock(nn.Module):
 
     def forward(
         self,
-        x: Tensor,
+        pieces: Pieces,
         lengths: Sequence[int],
         condition: tuple[Tensor, Tensor] | None = None,
         select: int | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """x (R, L, D) -> (R, L, D) and its own keys and values. `condition` adds keys and values
-        (R, P, D) computed before; `select` returns only the first so many mask tokens."""
-        q, k, v = self.qkv(self.norm1(x, lengths), lengths).chunk(3, dim=-1)
+    ) -> tuple[Pieces, tuple[Tensor, Tensor]]:
+        """Pieces (R, L, D) -> such pieces and their own keys and values. `condition` adds keys and
+        values (R, P, D) computed before; `select` returns only the first so many mask tokens."""
+        there = [(i, x) for i, x in enumerate(pieces) if x is not None]
+        made = [self.qkv.experts[i](self._norm(self.norm1, i, x, lengths)) for i, x in there]
+        qkv = made[0] if len(made) == 1 else torch.cat(made, dim=1)
+        q, k, v = qkv.chunk(3, dim=-1)
         keys, values = k, v
         if condition is not None:
             keys = torch.cat([condition[0], k], dim=1)
             values = torch.cat([condition[1], v], dim=1)
         if select is not None:
-            start = lengths[0]
+            start, (i, x) = lengths[0], there[0]
             torch._check(start + select <= x.shape[1])  # torch 2.11 cannot trace a slice without
-            q, x = q[:, start : start + select], x[:, start : start + select]
+            q, there = q[:, start : start + select], [(i, x[:, start : start + select])]
             lengths = (0, select, 0)
-        x = x + self.out(attention(q, keys, values, self.heads), lengths)
-        return x + self.mlp(self.norm2(x, lengths), lengths), (k, v)
+        mixed = attention(q, keys, values, self.heads)
+        done: list[Tensor | None] = [None, None]
+        at = 0
+        for i, x in there:
+            size = x.shape[1]
+            # an expert's product takes its rows from one place
+            part = mixed if len(there) == 1 else mixed[:, at : at + size].contiguous()
+            x = x + self.out.experts[i](part)
+            done[i] = x + self.mlp.experts[i](self._norm(self.norm2, i, x, lengths))
+            at = at + size
+        return (done[0], done[1]), (k, v)
+
+    def _norm(self, norm: Experts, stream: int, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        made: Tensor = norm.experts[stream](x) if self.apart else norm(x, lengths)
+        return made
 
 
 class GroupAttention(nn.Module):
@@ -329,6 +351,13 @@ class GroupAttention(nn.Module):
         return x + gather_tokens(mixed, index)
 
 
+def _joined(parts: Sequence[Tensor | None]) -> Tensor | None:
+    there = [x for x in parts if x is not None]
+    if len(there) > 1:
+        return torch.cat(there, dim=1)
+    return there[0] if there else None
+
+
 class SpatialMAR(nn.Module):
     """Embeds the tokens to draw next from the condition z_t, the tokens drawn so far and canvas
     tokens for all others (sec. 4.2, NOVA's encoder/decoder split). The frames of a group are rows
@@ -336,7 +365,7 @@ class SpatialMAR(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.apart = config, config.norm == "mmdit"
         dim = config.dim
         self.embed = nn.Linear(config.autoencoder.latent_channels, dim)
         self.encoder_position = nn.Parameter(torch.randn(config.tokens, dim))
@@ -359,9 +388,9 @@ class SpatialMAR(nn.Module):
         """Per layer keys and values (R, P, D) of condition tokens that attend only to each other:
         computed once a frame, the same for all AR steps."""
         lengths = (condition.shape[1], 0, 0)
-        cached, x = [], condition
+        cached, pieces = [], (condition, None)
         for block in self.blocks:
-            x, kv = block(x, lengths)
+            pieces, kv = block(pieces, lengths)
             cached.append(kv)
         return cached
 
@@ -402,42 +431,62 @@ class SpatialMAR(nn.Module):
         cached: Sequence[tuple[Tensor, Tensor] | None]
         if isinstance(condition, list):
             cached = [(self._each_frame(k), self._each_frame(v)) for k, v in condition]
-            x, p = None, 0
+            seen, p = None, 0
         else:
-            cached, x, p = [None] * (last + 1), self._each_frame(condition), condition.shape[1]
-        known = 0
+            cached, seen, p = [None] * (last + 1), self._each_frame(condition), condition.shape[1]
+        known, drawn = 0, None
         if known_tokens is not None:
             assert known_index is not None
             known = known_index.shape[1]
             position = F.embedding(known_index, self.encoder_position)
-            embedded = self._in_group(self.embed(known_tokens.to(position.dtype)) + position)
-            x = embedded if x is None else torch.cat([x, embedded], dim=1)
-        if x is not None:
+            drawn = self._in_group(self.embed(known_tokens.to(position.dtype)) + position)
+        if seen is not None or drawn is not None:
+            pieces = self._pieces([seen], drawn)
             for block, kv in zip(self.blocks[:head], cached[:head], strict=True):
-                x, _ = block(x, (p, 0, known), kv)
+                pieces, _ = block(pieces, (p, 0, known), kv)
+            seen, drawn = self._parts(pieces, p, drawn is not None)
         mask = gather_tokens(canvas_tokens, mask_index)
         mask = self._in_group(mask + F.embedding(mask_index, self.decoder_position))
-        parts = [mask]
-        if x is not None:
-            x_condition, x_known = x[:, :p], x[:, p:]
-            if known_tokens is not None:
-                assert known_index is not None
-                x_known = x_known + F.embedding(known_index, self.decoder_position)
-                parts.append(x_known)
-            if p:
-                parts.insert(0, x_condition)
-        x = torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
-        lengths = (p, shape[1] if known_tokens is None else mask_index.shape[1], known)
+        if drawn is not None:
+            assert known_index is not None
+            drawn = drawn + F.embedding(known_index, self.decoder_position)
+        left = shape[1] if known_tokens is None else mask_index.shape[1]
+        pieces = self._pieces([seen, mask], drawn)
         for layer in range(head, last + 1):
             chosen = select if layer == last else None
-            x, _ = self.blocks[layer](x, lengths, cached[layer], chosen)
+            pieces, _ = self.blocks[layer](pieces, (p, left, known), cached[layer], chosen)
             if self.config.group > 1 and str(layer) in self.group:
                 index = mask_index
                 if known_index is not None:
                     index = torch.cat([mask_index, known_index], dim=1)
-                whole = self.group[str(layer)](x[:, p:], index)
-                x = torch.cat([x[:, :p], whole], dim=1) if p else whole
-        return self.norm(x)
+                pieces = self._met(self.group[str(layer)], pieces, p, left, index)
+        made: Tensor = self.norm(pieces[0])
+        return made
+
+    def _pieces(self, first: Sequence[Tensor | None], known: Tensor | None) -> Pieces:
+        """Condition and mask tokens, as far as there are any, and the known ones."""
+        if self.apart:
+            return _joined(first), known
+        return _joined([*first, known]), None
+
+    def _parts(self, pieces: Pieces, p: int, known: bool) -> Pieces:
+        """The encoder's p condition tokens and its known ones, as far as there are any."""
+        x = pieces[0]
+        if self.apart or x is None:
+            return pieces
+        return x[:, :p] if p else None, x[:, p:] if known else None
+
+    def _met(
+        self, attention: nn.Module, pieces: Pieces, p: int, left: int, index: Tensor
+    ) -> Pieces:
+        """Mask and known tokens after the frames of a group have met; condition tokens stay."""
+        first, known = pieces
+        assert first is not None
+        whole = attention(_joined([first[:, p:] if p else first, known]), index)
+        kept = first[:, :p] if p else None
+        if known is None:
+            return _joined([kept, whole]), None
+        return _joined([kept, whole[:, :left]]), whole[:, left:]
 
     def _each_frame(self, x: Tensor) -> Tensor:
         """x (R/J, P, D), what the frames of a group share, for each of them: (R, P, D)."""

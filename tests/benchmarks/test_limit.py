@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -319,6 +320,11 @@ def test_a_measurement_says_how_it_was_made() -> None:
     assert int8.dtype == "int8"
     with pytest.raises(InputError, match="a report of ucf101"):
         measured(bench_report(sampling, "ucf101"), config)
+    for nonsense in ("x", 0, None, [1], -5.0, math.nan, math.inf, True):
+        report: Any = bench_report(sampling)
+        report["metrics"][0]["contestants"]["ours"]["frame_ms"]["p50"] = nonsense
+        with pytest.raises(InputError, match="not a report that"):
+            measured(report, config)
     with pytest.raises(InputError, match="not a report"):
         measured({"metrics": []}, config)
 

@@ -18,6 +18,7 @@ import torch
 import canvasmar_rt
 from canvasmar_rt.benchmarks import baselines, peers, random_models
 from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
+from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
 from canvasmar_rt.engines import torch_engine
 from canvasmar_rt.engines.program import Clock
@@ -268,6 +269,18 @@ def test_the_model_without_a_canvas_is_as_large(
     assert ExportOptions(**exported["options"]) == options
     with pytest.raises(ConfigError, match="ar_steps"):
         without_canvas(packaged, ar_steps=packaged.config.tokens + 1)
+
+
+def test_groups_are_drawn_as_groups(bundles: Callable[[str], Bundle]) -> None:
+    """Four latent frames of a model that draws three at once are two steps, as they are of ours."""
+    groups = canvasmar_rt.load(bundles("next-group").path, threads=1)
+    eager = EagerContestant(groups, context(groups), batch=1, seed=0, threads=1)
+    played = eager.play(4)
+    assert played.ready[0] == played.ready[2] < played.ready[3]
+    assert played.decoding is not None
+    assert played.decoding[0] == played.decoding[2] < played.decoding[3]
+    with pytest.raises(EngineError, match="frame by frame"):
+        NaiveOnnxContestant(groups, context(groups), batch=1, seed=0)
 
 
 # -- what is missing

@@ -44,7 +44,7 @@ def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_what_no_longer_fits_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(gpu, "parity", lambda device: [])
+    monkeypatch.setattr(gpu, "parity", lambda device, left: [])
     report = gpu.run("cpu", tmp_path / "gpu.json", limit=5, soak_frames=10)
     skipped = [name for name, found in report.items() if "skipped" in found]
     assert len(skipped) == len(gpu.CASES) + 3
@@ -62,7 +62,7 @@ def test_a_part_that_fails_does_not_end_the_others(
     def broken(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(gpu, "parity", lambda device: [])
+    monkeypatch.setattr(gpu, "parity", lambda device, left: [])
     monkeypatch.setattr(gpu, "latency", broken)
     monkeypatch.setattr(gpu, "engines", broken)
     monkeypatch.setattr(gpu, "soak", lambda *_, **__: {"frames": 1})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -32,7 +33,7 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
-from canvasmar_rt.export import exporter, parity, tensorrt_ops
+from canvasmar_rt.export import compose, exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import MOVES, ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
@@ -405,6 +406,41 @@ def test_unrolled_graphs_hold_no_loop(
     with pytest.raises(ConfigError, match="unrolled for 2 evaluations"):
         canvasmar_rt.load(unrolled.path).start(sampling=other)
     canvasmar_rt.load(bundle.path).start(sampling=other)
+
+
+@pytest.mark.parametrize("mistake", ["inverted", "ignored"])
+def test_an_order_that_does_not_follow_the_staticness_is_caught(
+    mistake: str,
+    model: CanvasMAR,
+    graphs: dict[str, onnx.ModelProto],
+    parts: list[onnx.ModelProto],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The loop orders tokens on the host: only this looks at what the whole frame's graph does."""
+    right, again = compose._order, map(copied, parts)
+
+    def wrong(b: Any, staticness: str | None, *rest: Any) -> list[str]:
+        if mistake == "ignored":
+            return right(b, None, *rest)
+        return right(b, b.op("Sub", [b.constant(np.float32(1), "one"), staticness]), *rest)
+
+    monkeypatch.setattr(exporter, "to_onnx", lambda *_: next(again))
+    monkeypatch.setattr(compose, "_order", wrong)
+    with pytest.raises(ParityError, match="frame: relative difference"):
+        export_bundle(model, SAMPLING, tmp_path / "w", ExportOptions(), source="test")
+
+
+@pytest.mark.parametrize("parameter", ["bos", "no_action"])
+def test_what_only_beginnings_and_untold_actions_take_is_certified(
+    parameter: str, model: CanvasMAR, traced_once: None, tmp_path: Path
+) -> None:
+    other = copy.deepcopy(model)
+    (name,) = [n for n, _ in other.temporal.named_parameters() if n.endswith(parameter)]
+    with torch.no_grad():
+        other.temporal.get_parameter(name).neg_()
+    with pytest.raises(ParityError, match="temporal: relative difference"):
+        export_bundle(other, SAMPLING, tmp_path / "w", ExportOptions(), source="test")
 
 
 def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
