@@ -107,8 +107,8 @@ class _Pass:
 
 
 def _cost(passes: Sequence[_Pass], activations: int, dtype_bytes: int, on_chip: int) -> Cost:
-    sizes = [p.weights * dtype_bytes for p in passes]
-    read = max(sizes) if max(sizes) <= on_chip else sum(sizes)
+    largest, *others = sorted((p.weights * dtype_bytes for p in passes), reverse=True)
+    read = largest + sum(max(0, size - on_chip) for size in others)  # what fits may stay
     return Cost(sum(p.flops for p in passes), read, activations)
 
 
@@ -134,7 +134,7 @@ def frame_costs(
 
     Args:
         dtype_bytes: of a weight and a hidden activation.
-        on_chip: bytes of cache. Weights that are read again and again and fit into it are read
+        on_chip: bytes of cache. Of weights that are read again and again what fits into it is read
             once a frame.
 
     Raises:
@@ -155,7 +155,12 @@ def frame_costs(
     def once(name: str, work: _Pass) -> Cost:
         return cost([work], _moved(table[name], sizes, dtype_bytes))
 
-    costs = {"temporal": once("temporal", _temporal(config, batch)).times(config.group)}
+    def again(name: str, work: _Pass) -> Cost:
+        """For every frame of a group."""
+        moved = config.group * _moved(table[name], sizes, dtype_bytes)
+        return cost([work] * config.group, moved)
+
+    costs = {"temporal": again("temporal", _temporal(config, batch))}
     if config.canvas:
         costs["canvas"] = once("canvas", _canvas(config, batch))
     if "condition" in table:
@@ -179,8 +184,7 @@ def frame_costs(
         evaluate * evaluations,
         sum(_moved(table["flow"], sizes | {"S": step.drawn}, dtype_bytes) for step in steps),
     )
-    decoder = once("decoder", _autoencoder(config.autoencoder, batch, decoder=True))
-    costs["decoder"] = decoder.times(config.group)
+    costs["decoder"] = again("decoder", _autoencoder(config.autoencoder, batch, decoder=True))
     return costs
 
 

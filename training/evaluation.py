@@ -47,6 +47,7 @@ from training.measures import (
     measure_curves,
     measure_losses,
     measure_one_step,
+    measure_recall,
     measure_reconstruction,
     measure_recordings,
     measure_rollouts,
@@ -231,6 +232,29 @@ def long(
             seed=seed, tick=tick, windows=((5, 20), (frames - 15, frames)), predictor=predictor,
         )  # fmt: skip
     _write(output, "long", model, sampling, result, quiet, engine)
+
+
+@app.command()
+def recall(
+    checkpoint: Checkpoint,
+    output: Output,
+    clips: Clip = 512,
+    frames: Annotated[int, typer.Option(min=1, help="Pixel frames of a clip.")] = 33,
+    seed: Seed = 0,
+    set_: Sampling = None,
+    engine: Engine = "",
+    device: Device = "cpu",
+    threads: Threads = None,
+    quiet: Quiet = False,
+) -> None:
+    """Toys that come back from under the arm, one latent frame ahead of the true ones."""
+    model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
+    predictor = _predictor(checkpoint, engine, device, threads)
+    with _ticking("recall", clips, quiet) as tick:
+        result = measure_recall(
+            model, sampling, clips=clips, frames=frames, seed=seed, tick=tick, predictor=predictor
+        )
+    _write(output, "recall", model, sampling, result, quiet, engine)
 
 
 @app.command()

@@ -40,7 +40,12 @@ from training.stages import (
     reconstruct,
     weights_id,
 )
-from training.toytable_metrics import METRIC_SIZE, ToyTableEvaluator, pair_features
+from training.toytable_metrics import (
+    METRIC_SIZE,
+    ToyTableEvaluator,
+    pair_features,
+    toy_areas,
+)
 
 
 def held_out(first: int, count: int, frames: int, size: int) -> Clips:
@@ -294,6 +299,80 @@ def measure_rollouts(
         for (start, end), (real, predicted) in parts.items()
     }
     return report
+
+
+SHOWN, HIDDEN = 0.6, 0.2
+"""Shares of a toy's largest area in its clip from which it counts as seen, and up to which not."""
+
+
+def measure_recall(
+    model: FrameModel,
+    sampling: SamplingConfig,
+    *,
+    clips: int,
+    frames: int,
+    seed: int,
+    tick: Callable[[int], None],
+    predictor: Predictor | None = None,
+) -> dict[str, Any]:
+    """What comes back from under the arm: where a toy that was seen before has been hidden for some
+    latent frames and is seen again in the next, that one is predicted from all true frames before
+    it. `area` is the toy's there over its true one, `kept` the share of toys with 0.3 of it, over
+    all of them and by how many latent frames they were hidden.
+
+    Raises:
+        InputError: if the clips are not 1 + n*t frames long, or no toy comes back in them.
+    """
+    t = model.config.autoencoder.temporal_compression
+    check_length(frames, t)
+    found: dict[int, list[float]] = {}
+    for first, true in batches(model, clips, 1, frames):
+        areas = toy_areas(as_measured(true.frames))[0]
+        share = (areas / areas.amax(0).clamp(min=1))[::t]  # at the end of every latent frame
+        for latent in range(2, len(share)):
+            hues = [h for h in range(share.shape[1]) if _returns(share[: latent + 1, h])]
+            if not hues:
+                continue
+            end = 1 + latent * t
+            told = None if true.actions is None else true.actions[:, : end - 1]
+            made = continue_clips(
+                model, sampling, Clips(frames=true.frames[:, :end], actions=told), context=latent,
+                seed=seed, first_stream=first, predictor=predictor,
+            ).frames  # fmt: skip
+            drawn = toy_areas(as_measured(made[:, -1:]))[0, 0]
+            for hue in hues:
+                away = _hidden_for(share[:latent, hue])
+                found.setdefault(away, []).append(float(drawn[hue] / areas[latent * t, hue]))
+        tick(1)
+    if not found:
+        raise InputError(
+            f"recall: no toy comes back in {clips} clips of {frames} frames; take more"
+        )
+
+    def told_of(values: list[float]) -> dict[str, float]:
+        ratios = torch.tensor(values)
+        return {
+            "toys": len(values),
+            "area": float(ratios.mean()),
+            "kept": float((ratios >= 0.3).float().mean()),
+        }
+
+    every = [value for values in found.values() for value in values]
+    by = {str(away): told_of(found[away]) for away in sorted(found)}
+    return {"clips": clips, "frames": frames, **told_of(every), "by_hidden_latent_frames": by}
+
+
+def _hidden_for(share: Tensor) -> int:
+    """For how many latent frames a toy has been hidden at the end of (T,)."""
+    seen = (share >= HIDDEN).nonzero()
+    return len(share) - 1 - int(seen[-1]) if len(seen) else len(share)
+
+
+def _returns(share: Tensor) -> bool:
+    """Whether a toy that was seen, then hidden, is seen again in the last of (T,)."""
+    away = _hidden_for(share[:-1])
+    before = share[: len(share) - 1 - away]
+    return bool(share[-1] > SHOWN and away and (before > SHOWN).any())
 
 
 @torch.inference_mode()

@@ -38,11 +38,18 @@ def test_the_figures_are_the_committed_ones() -> None:
         f"| **{long['frechet_by_window']['85-100']:.0f}** |",
         f"**{long['all_toys_kept']:.0%}** all, {long['toys_kept']:.0%} of toys",
     ]
+    again = result("recall")
+    shortly = again["by_hidden_latent_frames"]["1"]
+    quoted += [
+        f"{again['toys']} of {again['clips']} clips",
+        f"{again['kept']:.0%}, with {again['area']:.0%} of their area",
+        f"one latent frame alone, all before it being true, {shortly['kept']:.0%} are drawn again",
+    ]
     assert [text for text in quoted if text not in CARD] == []
 
 
 def test_all_figures_are_of_one_model() -> None:
-    names = ("one_step", "rollouts", "long", "reconstruction")
+    names = ("one_step", "rollouts", "long", "reconstruction", "recall")
     assert len({report(name)["weights"] for name in names}) == 1
     assert report("reconstruction")["engine"] == "onnxruntime"
 

@@ -649,6 +649,40 @@ def test_one_step_is_compared_with_the_next_latent_frame(
     assert measure_one_step(model, SAMPLING, **options)["prediction"] == result["copy"]
 
 
+def test_what_comes_back_from_under_the_arm(
+    command: Run, runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("recall", runs / "model", "--clips", 12)
+    found = {}
+    for predict in (perfect, copied):
+        monkeypatch.setattr(measures, "continue_clips", predicting(predict))
+        found[predict] = measured(command, tmp_path / "out.json", *arguments)["result"]
+    best, worst = found[perfect], found[copied]
+    assert (best["area"], best["kept"]) == (1.0, 1.0)
+    assert worst["kept"] == 0.0
+    assert worst["area"] < 0.3
+    for result in (best, worst):
+        parts = result["by_hidden_latent_frames"]
+        assert sum(part["toys"] for part in parts.values()) == result["toys"] == best["toys"] > 2
+    line = refused(command, tmp_path / "none.json", *arguments[:2], "--clips", 2, "--frames", 5)
+    assert "no toy comes back in 2 clips of 5 frames; take more" in line
+
+
+def test_a_toy_returns_that_was_seen_before_it_was_hidden() -> None:
+    for share, hidden in (
+        ([1.0, 0.1, 0.9], 1),
+        ([0.7, 0.3, 0.1, 0.0, 0.7], 2),
+        ([0.7, 0.1, 0.5], None),  # half of it still is
+        ([0.1, 0.0, 0.9], None),  # nobody has seen it
+        ([0.5, 0.1, 0.9], None),  # nor here
+        ([0.9, 0.3, 0.9], None),  # it was there all the time
+    ):
+        values = torch.tensor(share)
+        assert measures._returns(values) == (hidden is not None), share
+        if hidden is not None:
+            assert measures._hidden_for(values[:-1]) == hidden
+
+
 @pytest.mark.parametrize(("spoilt", "inside"), [(4, False), (5, True), (8, True), (9, False)])
 def test_windows_are_counted_from_the_first_predicted_frame(
     spoilt: int, inside: bool, model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
