@@ -101,6 +101,13 @@ class Parity:
             return self.frame_tolerance
         return self.tolerance
 
+    @property
+    def most_flipped(self) -> int:
+        """Frames of the rollout that may put their tokens in another order: ties are rare where
+        numbers agree to four digits, elsewhere anything goes."""
+        frames = len(self.drift)
+        return max(1, frames // 4) if self.tolerance <= 1e-4 else frames
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BatchRange:

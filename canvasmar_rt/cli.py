@@ -298,7 +298,7 @@ def verify(
         stdout.print(
             f"rollout of {len(report['drift'])} frames: largest difference "
             f"{max(report['drift']):.2e} (tolerance {report['drift_tolerance']:.0e}), "
-            f"{report['flipped_orders']} frames with a near tie in the token order\n"
+            f"{report['flipped_orders']} frames put tokens in another order\n"
             f"within tolerance on {report['engine']}/{report['device']}",
             highlight=False,
         )  # fmt: skip

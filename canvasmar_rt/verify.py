@@ -84,7 +84,7 @@ def compare_rollout(
 
     Returns:
         Relative difference of the latents of every frame, and the number of frames whose own order
-        would have differed (near ties of the staticness).
+        would have differed: near ties of the staticness, or a mistake.
     """
     predictor = Predictor(engine)
     low = predictor.bundle.manifest.batch.minimum
@@ -170,6 +170,8 @@ def _verified(
     worst = float(np.max(drift))  # NaN, if any frame is
     if not worst <= parity.drift_tolerance:
         failed.append(f"the rollout drifts by {worst:.2e} (tolerance {parity.drift_tolerance:.0e})")
+    if flipped > parity.most_flipped:
+        failed.append(f"{flipped} of {len(drift)} frames put their tokens in another order")
     if failed:
         raise ParityError(f"{bundle.path} on {made.name}/{made.device}: {'; '.join(failed)}")
     return report

@@ -53,7 +53,7 @@ Pixels {ae.height}x{ae.width} at {config.fps:g} frames a second; one latent fram
 
 {parity.engine} against PyTorch float32; tolerance {limits}
 {parity.drift_tolerance:.0e} per frame of a {len(parity.drift)}-frame rollout (largest
-{max(parity.drift):.2e}; {parity.flipped_orders} frames with a near tie in the token order).
+{max(parity.drift):.2e}; {parity.flipped_orders} frames put tokens in another order).
 {INT8_PARITY if quantized else ""}
 | component | max abs | relative | cosine |
 |---|---|---|---|

@@ -130,6 +130,11 @@ def failures(parity: Parity) -> list[str]:
         for i, d in enumerate(parity.drift)
         if not d <= parity.drift_tolerance
     ]
+    if parity.flipped_orders > parity.most_flipped:
+        found.append(
+            f"{parity.flipped_orders} of {len(parity.drift)} frames put their tokens in another "
+            f"order, past {parity.most_flipped}"
+        )
     return found
 
 

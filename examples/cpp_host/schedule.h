@@ -38,7 +38,7 @@ inline std::vector<int> set_sizes(int tokens, int steps) {
 inline std::vector<std::int64_t> generation_order(const std::vector<float>& staticness,
                                                   const std::vector<float>& gumbel,
                                                   const Sampling& sampling, int tokens) {
-  const bool random = sampling.order == "random";
+  const bool random = sampling.order == "random" || staticness.empty();
   std::vector<std::int64_t> order, left(tokens);
   std::iota(left.begin(), left.end(), 0);
   const std::vector<int> sizes = set_sizes(tokens, sampling.ar_steps);
@@ -50,7 +50,7 @@ inline std::vector<std::int64_t> generation_order(const std::vector<float>& stat
     std::vector<float> score(tokens);
     for (int i = 0; i < tokens; ++i) {
       score[i] = tau * gumbel[k * tokens + i];
-      if (!random && !staticness.empty()) score[i] += std::log(std::max(staticness[i], 1e-6f));
+      if (!random) score[i] += std::log(std::max(staticness[i], 1e-6f));
     }
     std::sort(left.begin(), left.end(), [&](std::int64_t a, std::int64_t b) {
       return score[a] != score[b] ? score[a] > score[b] : a < b;

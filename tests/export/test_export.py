@@ -443,6 +443,16 @@ def test_what_only_beginnings_and_untold_actions_take_is_certified(
         export_bundle(other, SAMPLING, tmp_path / "w", ExportOptions(), source="test")
 
 
+def test_an_order_that_differs_in_every_frame_is_no_tie(bundle: Bundle) -> None:
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert parity.failures(certificate) == []
+    every = dataclasses.replace(certificate, flipped_orders=len(certificate.drift))
+    assert "frames put their tokens in another order, past" in parity.failures(every)[0]
+    rough = dataclasses.replace(every, tolerance=2e-1)  # as int8's is
+    assert parity.failures(rough) == []
+
+
 def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
     bundle = export_bundle(
         model, SAMPLING, tmp_path / "b", ExportOptions(dtype="bf16", opset=23), source="test"
