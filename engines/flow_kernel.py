@@ -44,6 +44,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import threading
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -149,6 +151,20 @@ def pack(head: FlowHead) -> FlowWeights:
         )
 
 
+_packed: weakref.WeakKeyDictionary[FlowHead, FlowWeights] = weakref.WeakKeyDictionary()
+_packing = threading.Lock()
+
+
+def packed(head: FlowHead) -> FlowWeights:
+    """`pack` of a head whose weights stay as they are, one for all rollouts."""
+    with _packing:
+        if head not in _packed:
+            _packed[head] = pack(head)
+            if head.out.weight.is_cuda:  # they are read on other streams, too
+                torch.cuda.current_stream(head.out.weight.device).synchronize()
+        return _packed[head]
+
+
 class FlowKernel:
     """A flow head over fixed scratch, for sets of up to `tokens` tokens (B S) in up to `branches`
     guidance branches. What it launches can be captured in a CUDA graph. Not for two threads."""
@@ -171,7 +187,7 @@ class FlowKernel:
         Raises:
             EngineError: more persistent programs than the device can run at once.
         """
-        self._head, self.weights, self.mode, self._residual = head, pack(head), mode, residual
+        self._head, self.weights, self.mode, self._residual = head, packed(head), mode, residual
         device, dtype = head.out.weight.device, head.out.weight.dtype
         if mode == "persistent":
             # the interpreter runs programs one after the other: more would wait for ever

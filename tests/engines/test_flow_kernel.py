@@ -7,10 +7,12 @@ this file's tests of results run in a pytest of their own, which `test_in_the_in
 from __future__ import annotations
 
 import dataclasses
+import gc
 import importlib.util
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,20 @@ def test_float32_equals_the_component(case: str) -> None:
     want = plain(model, t)
     assert relative(got, want) < 1e-6
     assert relative(got - t["partial"], want - t["partial"]) < 2e-6
+
+
+@interpreted
+def test_rollouts_share_the_packed_weights() -> None:
+    """And they go with the model."""
+    model = make()
+    t = inputs(model)
+    one, two = kernel(model, t), kernel(model, t)
+    assert one.weights is two.weights
+    assert kernel(make(), t).weights is not one.weights
+    gone = weakref.ref(model.flow)
+    del model, one, two
+    gc.collect()
+    assert gone() is None
 
 
 @interpreted
@@ -252,7 +268,7 @@ def test_in_the_interpreter(bundles: Callable[[str], Bundle]) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "15 passed" in done.stdout, done.stdout
+    assert "16 passed" in done.stdout, done.stdout
 
 
 @needs_triton
