@@ -342,6 +342,11 @@ def _read_latents(directory: Path) -> tuple[dict[str, Any], list[dict[str, Tenso
     """What a directory's listing tells, and its shards, mapped from disk."""
     try:
         about: dict[str, Any] = json.loads((directory / _LATENTS_FILE).read_text())
+        for key, least in (("frames", 1), ("height", 1), ("width", 1), ("action_dim", 0)):
+            if type(about[key]) is not int or about[key] < least:
+                raise ValueError(f"{key} is {about[key]!r}")
+        if type(about.get("seed", 0)) is not int:
+            raise ValueError(f"seed is {about['seed']!r}")
         shards = [load_file(directory / name) for name in about["shards"]]
         names = ("latents", "actions") if int(about["action_dim"]) else ("latents",)
         for name in names:
