@@ -186,6 +186,7 @@ def measure_protocol(
         "predicted": protocol.predicted,
         "resolution": protocol.resolution,
         "recordings": len(source),
+        "autocast": "bfloat16",  # as `continue_clips` samples
         "skipped_recordings": len(source.skipped),
     }
     for name, gathered in scores.items():

@@ -1144,6 +1144,7 @@ def test_protocol_command_on_folders_of_pictures(
     assert len(result["i3d_sha256"]) == 64
     assert result["data"] == {"name": "bair-frames", "root": str(folders)}
     assert result["split"] == "test"
+    assert result["autocast"] == "bfloat16"
     assert [p.name for p in output.parent.iterdir()] == ["bair.json"]
 
 
