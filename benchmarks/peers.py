@@ -23,13 +23,12 @@ from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.engines.base import cuda_index
-from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, UInt8
+from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, NoiseKey, UInt8
 from canvasmar_rt.errors import EngineError
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import (
     ar_steps,
     flow_plan,
-    flow_temperature,
     generation_order,
     guidance_branches,
     set_sizes,
@@ -365,14 +364,14 @@ class NaiveOnnxContestant:
     def _frame(self, state: _State, clock: Clock) -> tuple[_State, UInt8]:
         """The state after the next latent frame, and its pixels (B, t, H, W, 3)."""
         sampling, noise = self._sampling, self._noise
-        noise.fill(
-            sampling,
+        NoiseKey(
+            sampling=sampling,
             seed=self._seed,
-            streams=range(self._batch),
+            streams=tuple(range(self._batch)),
+            since=(0,) * self._batch,
             frame=state.time,
             has_canvas=self._config.canvas,
-        )
-        np.multiply(noise.flow, flow_temperature(sampling, state.time), out=noise.flow)
+        ).draw(noise)
         clock.lap("noise")
         z_temporal, cache = self._temporal(state)
         clock.lap("temporal")

@@ -390,9 +390,6 @@ class Rollout:
             frame=frame,
             has_canvas=self.config.canvas and not from_nothing,
         )
-        following = dataclasses.replace(
-            key, frame=frame + self.config.group, has_canvas=self.config.canvas
-        )
         self._noise.fill(key)
         clock.lap("noise")
         drawn = self._program.predict(
@@ -401,7 +398,11 @@ class Rollout:
             order=order,
             level=choose,
             on_canvas=keep if decode_canvas or on_canvas is not None else None,
-            meanwhile=lambda: self._noise.draw(following),
+            meanwhile=lambda: self._noise.draw(
+                dataclasses.replace(
+                    key, frame=frame + self.config.group, has_canvas=self.config.canvas
+                )
+            ),
             clock=clock,
         )
         self._time += self.config.group

@@ -68,11 +68,12 @@ def ar_steps(tokens: int, count: int) -> tuple[ArStep, ...]:
     return tuple(steps)
 
 
-def order_temperatures(sampling: SamplingConfig) -> Float32:
+def order_temperatures(sampling: SamplingConfig, *, has_staticness: bool = True) -> Float32:
     """tau_k of each AR step, (K,): rising for the motion-aware order (sec. 4.3), falling for
-    MaskGiT's; for a plain random order staticness is ignored and the scale does not matter."""
+    MaskGiT's; ones where the noise alone decides, whatever its scale: for a plain random order,
+    and without staticness."""
     k = np.arange(1, sampling.ar_steps + 1) / sampling.ar_steps
-    if sampling.order == "random":
+    if sampling.order == "random" or not has_staticness:
         return np.ones(sampling.ar_steps, np.float32)
     return np.float32(sampling.temperature) * (k if sampling.order == "motion" else 1.0 - k).astype(
         np.float32
@@ -102,9 +103,8 @@ def generation_order(
     """
     gumbel, out = gumbel.reshape(-1, *gumbel.shape[-2:]), out.reshape(-1, out.shape[-1])
     batch, steps, tokens = gumbel.shape
-    tau = order_temperatures(sampling)
+    tau = order_temperatures(sampling, has_staticness=staticness is not None)
     if staticness is None or sampling.order == "random":
-        tau = np.ones_like(tau)  # the noise alone decides, whatever its scale
         confidence = np.zeros((batch, tokens), np.float32)
     else:
         confidence = np.log(np.maximum(staticness.reshape(batch, tokens), np.float32(1e-6)))

@@ -123,64 +123,50 @@ def compile_graph(
         KeyboardInterrupt: a signal came; TensorRT calls back from C++, where none may be raised.
     """
     with kept_signals() as stopped:
-        made = _compiled(
-            onnx, profiles, optimization_level, workspace_bytes, timing_cache, progress, stopped
+        log.taken()
+        builder, runtime = started(trt.Builder), started(trt.Runtime)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(network, log)  # owns the weights: it has to outlive the build
+        if not parser.parse_from_file(str(onnx)):
+            errors = [parser.get_error(i) for i in range(parser.num_errors)]
+            told = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
+            raise EngineError(f"{onnx}: TensorRT cannot parse it: {'; '.join(told) or log.taken()}")
+        config = builder.create_builder_config()
+        config.builder_optimization_level = optimization_level
+        config.max_aux_streams = 0  # contexts run on the one stream they are given
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
+        if workspace_bytes is not None:
+            config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
+        cache_refused = not _use_timing_cache(config, timing_cache)
+        if cache_refused:
+            _use_timing_cache(config, b"")
+        profile = builder.create_optimization_profile()
+        for name, p in profiles.items():
+            profile.set_shape(name, trt.Dims(p.minimum), trt.Dims(p.optimum), trt.Dims(p.maximum))
+        if config.add_optimization_profile(profile) < 0:
+            raise EngineError(f"{onnx}: TensorRT refused the shapes: {log.taken()}")
+        monitor = _Monitor(progress, stopped)
+        config.progress_monitor = monitor
+        plan = builder.build_serialized_network(network, config)
+        if monitor.raised is not None:
+            raise monitor.raised
+        if stopped():
+            raise KeyboardInterrupt
+        if plan is None:
+            raise EngineError(f"{onnx}: TensorRT cannot build it: {log.taken()}")
+        made = bytes(plan)
+        cache = config.get_timing_cache()
+        engine = deserialized(runtime, made, str(onnx))
+        compiled = Compiled(
+            plan=made,
+            information=_inspected(engine, profiles),
+            io_dtypes=io_dtypes(engine),
+            timing_cache=b"" if cache is None else bytes(cache.serialize()),
+            cache_refused=cache_refused,
         )
-    if made is None or stopped():
-        raise KeyboardInterrupt
-    return made
-
-
-def _compiled(
-    onnx: Path,
-    profiles: Mapping[str, Profile],
-    optimization_level: int,
-    workspace_bytes: int | None,
-    timing_cache: bytes,
-    progress: Callable[[int, int], None],
-    stopped: Callable[[], bool],
-) -> Compiled | None:
-    log.taken()
-    builder, runtime = started(trt.Builder), started(trt.Runtime)
-    network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    parser = trt.OnnxParser(network, log)  # owns the weights: it has to outlive the build
-    if not parser.parse_from_file(str(onnx)):
-        errors = [parser.get_error(i) for i in range(parser.num_errors)]
-        told = [f"{e.node_operator()} {e.node_name()}: {e.desc()}" for e in errors]
-        raise EngineError(f"{onnx}: TensorRT cannot parse it: {'; '.join(told) or log.taken()}")
-    config = builder.create_builder_config()
-    config.builder_optimization_level = optimization_level
-    config.max_aux_streams = 0  # contexts run on the one stream they are given
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if workspace_bytes is not None:
-        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
-    cache_refused = not _use_timing_cache(config, timing_cache)
-    if cache_refused:
-        _use_timing_cache(config, b"")
-    profile = builder.create_optimization_profile()
-    for name, p in profiles.items():
-        profile.set_shape(name, trt.Dims(p.minimum), trt.Dims(p.optimum), trt.Dims(p.maximum))
-    if config.add_optimization_profile(profile) < 0:
-        raise EngineError(f"{onnx}: TensorRT refused the shapes: {log.taken()}")
-    monitor = _Monitor(progress, stopped)
-    config.progress_monitor = monitor
-    plan = builder.build_serialized_network(network, config)
-    if monitor.raised is not None:
-        raise monitor.raised
     if stopped():
-        return None
-    if plan is None:
-        raise EngineError(f"{onnx}: TensorRT cannot build it: {log.taken()}")
-    made = bytes(plan)
-    cache = config.get_timing_cache()
-    engine = deserialized(runtime, made, str(onnx))
-    return Compiled(
-        plan=made,
-        information=_inspected(engine, profiles),
-        io_dtypes=io_dtypes(engine),
-        timing_cache=b"" if cache is None else bytes(cache.serialize()),
-        cache_refused=cache_refused,
-    )
+        raise KeyboardInterrupt
+    return compiled
 
 
 def _inspected(engine: trt.ICudaEngine, profiles: Mapping[str, Profile]) -> str:

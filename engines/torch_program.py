@@ -151,12 +151,11 @@ def draw_order(
     staticness: Tensor | None, gumbel: Tensor, sampling: SamplingConfig, steps: Sequence[ArStep]
 ) -> Tensor:
     """`canvasmar_rt.schedule.generation_order` on the device: (..., N) int64."""
-    tau = order_temperatures(sampling)
-    confidence = torch.zeros_like(gumbel[..., 0, :])
-    if staticness is not None and sampling.order != "random":
-        confidence = staticness.clamp(min=1e-6).log()
+    tau = order_temperatures(sampling, has_staticness=staticness is not None)
     if staticness is None or sampling.order == "random":
-        tau = np.ones_like(tau)
+        confidence = torch.zeros_like(gumbel[..., 0, :])
+    else:
+        confidence = staticness.clamp(min=1e-6).log()
     parts: list[Tensor] = []
     for k, step in enumerate(steps):
         if parts:

@@ -341,13 +341,12 @@ def _order(
     b: Builder, staticness: str | None, sampling: SamplingConfig, sizes: Sequence[int]
 ) -> list[str]:
     """`canvasmar_rt.schedule.generation_order` in ONNX: the indices (B, n_k) of every AR step."""
-    tau = order_temperatures(sampling)
+    tau = order_temperatures(sampling, has_staticness=staticness is not None)
     axes = b.constant(np.array([1]), "axis")
+    score = ""
     if staticness is not None and sampling.order != "random":
         floor = b.constant(np.float32(1e-6), "floor")
         score = b.op("Log", [b.op("Max", [staticness, floor])])
-    else:
-        score, tau = "", np.ones_like(tau)
     taken = ""
     indices = []
     for k, size in enumerate(sizes):
