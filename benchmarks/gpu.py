@@ -9,6 +9,7 @@ a GPU, to see that it works; its figures mean nothing.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import gc
@@ -20,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +39,8 @@ except ImportError:
     print_error(EngineError("the GPU benchmarks need PyTorch: pip install 'canvasmar-rt[export]'"))
     sys.exit(2)
 
+from torch import Tensor
+
 from canvasmar_rt.benchmarks.latency import (
     BenchOptions,
     bench,
@@ -50,7 +53,7 @@ from canvasmar_rt.config import SamplingConfig, preset
 from canvasmar_rt.engines.base import ENGINES, cuda_index
 from canvasmar_rt.engines.program import Clock, NoiseAhead, NoiseKey
 from canvasmar_rt.engines.tensorrt_build import OPTIONAL, BuildOptions, build_engines
-from canvasmar_rt.engines.torch_engine import compiled, torch_device
+from canvasmar_rt.engines.torch_engine import compiled_graphs, torch_device
 from canvasmar_rt.engines.torch_program import TorchProgram
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.files import check_writable, write_file
@@ -58,11 +61,12 @@ from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build, cast
 from canvasmar_rt.models.graphs import Graph, graph
+from canvasmar_rt.schedule import branch_inputs, set_sizes, solver_inputs
 from canvasmar_rt.verify import verify
 
 MODES = (
     "eager", "cuda graph", "cuda graph, flow kernel", "cuda graph, persistent flow kernel",
-    "compile", "compile + cuda graph",
+    "compile", "compile + cuda graph", "compile + cuda graph, flow kernel",
 )  # fmt: skip
 """Ways to run a frame in PyTorch; eager is the reference sampler, as a researcher writes it."""
 
@@ -72,6 +76,7 @@ ITERATIONS = 50
 FLOW_KERNELS: dict[str, Literal["staged", "persistent"]] = {
     "cuda graph, flow kernel": "staged",
     "cuda graph, persistent flow kernel": "persistent",
+    "compile + cuda graph, flow kernel": "staged",
 }
 
 Report = dict[str, Any]
@@ -99,8 +104,15 @@ CASES = (
     Case(model="kinetics600", mode="cuda graph", batch=32),
     *(Case(model="toytable", mode=m, dtype="float32") for m in ("eager", "cuda graph")),
     Case(model="bair", mode="cuda graph", batch=32),
-    Case(model="bair", mode="compile + cuda graph"),
-    Case(model="kinetics600", mode="compile + cuda graph"),
+    *(
+        Case(model=name, mode=mode)
+        for mode in reversed(MODES[5:])
+        for name in ("kinetics600", "bair")
+    ),
+    *(
+        Case(model="toytable", mode=mode, dtype="float32")
+        for mode in ("compile + cuda graph", "compile")
+    ),
     Case(model="kinetics600", mode="compile"),
 )
 
@@ -116,24 +128,27 @@ class Frames:
 
     def __init__(self, case: Case, device: torch.device, *, sampling: SamplingConfig) -> None:
         model = network(case.model, case.dtype, device)
+        if "compile" in case.mode:  # which layers are is for other cases to see
+            model = copy.deepcopy(model)
         self._model, self._sampling, self._batch = model, sampling, case.batch
         self._time = 0
         if case.mode == "eager":
             self._state = sampler.empty_state(model, case.batch)
             self.step = self._eager
             return
+        captured = "cuda graph" in case.mode
         modules: dict[str, Graph] = {}
+        if "compile" in case.mode:
+            modules = compiled_graphs(model, captured=captured)
 
         def component(name: str) -> Graph:
             if name not in modules:
                 modules[name] = graph(model, name)
-                if "compile" in case.mode:
-                    compiled(modules[name])
             return modules[name]
 
         self._program = TorchProgram(
             model, component, name=case.mode, batch=case.batch, sampling=sampling,
-            graphs="cuda graph" in case.mode,
+            graphs=captured,
             flow_kernel=FLOW_KERNELS.get(case.mode),
         )  # fmt: skip
         self._program.warmup()
@@ -255,6 +270,100 @@ def exported(name: str, dtype: str, device: str, left: Left) -> list[Report]:
     with tempfile.TemporaryDirectory() as work:
         bundle = export_bundle(model, sampling, Path(work) / name, options, source="random weights")
         return engines(bundle.path, device, left)
+
+
+TILES = (
+    (64, 64, 4, 4), (32, 64, 4, 4), (16, 64, 4, 6), (32, 128, 4, 3), (16, 128, 4, 4),
+    (16, 256, 4, 3), (64, 128, 8, 3),
+)  # fmt: skip
+"""Columns, depth, warps and loads ahead of the flow kernel's products that are tried."""
+
+
+def flow_heads(device: torch.device, left: Left, names: Sequence[str]) -> list[Report]:
+    """The flow head of a frame's smallest and largest set: microseconds an evaluation, by PyTorch
+    and by the kernel with several tiles, and how far the kernel's tokens are from PyTorch's."""
+    found: list[Report] = []
+    for name in names:
+        model, (config, sampling) = network(name, "bfloat16", device), preset(name)
+        sizes = set_sizes(config.tokens, sampling.ar_steps)
+        for tokens in sorted({min(sizes), max(sizes)}):
+            found.append(
+                {"model": name, "tokens": tokens} | _flow_head(model, tokens, sampling, left)
+            )
+    return found
+
+
+def _flow_head(model: FrameModel, tokens: int, sampling: SamplingConfig, left: Left) -> Report:
+    from canvasmar_rt.engines.flow_kernel import FlowKernel, Tiles, tiles
+
+    config, device = model.config, model.device
+    fixed = solver_inputs(sampling) | branch_inputs(sampling, has_canvas=config.canvas)
+    t = {name: torch.from_numpy(x).to(device) for name, x in fixed.items()}
+    evaluations, branches = len(t["flow_time"]), len(t["branch_weight"])
+    draw = functools.partial(torch.randn, generator=torch.Generator(device).manual_seed(0))
+    latent = (1, config.tokens, config.autoencoder.latent_channels)
+    t["flow_noise"] = draw(latent, device=device)
+    t["partial"] = torch.zeros(latent, device=device)
+    t["select_index"] = torch.arange(tokens, device=device)[None]
+    z = draw((branches, 1, tokens, config.dim), device=device)
+    t["z_tokens"] = z.to(model.dtype)
+    module, rows = graph(model, "flow"), branches * tokens
+
+    def kernel(
+        mode: Literal["staged", "persistent"], using: Tiles | None = None
+    ) -> Callable[[], Tensor]:
+        made = FlowKernel(
+            model.flow, tokens=tokens, branches=branches, evaluations=evaluations,
+            residual=config.residual, mode=mode,
+        )  # fmt: skip
+        return lambda: made.component(t, using=using)
+
+    ways: dict[str, Callable[[], Tensor]] = {
+        "plain": lambda: module(*(t[s.name] for s in module.component.inputs))[0],
+        "persistent": kernel("persistent"),
+        "staged": kernel("staged"),
+    }
+    tall = tiles(rows, config.flow.width, model.dtype).rows
+    for columns, depth, warps, loads in TILES:
+        using = Tiles(rows=tall, columns=columns, depth=depth, warps=warps, stages=loads)
+        ways[f"staged, {columns} x {depth}, {warps} warps, {loads} ahead"] = kernel("staged", using)
+    spent: dict[str, float] = {}
+    differs: dict[str, float] = {}
+    want: Tensor | None = None
+    report: Report = {"rows": rows, "us_an_evaluation": spent, "difference": differs}
+    for name, way in ways.items():
+        if left() < 0:
+            return report | {"skipped": "no time left for the others"}
+        try:
+            seconds, drawn = _replayed(way, device)
+        except Exception as error:  # of Triton's compiler, too: other tiles go on
+            report.setdefault("errors", {})[name] = _told(error)
+            continue
+        want = drawn if want is None else want
+        spent[name] = round(1e6 * seconds / evaluations, 2)
+        differs[name] = float((drawn - want).norm() / want.norm())
+    return report
+
+
+def _replayed(work: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds of a call, the median of some, on CUDA as a captured graph; and what it made."""
+    on_gpu = device.type == "cuda"
+    times = []
+    with torch.inference_mode():
+        made = work().clone()
+        again: Callable[[], object] = work
+        if on_gpu:
+            recorded = torch.cuda.CUDAGraph()
+            with torch.cuda.device(device), torch.cuda.graph(recorded):
+                work()
+            again = recorded.replay
+        for _ in range(20 if on_gpu else 1):
+            started = time.perf_counter()
+            again()
+            if on_gpu:
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - started)
+    return float(np.median(times)), made
 
 
 def soak(device: str, *, frames: int, seconds: float) -> Report:
@@ -398,14 +507,18 @@ def run(
     for case in cases:
         if "compile" not in case.mode:
             measured(case, 10)
+    heads = tuple(dict.fromkeys(case.model for case in cases if case.mode in FLOW_KERNELS))
+    if heads:
+        part("flow heads", lambda: flow_heads(place, left, heads), 60)
     part("engines, toytable", lambda: engines("toytable", device, left), 30)
     part("soak", lambda: soak(device, frames=soak_frames, seconds=left() / 2), 5)
     part("tests", lambda: gpu_tests(seconds=left()), 10)
     if device != "cpu":
         part("engines, bair fp16", lambda: exported("bair", "fp16", device, left), 200)
-    for case in cases:  # last: compiling `bair` took six minutes of an H200's host
+    for case in cases:  # last: compiling `bair` whole took six minutes of an H200's host
         if "compile" in case.mode:
-            measured(case, 10 if device == "cpu" else 400)
+            wanted = 200 if "cuda graph" in case.mode else 400
+            measured(case, 10 if device == "cpu" else wanted)
     return report
 
 

@@ -41,7 +41,7 @@ def examine() -> list[Finding]:
         _package("gymnasium", "Gymnasium environments", "pip install 'canvasmar-rt[gym]'"),
         gpu := _nvidia(),
         _cuda_onnxruntime(gpu.status == "ok"),
-        _package("cuda-python", "engines on a GPU", "pip install 'canvasmar-rt[gpu]'"),
+        _package("cuda-python", "engines on a GPU", "pip install 'cuda-python>=13'"),
         _package("tensorrt", "engine 'tensorrt'", "pip install 'canvasmar-rt[tensorrt]'"),
         _package(
             "onnxruntime-ep-nv-tensorrt-rtx-cu13",

@@ -21,6 +21,7 @@ from canvasmar_rt.contact_sheet import contact_sheet, heatmap
 from canvasmar_rt.errors import InputError
 from canvasmar_rt.rollout import Prediction, Predictor
 from canvasmar_rt.video import (
+    IMAGE_SUFFIXES,
     MAX_CLIP_BYTES,
     MAX_CLIP_FRAMES,
     VIDEO_SUFFIXES,
@@ -103,7 +104,8 @@ def predict_clip(
 
     Raises:
         VideoError: the clip cannot be read, is too short, or the output cannot be written.
-        InputError: options the model cannot run, or an output that is a source or a directory.
+        InputError: options the model cannot run, or an output that is a source, would lie among
+            its frames, or is a directory.
     """
     config = predictor.config
     ae, t = config.autoencoder, config.autoencoder.temporal_compression
@@ -210,8 +212,19 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
     _check_folder(output.absolute().parent, output)
     if suffix == ".png":  # frames by themselves, so that the folder is a clip again
         output = output.with_suffix("") / output.name
+    among = []  # pictures that would lie where the clip's own frames do
+    if source.is_dir():
+        among = [path for path in (output, sheet) if _same(path.parent, source)]
+    elif source.suffix.lower() in IMAGE_SUFFIXES and suffix == ".png":
+        among = [output] if _same(output.parent, source.parent) else []
+    if among:
+        raise InputError(f"{among[0]}: would lie among the clip's own frames; give another output")
     check_target(output, count, fps)
     return output, sheet
+
+
+def _same(folder: Path, other: Path) -> bool:
+    return folder.resolve() == other.resolve()
 
 
 def _check_recorded(source: Path, config: ModelConfig) -> None:

@@ -101,6 +101,10 @@ class Tiles:
     stages: int = 4
 
 
+ROWS_ALONE = Tiles(rows=16, columns=16, depth=16)
+"""Of a launch without products: only its warps matter."""
+
+
 def tiles(rows: int, width: int, dtype: torch.dtype) -> Tiles:
     """Tiles for R rows. In half precision up to 64 rows, the height of Hopper's tensor core
     instructions, and narrower columns where there would be few programs."""
@@ -218,9 +222,9 @@ class FlowKernel:
             self._silu = scratch(self._table_rows * width)
             self._table = scratch(self._table_rows * self._modulations)
 
-    def component(self, t: Mapping[str, Tensor]) -> Tensor:
+    def component(self, t: Mapping[str, Tensor], *, using: Tiles | None = None) -> Tensor:
         """The `flow` component from its inputs by name (`canvasmar_rt.components`): the next
-        partial frame (B, N, C)."""
+        partial frame (B, N, C); `using` as `flow_tokens` takes it."""
         x = gather_tokens(t["flow_noise"], t["select_index"])
         self.flow_tokens(
             x,
@@ -230,6 +234,7 @@ class FlowKernel:
             t["step_old"],
             t["branch_weight"],
             out=x,
+            using=using,
         )
         return put_tokens(t["partial"], t["select_index"], x, add=self._residual)
 
@@ -299,6 +304,8 @@ class FlowKernel:
         group = min(triton.next_power_of_2(channels), CHANNEL_TILE // whole_row)
 
         def launch(first: int, last: int, programs: int, held: Sequence[str], **how: Any) -> None:
+            # rows have no tiles, and are compiled once for all of them
+            tile = using if "products" in held else ROWS_ALONE
             _stages[(min(programs, self._programs or programs),)](
                 self._x, self._velocity, self._h, self._ua, self._barrier,
                 table, time, *steps, branch_weight,
@@ -312,12 +319,12 @@ class FlowKernel:
                 PRODUCTS="products" in held,
                 ROWS="rows" in held,
                 ROW=whole_row,
-                BM=using.rows,
-                BN=using.columns,
-                BK=using.depth,
-                LOADS=using.stages,
+                BM=tile.rows,
+                BN=tile.columns,
+                BK=tile.depth,
+                LOADS=tile.stages,
                 GROUP=group,
-                num_warps=using.warps,
+                num_warps=tile.warps,
                 enable_fp_fusion=True,
                 **how,
             )  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 from typing import cast as typed
@@ -13,15 +13,16 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
 from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32
 from canvasmar_rt.errors import BundleError, EngineError
-from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.canvasmar import FrameModel, SpatialBlock
 from canvasmar_rt.models.checkpoint import load_state
 from canvasmar_rt.models.families import cast
-from canvasmar_rt.models.graphs import Graph, graph
+from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, Graph, graph
 
 if TYPE_CHECKING:
     from canvasmar_rt.engines.flow_kernel import Mode
@@ -96,13 +97,32 @@ def torch_device(device: str) -> torch.device:
 
 
 def compiled(module: torch.nn.Module) -> None:
-    """Run a component through torch.compile, each of its shapes: set sizes are many, and beyond its
+    """Run a module through torch.compile, each of its shapes: set sizes are many, and beyond its
     usual limits PyTorch would run the others eager."""
     import torch._dynamo.config as dynamo
 
     for name in ("recompile_limit", "accumulated_recompile_limit"):
         setattr(dynamo, name, max(getattr(dynamo, name), RECOMPILES))
     module.compile(dynamic=False)
+
+
+REPEATED = (SpatialBlock, FlowPrepare, FlowEvaluation)
+"""What a component calls again and again."""
+
+
+def compiled_graphs(model: FrameModel, *, captured: bool) -> dict[str, Graph]:
+    """All components through torch.compile.
+
+    Those that will be `captured` pay for their calls once: there the layers and evaluations that
+    they repeat are compiled by themselves, one program for all that are alike, in a fraction of
+    the time. The layers are the model's, for whoever runs it; tables are made of them before."""
+    graphs = {name: graph(model, name) for name in components(model.config) if name != "frame"}
+    for module in graphs.values():
+        repeated = [x for x in module.modules() if captured and isinstance(x, REPEATED)]
+        parts: Sequence[torch.nn.Module] = repeated or [module]
+        for part in parts:
+            compiled(part)
+    return graphs
 
 
 RECOMPILES = 1024
@@ -175,13 +195,19 @@ class TorchEngine:
         """The module of a component, shared by all rollouts."""
         with self._lock:
             if name not in self._graphs:
-                module = graph(self.model, name)
-                if self.model.device.type == "cuda":  # its tables are for all streams
-                    torch.cuda.current_stream(self.model.device).synchronize()
-                if self._compile:
-                    compiled(module)
-                self._graphs[name] = module
+                self._make(name)
             return self._graphs[name]
+
+    def _make(self, name: str) -> None:
+        on_gpu = self.model.device.type == "cuda"
+        with exact_float32:  # tables are products
+            if self._compile and not self._graphs:
+                captured = self._cuda_graph and on_gpu
+                self._graphs |= compiled_graphs(self.model, captured=captured)
+            else:
+                self._graphs[name] = graph(self.model, name)
+        if on_gpu:  # tables are for all streams
+            torch.cuda.current_stream(self.model.device).synchronize()
 
     def memory(self) -> Memory:
         return HostMemory()

@@ -217,7 +217,7 @@ class TorchProgram:
                 mode=flow_kernel,
             )
         if self._device.type == "cuda":  # what was packed and cleared is used on another stream
-            torch.cuda.synchronize(self._device)
+            torch.cuda.current_stream(self._device).synchronize()
 
     def _allocate(self, sampling: SamplingConfig) -> None:
         c, ae, b = self._config, self._config.autoencoder, self._batch
@@ -318,7 +318,8 @@ class TorchProgram:
 
     def _flow(self, have: Mapping[str, Tensor]) -> Tensor:
         if self._flow_kernel is not None:
-            return self._flow_kernel.component(have)
+            with exact_float32:
+                return self._flow_kernel.component(have)
         return self._run("flow", have)["next_partial"]
 
     def _temporal(self, frame: int = 0) -> None:
@@ -571,6 +572,8 @@ class TorchProgram:
             for has_canvas in {False, self._config.canvas}:
                 self._tell(int(has_canvas), None)
                 self._in.upload()
+                if has_canvas:
+                    self._canvas_to_pixels()
                 levels: list[Level] = list(range(len(self._levels)))
                 for which in levels + ([None] if has_canvas else []):
                     self._captured("_frame", has_canvas, which)()

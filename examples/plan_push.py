@@ -304,7 +304,8 @@ def marked(frame: Frames, goal: Floats) -> Frames:
 
 
 def draw(tasks: list[Task], played: dict[str, list[Episode]], out: Path) -> None:
-    """A sheet of the first four tasks, and a film of the first four that the model solved."""
+    """A sheet of the first four tasks, and a film of the first four that the model solved with
+    the rule."""
     rows = []
     for number, task in list(enumerate(tasks))[:4]:
         for name in ("model and rule", "oracle"):

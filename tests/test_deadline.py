@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -189,6 +190,18 @@ def test_the_canvas_is_there_early(rollout: Rollout) -> None:
     np.testing.assert_array_equal(seen[0], p.canvas_frames)
     assert np.abs(seen[0].astype(int) - p.frames).max() > 0
     assert list(p.timings).index("on_canvas") < len(p.timings) - 2
+    early = seen[0].copy()
+    p = rollout.step(on_canvas=lambda frames: frames.fill(0))
+    assert p.canvas_frames is not None
+    assert p.canvas_frames.any()
+    np.testing.assert_array_equal(seen[0], early)
+
+
+def test_a_slow_look_makes_no_slow_machine(rollout: Rollout) -> None:
+    """Its time is taken from the budget once, and says nothing of how long frames take."""
+    p = rollout.step(on_canvas=lambda frames: time.sleep(0.3))
+    assert p.timings["on_canvas"] >= 0.3
+    assert 0 < rollout._timed.lead < 0.3
 
 
 def test_warming_up_leaves_the_video_alone(

@@ -52,6 +52,26 @@ def test_an_output_that_cannot_be_written_is_refused_first(idle: Predictor, tmp_
         refused("old.png")
 
 
+def test_predictions_do_not_lie_among_the_frames_they_continue(
+    idle: Predictor, tmp_path: Path
+) -> None:
+    folder, frames = tmp_path / "a", np.zeros((7, 64, 64, 3), np.uint8)
+    write_clip(folder / "a.png", frames, TOYTABLE.fps)
+    kept = {path: path.read_bytes() for path in folder.iterdir()}
+    assert len(kept) == 7
+    for source, name in (
+        (folder, "a.png"),  # the folder of its numbered frames is the clip
+        (folder, "a/b.mp4"),  # whose sheet would be a frame of it
+        (folder / "a_0000.png", "a.png"),
+    ):
+        with pytest.raises(InputError, match="among the clip's own frames"):
+            predict_clip(idle, source, tmp_path / name, PredictOptions(frames=2, context=1))
+    assert {path: path.read_bytes() for path in folder.iterdir()} == kept
+    for source, name in ((folder, "b.png"), (folder / "a_0000.png", "a/b.mp4")):
+        with pytest.raises(AssertionError, match="started"):
+            predict_clip(idle, source, tmp_path / name, PredictOptions(frames=2, context=1))
+
+
 def test_a_file_is_no_folder_for_many_clips(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "within"):

@@ -111,7 +111,8 @@ class ModelTraining(RunConfig):
     clean frames before the one masked frame that ends the clip ("next-frame", VideoMAR).
     `frame_intervals`: a step's clips keep every s-th latent frame, s drawn from 1 to this (MAGI's
     dynamic intervals). `lengths`: latent frames of the clips, each for an equal share of the steps
-    (VideoMAR's short-to-long curriculum; empty: whole clips)."""
+    (VideoMAR's short-to-long curriculum; empty: whole clips), which a training by the clock does
+    not know."""
 
     mar_weight: float = 1.0
     canvas_weight: float = 0.1
@@ -138,6 +139,10 @@ class ModelTraining(RunConfig):
         super().__post_init__()
         _require(self.frame_intervals >= 1, "training: frame_intervals must be at least 1")
         _require(all(n >= 2 for n in self.lengths), "training: lengths must be at least 2")
+        _require(
+            not (self.lengths and self.minutes),
+            "training: lengths are shares of the steps, whose number minutes leave open; set steps",
+        )
         drops = self.canvas_drop, self.temporal_drop, self.both_drop
         _require(min(drops) >= 0 and sum(drops) <= 1, "training: drops must be chances, sum <= 1")
         _require(0 <= self.action_drop <= 1, "training: action_drop must lie in [0, 1]")

@@ -404,7 +404,13 @@ def kinetics600(
     wanted: list[tuple[str, Path | None]] = []
     try:
         for row in rows:
-            if (row.get("split") or split) != split:
+            own = row.get("split")
+            if table is not None and not own:
+                raise InputError(
+                    f"{file}: line {rows.line_num} has no split; it would be trained on and held "
+                    "out"
+                )
+            if (own or split) != split:
                 continue
             if "path" in columns:
                 path = root / (row["path"] or "?")

@@ -317,13 +317,14 @@ def compare(
         "models": {
             name: {
                 "weights": weights_id(model),
+                "sampling": to_dict(own),
                 "family": model.config.family,
                 "group": model.config.group,
                 "parameters": sum(
                     n for part, n in count_parameters(model.config).items() if part != "autoencoder"
                 ),
             }
-            for name, (model, _) in loaded.items()
+            for name, (model, own) in loaded.items()
         }
     }
     measure = functools.partial(

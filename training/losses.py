@@ -33,6 +33,9 @@ OWN_FLOW_STEPS = 3
 """Euler steps of the predictions that `own_history` trains on."""
 
 
+MASK_RATIO = "mask ratio"
+
+
 class Draws:
     """Random numbers of one training step. `batch` counts the clips of all ranks and `rows` are
     this rank's among them: every rank draws for all and keeps its own, so a step costs a few
@@ -60,8 +63,10 @@ class Draws:
         whole = torch.rand((self.batch, *shape), generator=self._clips, device=self.device)
         return whole[self._rows]
 
-    def shared_uniform(self) -> float:
-        """One uniform number, the same for every clip of the step."""
+    def shared_uniform(self, what: str = MASK_RATIO) -> float:
+        """One uniform number, the same for every clip of the step; what it decides does not matter
+        to it here."""
+        del what
         return float(torch.rand((), generator=self._shared))
 
 
@@ -157,7 +162,7 @@ class CanvasMarLoss(nn.Module):
         c, group = self.config, self.model_config.group
         batch, frames, tokens = latents.shape[:3]
         history = latents if history is None else history
-        begin = int(draws.shared_uniform() * group) if group > 1 else 0
+        begin = int(draws.shared_uniform("begin") * group) if group > 1 else 0
         count = (frames - begin) // group
         starts = torch.arange(begin, begin + count * group, group, device=latents.device)
         groups = latents[:, begin : begin + count * group].reshape(batch, count, group, tokens, -1)
@@ -342,13 +347,13 @@ class UnifiedLoss(nn.Module):
     def _window(self, frames: int, draws: Draws) -> tuple[int, int]:
         """Latent frames of this step's clips, and their interval."""
         c = self.config
-        interval = 1 + int(draws.shared_uniform() * c.frame_intervals)
+        interval = 1 + int(draws.shared_uniform("interval") * c.frame_intervals)
         length = -(-frames // interval)
         if c.lengths:
             stage = min(draws.step * len(c.lengths) // c.steps, len(c.lengths) - 1)
             length = min(length, c.lengths[stage])
         if c.teacher == "next-frame":  # every length of history is met
-            length = 1 + int(draws.shared_uniform() * length)
+            length = 1 + int(draws.shared_uniform("length") * length)
         return length, interval
 
 
@@ -391,7 +396,7 @@ def hidden_tokens(
     once for the step."""
     c = config
     ratio = mask_ratio(draws.shared_uniform(), low=c.mask_ratio_min, std=c.mask_ratio_std)
-    if c.mask_all and draws.shared_uniform() < c.mask_all:
+    if c.mask_all and draws.shared_uniform("mask all") < c.mask_all:
         ratio = 1.0
     masked = max(1, math.ceil(ratio * tokens))
     order = draws.uniform(frames, tokens).flatten(0, 1).argsort(dim=1)

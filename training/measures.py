@@ -29,7 +29,7 @@ from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ClipSource, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
-from training.losses import Draws, model_loss
+from training.losses import MASK_RATIO, Draws, model_loss
 from training.metrics import GaussianStats, psnr, psnr_of_mean_error, ssim
 from training.stages import (
     HELD_OUT_SEED,
@@ -148,8 +148,8 @@ def still_patches(config: AutoencoderConfig, frames: Tensor) -> Tensor:
 
 class AlikeDraws(Draws):
     """Draws that do not depend on what else a model draws: each is keyed by its distribution, its
-    shape and how many like it came before. So a model with a canvas and one without see the same
-    masks, times and flow noise."""
+    shape and how many like it came before, or what it decides. So a model with a canvas and one
+    without see the same masks, times and flow noise, and all families the same mask ratio."""
 
     def __init__(self, device: torch.device, *, seed: int, step: int, batch: int) -> None:
         super().__init__(device, seed=seed, step=step, batch=batch)
@@ -167,6 +167,11 @@ class AlikeDraws(Draws):
 
     def uniform(self, *shape: int) -> Tensor:
         return self._next("uniform", shape).uniform(*shape)
+
+    def shared_uniform(self, what: str = MASK_RATIO) -> float:
+        if what == MASK_RATIO:
+            return super().shared_uniform()
+        return self._next(what, ()).shared_uniform()
 
 
 @torch.no_grad()

@@ -119,8 +119,8 @@ def measure_protocol(
     Args:
         source: clips of `conditioning + predicted` frames in the model's size.
         clips, samples: fewer places, another number of predictions of each: not the protocol's
-            figure, and `whole_protocol` says so, as where a recording of a protocol that takes the
-            beginning of each is missing.
+            figure, and `whole_protocol` says so, as where a recording of the data set is missing
+            or cannot be read.
         usual: whether the source is the protocol's data set, its test split, read as is usual.
 
     Raises:
@@ -181,7 +181,8 @@ def measure_protocol(
         "whole_protocol": usual
         and clips in (None, whole)
         and len(places) == whole
-        and drawn == protocol.samples,
+        and drawn == protocol.samples
+        and not source.skipped,
         "conditioning": protocol.conditioning,
         "predicted": protocol.predicted,
         "resolution": protocol.resolution,

@@ -516,7 +516,8 @@ _SIDES = ("true", "predicted")
 # Training the network
 
 TRAIN_SEED, HELD_OUT_SEED = 9_000, 9_001
-"""Of the clips that the network learns from, and of those its figures are of: for nothing else."""
+"""Of the clips that the network learns from, and of those its figures are of: for nothing else
+(but a training with seed 9, which draws from the former)."""
 
 _POOL_FRAMES = 8
 _HELD_OUT_CLIPS = 512
@@ -797,6 +798,8 @@ def train(
     seed: Annotated[int, typer.Option(help="Of clips, weights and order.")] = TRAIN_SEED,
 ) -> None:
     """Train the network of the ToyTable metric on the CPU."""
+    if seed == HELD_OUT_SEED:
+        raise ConfigError(f"seed {seed} is of the held-out clips; take another")
     check_writable(out)
     with stderr_bar() as bar:
         task = bar.add_task("", total=None)

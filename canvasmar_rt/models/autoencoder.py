@@ -130,7 +130,8 @@ class Encoder(nn.Module):
         t = self.config.temporal_compression
         x = frames.unflatten(1, (-1, t)).permute(0, 1, 2, 5, 3, 4).flatten(2, 3)
         x = _per_frame(nn.PixelUnshuffle(self.config.patch), x)
-        it, new = iter(states), list[Tensor]()
+        it = iter(states)
+        new: list[Tensor] = []
         x = self.conv_in(x, it, new)
         for i, stage in enumerate(self.stages):
             for block in stage:
@@ -156,7 +157,8 @@ class Decoder(nn.Module):
 
     def forward(self, latents: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Latents (B, T, C, h, w), not normalised -> frames (B, T*t, H, W, 3) float32, states."""
-        it, new = iter(states), list[Tensor]()
+        it = iter(states)
+        new: list[Tensor] = []
         x = self.conv_in(latents, it, new)
         for i, stage in enumerate(self.stages):
             for block in stage:

@@ -301,7 +301,9 @@ class FlowGraph(Graph):
             t["z_tokens"], t["select_index"], t["flow_noise"], t["flow_time"]
         )
         velocity = torch.zeros_like(x)
-        for time, new, old in zip(times, t["step_new"], t["step_old"], strict=True):
+        # compiled programs copy what does not begin at a multiple of 16 bytes
+        new_old = (F.pad(t[name][:, None], (0, 3))[:, 0] for name in ("step_new", "step_old"))
+        for time, new, old in zip(times, *new_old, strict=True):
             x, velocity = self.evaluate(x, velocity, time, new, old, t["branch_weight"], *given)
         return (put_tokens(t["partial"], t["select_index"], x, add=self.config.residual),)
 

@@ -20,7 +20,7 @@ import canvasmar_rt
 from canvasmar_rt.benchmarks import soak
 from canvasmar_rt.benchmarks.soak import SKIPPED, Tick, busy, picture, run_ticks, summary
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.deadline import Rung
+from canvasmar_rt.deadline import Rung, ladder
 from canvasmar_rt.errors import ConfigError
 
 
@@ -62,6 +62,26 @@ def test_the_figures_of_a_phase() -> None:
     assert found["growth"] == 0.01
     image = Image.open(io.BytesIO(picture({"alone": ticks, "busy": ticks}, 0.05, "t", "u")))
     assert image.format == "PNG"
+
+
+def test_the_committed_soaks_are_of_the_packaged_model() -> None:
+    """On the rungs that it has; the pages quote them."""
+    results = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+    loop, service = (
+        json.loads((results / f"{name}_cpu.json").read_text())
+        for name in ("soak_toytable_int8", "service_soak")
+    )
+    rungs = ladder(canvasmar_rt.load("toytable-int8", threads=1).sampling)
+    measured = [(r["ar_steps"], r["flow_steps"]) for r in loop["latency_at_warmup"]]
+    assert measured == [(r.ar_steps, r.flow_steps) for r in rungs] + [(0, 0)]
+    drawn = {int(steps) for reader in service["readers"] for steps in reader["ar_steps"]}
+    assert drawn <= {r.ar_steps for r in rungs} | {0}
+    page = (results.parents[1] / "docs" / "service.md").read_text()
+    memory = service["resident_mb_at_start"], service["resident_mb_at_end"]
+    assert "memory went from {} to {} MB".format(*memory) in page
+    page = (results.parents[1] / "docs" / "runtime.md").read_text()
+    missed = [phase["missed"] for phase in loop["phases"].values()]
+    assert "{} and {} of 12,000 ticks missed".format(*missed) in page
 
 
 def test_busy_processes_end_with_the_phase(monkeypatch: pytest.MonkeyPatch) -> None:

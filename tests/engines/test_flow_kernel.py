@@ -200,6 +200,26 @@ def test_small_tiles_fit_together() -> None:
 
 
 @interpreted
+def test_its_figures_say_how_far_it_is_from_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    from canvasmar_rt.benchmarks import gpu
+
+    model, sampling = make(blocks=1), SamplingConfig(ar_steps=3, flow_steps=2)
+    monkeypatch.setattr(gpu, "network", lambda *_: model)
+    monkeypatch.setattr(gpu, "preset", lambda _: (model.config, sampling))
+    monkeypatch.setattr(gpu, "TILES", ((16, 16, 4, 2),))
+    found = gpu.flow_heads(torch.device("cpu"), lambda: 60.0, ["small"])
+    assert [report["tokens"] for report in found] == [3, 8]
+    for report in found:
+        assert report["rows"] == 3 * report["tokens"]
+        assert len(report["us_an_evaluation"]) == 4
+        assert min(report["us_an_evaluation"].values()) > 0
+        assert 0 < max(report["difference"].values()) < 1e-6
+    (late, _) = gpu.flow_heads(torch.device("cpu"), lambda: -1.0, ["small"])
+    assert late["us_an_evaluation"] == {}
+    assert "time" in late["skipped"]
+
+
+@interpreted
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("modulation", ["joint", "additive"])
 def test_half_precision_is_as_near_as_the_component(
@@ -268,7 +288,7 @@ def test_in_the_interpreter(bundles: Callable[[str], Bundle]) -> None:
         timeout=500,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "16 passed" in done.stdout, done.stdout
+    assert "17 passed" in done.stdout, done.stdout
 
 
 @needs_triton

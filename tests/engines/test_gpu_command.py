@@ -47,7 +47,7 @@ def test_what_no_longer_fits_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(gpu, "parity", lambda device, left: [])
     report = gpu.run("cpu", tmp_path / "gpu.json", limit=5, soak_frames=10)
     skipped = [name for name, found in report.items() if "skipped" in found]
-    assert len(skipped) == len(gpu.CASES) + 3
+    assert len(skipped) == len(gpu.CASES) + 4
     some = gpu.run("cpu", tmp_path / "gpu.json", limit=5, only=("parity", "bair"))
     of_bair = [c for c in gpu.CASES if c.model == "bair"]
     assert [name for name in some if name.startswith("bair")] == list(some)[4:]

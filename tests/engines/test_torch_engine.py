@@ -5,18 +5,26 @@ from __future__ import annotations
 import itertools
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.engines import torch_engine, torch_program
-from canvasmar_rt.engines.torch_engine import TorchEngine
-from canvasmar_rt.engines.torch_program import ExactFloat32
+from canvasmar_rt.engines.program import Clock
+from canvasmar_rt.engines.torch_engine import TorchEngine, compiled_graphs
+from canvasmar_rt.engines.torch_program import ExactFloat32, TorchProgram
+from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.families import build
+from canvasmar_rt.models.graphs import Graph, graph
 from canvasmar_rt.verify import verify
+from tests.conftest import FAMILIES, SAMPLING, small_config
 
 
 @pytest.mark.parametrize("way", ["rollout", "verify"])
@@ -112,3 +120,160 @@ def test_every_set_size_is_compiled(bundles: Callable[[str], Bundle]) -> None:
     """Beyond its usual limit of eight PyTorch runs shapes eager, without a word."""
     TorchEngine(bundles("expert"), compile=True).component("canvas")
     assert torch._dynamo.config.recompile_limit >= torch_engine.RECOMPILES
+
+
+class ModelElsewhere:
+    """A model that says it is on a GPU."""
+
+    device = torch.device("cuda", 0)
+
+    def __init__(self, model: FrameModel) -> None:
+        self._model = model
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def test_a_frame_whose_components_are_there_waits_for_nothing(
+    bundles: Callable[[str], Bundle], clip: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where a stream is being captured, waiting for it is an error."""
+    waited: list[object] = []
+    stream = SimpleNamespace(synchronize=lambda: waited.append(stream))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: stream)
+    predictor = canvasmar_rt.load(bundles("expert").path, engine="torch")
+    rollout, engine = predictor.start(clip), predictor.engine
+    assert isinstance(engine, TorchEngine)
+    rollout.step()
+    engine.model = ModelElsewhere(engine.model)  # type: ignore[assignment]
+    rollout.step()
+    assert not waited
+    del engine._graphs["decoder"]
+    rollout.step()
+    assert len(waited) == 1
+
+
+def test_tables_and_the_flow_kernel_take_no_tf32(
+    bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    allowed: list[bool] = []
+    made = torch_engine.graph
+
+    def watched(model: FrameModel, name: str) -> Graph:
+        allowed.append(torch.backends.cuda.matmul.allow_tf32)
+        return made(model, name)
+
+    class Kernel:
+        def __init__(self, *_: object, **__: object) -> None:
+            pass
+
+        def component(self, have: Mapping[str, torch.Tensor]) -> torch.Tensor:
+            allowed.append(torch.backends.cuda.matmul.allow_tf32)
+            return have["partial"]
+
+    monkeypatch.setattr(torch_engine, "graph", watched)
+    program = TorchEngine(bundles("expert")).program(batch=1, sampling=SAMPLING)
+    program._flow_kernel = Kernel()  # type: ignore[assignment]
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    try:
+        matmul.allow_tf32 = True
+        program.warmup()
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = before
+    assert len(allowed) > 4
+    assert not any(allowed)
+
+
+@pytest.fixture
+def programs(monkeypatch: pytest.MonkeyPatch) -> Iterator[CompileCounter]:
+    """Counts what torch.compile makes, which then runs without a compiler; what it cannot make one
+    program of is an error."""
+    counter, compile_ = CompileCounter(), torch.compile
+    how = {"backend": counter, "fullgraph": True}
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compile_(*a, **k, **how))
+    torch._dynamo.reset()
+    yield counter
+    torch._dynamo.reset()
+
+
+def drawn(model: FrameModel, component: Callable[[str], Graph]) -> list[np.ndarray]:
+    """A frame given, one drawn after it."""
+    program = TorchProgram(model, component, name="torch", batch=1, sampling=SAMPLING, graphs=False)
+    rng = np.random.default_rng(0)
+    for noise in (program.noise.flow, program.noise.frame, program.noise.order):
+        noise[:] = rng.standard_normal(noise.shape)
+    ae = model.config.autoencoder
+    size = (1, ae.temporal_compression, ae.height, ae.width, 3)
+    program.advance(0, None)
+    program.encode(rng.integers(0, 256, size, np.uint8))
+    program.decode()
+    frame = program.predict(
+        1, None, order=None, level=lambda: 0, on_canvas=None, clock=Clock(), meanwhile=lambda: None
+    )
+    return [frame.latent.copy(), frame.frames.copy()]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, of its compiler
+@pytest.mark.parametrize("name", ["expert", "mmdit", "unified", "next-group-isolated"])
+def test_every_component_is_one_program(name: str, programs: CompileCounter) -> None:
+    """What its compiler cannot trace PyTorch would run in pieces, without a word."""
+    model = build(FAMILIES[name], seed=0)
+    plain = drawn(model, lambda name: graph(model, name))
+    assert programs.frame_count == 0
+    for got, want in zip(
+        drawn(model, compiled_graphs(model, captured=False).__getitem__), plain, strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    assert programs.frame_count > 0
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_warming_up_compiles_what_a_look_at_the_canvas_runs(programs: CompileCounter) -> None:
+    """Of a group, whose frames lie apart in memory."""
+    model = build(FAMILIES["next-group"], seed=0)
+    program = TorchProgram(
+        model, compiled_graphs(model, captured=False).__getitem__, name="torch", batch=1,
+        sampling=SAMPLING, graphs=False,
+    )  # fmt: skip
+    program.warmup()
+    there = programs.frame_count
+    seen: list[np.ndarray] = []
+    for time in (1, 4):
+        program.predict(
+            time, None, order=None, level=lambda: 0, on_canvas=seen.append, clock=Clock(),
+            meanwhile=lambda: None,
+        )  # fmt: skip
+    assert len(seen) == 2
+    assert programs.frame_count == there
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_a_captured_component_repeats_is_compiled_once_a_shape(
+    programs: CompileCounter,
+) -> None:
+    model = build(small_config(spatial_layers=7, encoder_layers=3), seed=0)
+    plain = drawn(model, lambda name: graph(model, name))
+    for got, want in zip(
+        drawn(model, compiled_graphs(model, captured=True).__getitem__), plain, strict=True
+    ):
+        np.testing.assert_array_equal(got, want)
+    whole = ("encoder", "temporal", "canvas", "unconditional", "decoder")
+    # of a set: layers of known tokens, of all, the last one, what precedes evaluations, and those
+    assert programs.frame_count == len(whole) + SAMPLING.ar_steps * 5
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch has no GPU")
+@pytest.mark.parametrize("flow_kernel", [False, True])
+def test_compiled_and_captured_frames_are_those_of_the_cpu(
+    flow_kernel: bool, bundles: Callable[[str], Bundle], clip: np.ndarray
+) -> None:
+    path = bundles("expert").path
+    fast = canvasmar_rt.load(
+        path, engine="torch", device="cuda", compile=True, flow_kernel=flow_kernel
+    )
+    got, want = (p.start(clip, seed=4) for p in (fast, canvasmar_rt.load(path, engine="torch")))
+    for _ in range(3):
+        np.testing.assert_allclose(got.step().latent, want.step().latent, rtol=0, atol=1e-4)

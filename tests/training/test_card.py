@@ -151,6 +151,11 @@ def test_the_card_of_next_2_quotes_the_committed_figures() -> None:
         ],
     }
     assert missing(rows, "toytable_next_2.md") == []
+    benchmarks = (ROOT / "docs" / "benchmarks.md").read_text()
+    near = [f"{told['frechet']:.2f}" for told, _ in pairs]
+    far = [f"{r['frechet_by_window']['85-100']:.0f}" for r in long]
+    for now, _, before in (near, far):
+        assert f" {now} for {before}" in " ".join(benchmarks.split())
 
 
 def test_what_fast_costs_in_quality_is_the_committed_result() -> None:

@@ -537,6 +537,9 @@ def test_kinetics_follows_its_table(film: tuple[Path, Frames], tmp_path: Path) -
     assert len(make_source("kinetics600", tmp_path, split="validate", table=table, **SMALL)) == 1
     with pytest.raises(InputError, match="expected a list of videos, found none"):
         make_source("kinetics600", tmp_path, split="test", table=table, **SMALL)
+    table.write_text("path,split\na.mp4,train\nb.mp4,\n")
+    with pytest.raises(InputError, match=r"line 3 has no split; it would be trained on and held"):
+        make_source("kinetics600", tmp_path, split="train", table=table, **SMALL)
 
 
 def test_kinetics_with_paths_in_the_table(film: tuple[Path, Frames], tmp_path: Path) -> None:

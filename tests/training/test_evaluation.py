@@ -437,6 +437,15 @@ def test_models_compared_and_their_plot(command: Run, runs: Path, tmp_path: Path
         report["result"]["models"]["plain"]["weights"]
         != report["result"]["models"]["canvas"]["weights"]
     )
+    assert report["result"]["models"]["plain"]["sampling"] == report["sampling"]
+    shutil.copytree(runs / "plain", tmp_path / "run")
+    (checkpoint,) = (tmp_path / "run").rglob("config.json")
+    config = json.loads(checkpoint.read_text())
+    config["sampling"]["flow_steps"] += 1
+    checkpoint.write_text(json.dumps(config))
+    code, _, error = command("compare", names[0], f"plain={tmp_path / 'run'}", "-o", out, *options)
+    assert code == 2
+    assert "points measured with another models" in error
     alone = measured(command, tmp_path / "b" / "one.json", "compare", names[1], *options)
     assert alone["result"]["curves"]["plain"] == report["result"]["curves"]["plain"]
     picture = tmp_path / "c" / "figure.png"
@@ -823,6 +832,9 @@ def test_alike_draws_are_keyed_by_step_shape_and_count() -> None:
     torch.testing.assert_close(other.normal(4, 2), first)
     torch.testing.assert_close(other.normal(4, 2), second)
     assert not torch.equal(draws(step=1).normal(4, 2), first)
+    ratio, of_groups = draws().shared_uniform(), draws()
+    assert of_groups.shared_uniform("begin") != ratio
+    assert of_groups.shared_uniform() == ratio
     assert 0 <= float(one.uniform(100).min()) < float(one.uniform(100).max()) < 1
 
 
@@ -1074,6 +1086,10 @@ def test_protocol_of_a_perfect_model_and_of_a_copy(
 
     shutil.rmtree(folders / "test" / "2")
     assert measure(lambda stream: 0)["whole_protocol"]
+    source = source_of(protocol, folders)
+    source.skipped["test/7"] = "missing"  # as a list names recordings that are not there
+    result = measure_protocol(model, SAMPLING, protocol, source, colours, batch=5)
+    assert not result["whole_protocol"]
 
 
 def test_random_places_are_windows_of_the_recordings(

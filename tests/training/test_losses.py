@@ -597,7 +597,7 @@ class Given(Draws):
     def uniform(self, *shape: int) -> Tensor:
         return self.given.get(shape, super().uniform(*shape))
 
-    def shared_uniform(self) -> float:
+    def shared_uniform(self, what: str = "") -> float:
         return self.shared
 
 

@@ -381,3 +381,5 @@ def test_training_is_repeatable_and_its_file_is_read_back(
     assert metric_card(path) == card
     failed = CliRunner().invoke(app, [*arguments[:-1], "8"])
     assert failed.exit_code == 2
+    failed = CliRunner().invoke(app, [*arguments, "--seed", str(HELD_OUT_SEED)])
+    assert isinstance(failed.exception, ConfigError)

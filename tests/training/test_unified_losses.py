@@ -245,6 +245,8 @@ def test_only_the_last_frame_of_clips_of_every_length() -> None:
 def test_clips_get_longer_stage_by_stage(teacher: Teacher) -> None:
     """Each length for its share of the steps, the last to the end and beyond; none is longer than
     the clip. Of next-frame clips it is the longest."""
+    with pytest.raises(ConfigError, match="shares of the steps"):
+        ModelTraining(steps=9, batch=2, lengths=(2, 4), minutes=1.0)
     loss = unified_loss(teacher=teacher, lengths=(2, 4, 99), steps=90)
     teach = Calls(loss.temporal, "teach", lambda _, drawn, *__: drawn)
     found = []
@@ -363,7 +365,7 @@ def test_training_computes_what_sampling_does() -> None:
     given = draws()
     chance = given.uniform
     Calls(given, "uniform", lambda *shape: order if shape == (T, N) else chance(*shape))
-    Calls(given, "shared_uniform", lambda: (here - below) / (0.5 - below))
+    Calls(given, "shared_uniform", lambda *_: (here - below) / (0.5 - below))
     with torch.no_grad():
         loss(latents, ACTIONS, given)
     found = teach.output[:, -1][torch.arange(B)[:, None], hidden]
