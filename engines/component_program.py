@@ -554,7 +554,7 @@ class ComponentProgram:
         if self._config.canvas:
             for side in (0, 1):
                 self._back(None, side, True)(clock)
-        self._canvas_decoders()
+                self._canvas_decoders()[side]()
         self._memory.synchronize()
         self.load(kept)
 

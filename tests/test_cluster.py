@@ -10,6 +10,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import struct
 import sys
 import tempfile
@@ -139,7 +140,7 @@ def test_a_killed_worker_loses_no_clip(
     assert not list((tmp_path / "out").glob(".*")), "nothing half-written is left"
 
     (clips / "broken.mp4").unlink()
-    monkeypatch.setattr(command, "_connect", lambda address, gpus: None)
+    monkeypatch.setattr(command, "_connect", lambda address, cpus, gpus: None)
     again_with = ["-o", str(tmp_path / "out"), "--frames", "4", "--seed", "3"]
     again = CliRunner().invoke(command.app, ["predict", str(clips), *again_with])
     assert again.exit_code == 0
@@ -365,10 +366,23 @@ def test_a_machine_without_a_gpu_does_not_wait_for_one(
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr(ray, "init", lambda *_, **__: None)
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
-    arguments = ["predict", str(clips), "-o", str(tmp_path), "--gpus", "1"]
+    for more, message in (("--gpus", "0 GPUs"), ("--cpus", "2 CPUs")):
+        arguments = ["predict", str(clips), "-o", str(tmp_path), more, "3"]
+        found = CliRunner().invoke(command.app, arguments).exception
+        assert isinstance(found, EngineError)
+        assert f"{more} 3: Ray finds {message} on this machine" in str(found)
+
+
+def test_an_address_where_nobody_listens_is_told_at_once(
+    clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ray, "init", lambda *_, **__: pytest.fail("Ray would wait for minutes"))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    arguments = ["predict", str(clips), "-o", str(tmp_path), "--address", f"127.0.0.1:{port}"]
     found = CliRunner().invoke(command.app, arguments).exception
     assert isinstance(found, EngineError)
-    assert "--gpus 1: Ray finds 0 GPUs on this machine" in str(found)
+    assert f"127.0.0.1:{port}: no Ray cluster is to be had there" in str(found)
 
 
 @pytest.mark.parametrize(

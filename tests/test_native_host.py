@@ -172,7 +172,9 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
         command = [str(work / "build" / "canvasmar_host"), *map(str, arguments)]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+        return subprocess.run(
+            command, capture_output=True, text=True, errors="replace", timeout=120, check=False
+        )
 
     return run
 
@@ -270,6 +272,9 @@ def copy(tmp_path: Path) -> Path:
         (lambda b: options(b, ar_steps=65), "ar_steps must be at most the tokens of a frame, 64"),
         (lambda b: options(b, flow_steps=0), "flow_steps must be a whole number"),
         (lambda b: options(b, flow_temperature=[1, 0.5]), "flow_temperature must be [1, 1]"),
+        (lambda b: options(b, frame_noise=-1), "frame_noise must be a number from 0 to 1, got -1"),
+        (lambda b: options(b, canvas_guidance=1e5), "canvas_guidance must be a number from 0 to"),
+        (lambda b: dims(b, "flow", "flow_noise", ["B", 128, 32]), "flow_noise is not the canvas's"),
         (lambda b: edit(b, '"dtype": "float32"', '"dtype": "float64"', 1), "float32 or float16"),
         (lambda b: dims(b, "encoder", "frames", ["B"]), "shape of encoder's frames makes no sense"),
         (lambda b: dims(b, "flow", "flow_noise", ["B"]), "shape of flow's flow_noise"),
@@ -285,7 +290,7 @@ def test_a_spoilt_bundle_is_refused(
     message: str,
 ) -> None:
     spoil(copy)
-    done = host(copy, context, tmp_path / "out.ppm", "--frames", 0)
+    done = host(copy, context, tmp_path / "out.ppm", "--frames", 1)
     assert done.returncode == 1
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
@@ -376,6 +381,20 @@ def test_pictures_go_through_a_pipe(host: Run, context: Path, tmp_path: Path) ->
     reader.join(timeout=30)
     assert done.returncode == 0, done.stderr
     assert pictures(made[0], 64, 64).shape == (2, 64, 64, 3)
+    done = host(PACKAGED / BUNDLE, context, "/dev/stdout", "--frames", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("P6\n64 64\n255\n")
+    assert "1 latent frames" in done.stderr
+
+
+def test_a_link_stays_one(host: Run, context: Path, tmp_path: Path) -> None:
+    real, link = tmp_path / "real.ppm", tmp_path / "link.ppm"
+    real.touch()
+    link.symlink_to(real)
+    done = host(PACKAGED / BUNDLE, context, link, "--frames", 1)
+    assert done.returncode == 0, done.stderr
+    assert link.is_symlink()
+    assert pictures(real.read_bytes(), 64, 64).shape == (2, 64, 64, 3)
 
 
 def test_empty_lines_may_end_the_actions(host: Run, context: Path, tmp_path: Path) -> None:
@@ -398,6 +417,10 @@ def test_an_input_is_never_overwritten(
     assert done.returncode == 1
     assert f"{same}: is an input; give another output" in done.stderr
     assert Path(same).read_bytes() == before
+    context.rename("out.ppm.part")
+    done = host(PACKAGED / BUNDLE, "out.ppm.part", "out.ppm")
+    assert done.returncode == 1
+    assert "out.ppm.part: is an input" in done.stderr
 
 
 def test_threads_reach_the_graphs(host: Run, context: Path, tmp_path: Path) -> None:

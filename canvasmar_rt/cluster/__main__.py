@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -67,23 +68,37 @@ def _worker(
     )  # fmt: skip
 
 
-def _connect(address: str | None, gpus: float) -> None:
+def _connect(address: str | None, cpus: float, gpus: float) -> None:
     os.environ.update(ENVIRONMENT)  # for a cluster that starts here and now
     os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
+    told = address or os.environ.get("RAY_ADDRESS") or ""
     try:
+        _reach(told)
         ray.init(address, logging_level=logging.WARNING, include_dashboard=False)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         raise EngineError(
-            f"{address or os.environ.get('RAY_ADDRESS', 'this machine')}: no Ray cluster is to be "
+            f"{told or 'this machine'}: no Ray cluster is to be "
             f"had there ({str(error).splitlines()[0]}); give the --address that 'ray start' told, "
             "or none for this machine alone"
         ) from None
-    have = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
-    if gpus > have and not (address or os.environ.get("RAY_ADDRESS")):  # others may grow
-        raise EngineError(
-            f"--gpus {gpus:g}: Ray finds {have:g} GPUs on this machine; give the --address of a "
-            "cluster that has some, or leave --gpus out"
-        )
+    have = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    for option, kind, wanted in (("--gpus", "GPU", gpus), ("--cpus", "CPU", cpus)):
+        if wanted > have.get(kind, 0) and not told:  # clusters may grow
+            raise EngineError(
+                f"{option} {wanted:g}: Ray finds {have.get(kind, 0):g} {kind}s on this machine; "
+                f"give the --address of a cluster that has as many, or leave {option} out"
+            )
+
+
+def _reach(address: str) -> None:
+    """See that somebody listens at a HOST:PORT, for whom Ray would wait for minutes.
+
+    Raises:
+        OSError: if nobody does.
+    """
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal():
+        socket.create_connection((host.rpartition("/")[2].strip("[]"), int(port)), 5).close()
 
 
 @app.command()
@@ -113,7 +128,7 @@ def predict(
         report = predict_folder(
             source, output, options, worker, workers=workers,
             progress=lambda done, total: bar.update(task, completed=done, total=total),
-            connect=lambda: _connect(address, gpus),
+            connect=lambda: _connect(address, cpus, gpus),
         )  # fmt: skip
     for why in report.failed.values():
         print_error(InputError(why))
@@ -175,7 +190,7 @@ def serve(
     manifest = Bundle.open(worker.model).manifest  # what every replica will need
     manifest.profile(worker.profile)
     cut_starts(manifest.model, clip)
-    _connect(address, gpus)
+    _connect(address, cpus, gpus)
     try:
         ray_serve.start(http_options={"host": host, "port": port}, proxy_location="EveryNode")
         ray_serve.run(service, name="canvasmar", blocking=True)

@@ -7,7 +7,6 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Response, WebSocket
 from fastapi.responses import FileResponse, JSONResponse
@@ -80,7 +79,7 @@ class Service:
             return UNSTARTED
         page, allowed = websocket.headers.get("origin"), self._settings.origins
         own = websocket.headers.get("host")
-        if page is not None and not {page, "*"} & set(allowed) and urlsplit(page).netloc != own:
+        if page is not None and not {page, "*"} & set(allowed) and page.partition("://")[2] != own:
             return FOREIGN
         return FULL if len(self._sessions) >= self._settings.max_sessions else None
 

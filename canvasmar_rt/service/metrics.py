@@ -16,7 +16,7 @@ class Metrics:
             "canvasmar_sessions", "Sessions connected, playing or waiting.", registry=registry
         )
         self.ticks = Counter(
-            "canvasmar_ticks", "Latent frames predicted, by their AR steps.", ["ar_steps"],
+            "canvasmar_ticks", "Ticks, by the AR steps of what was predicted.", ["ar_steps"],
             registry=registry,
         )  # fmt: skip
         self.missed = Counter(

@@ -9,7 +9,7 @@ below the other, as one JPEG or as raw RGB, uint8 (t*H, W, 3).
 | 1 | uint8 | 0: JPEG, 1: raw |
 | 2 | uint8 | AR steps it was made with; 0: the canvas alone |
 | 3 | uint8 | 1: the deadline was met |
-| 4-7 | uint32 | latent frames since the session's start, from 0; a gap was dropped |
+| 4-7 | uint32 | ticks since the session's start, from 0; a gap was dropped |
 | 8-11 | float32 | milliseconds from the tick's start to these frames |
 """
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.config import TOYTABLE_SPEED, ModelConfig, coerce_fields
 from canvasmar_rt.errors import ConfigError
 
+_SERVER = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#\s]+")
 BUDGET_SHARE = 0.8
 """Of a tick; the rest is for seating newcomers and for the machine's hiccups."""
 
@@ -55,6 +57,12 @@ class Settings:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise ConfigError(f"{name} must be a positive number, got {value}")
+        for origin in self.origins:
+            if origin not in ("*", "null") and not _SERVER.fullmatch(origin):
+                raise ConfigError(
+                    f"origins: a page's scheme and server alone, as https://game.example, or *; "
+                    f"got {origin!r}"
+                )
 
     def tick_s(self, config: ModelConfig) -> float:
         """Seconds of a tick, in which one latent frame, or one group of them, is predicted."""

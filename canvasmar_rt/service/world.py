@@ -41,7 +41,7 @@ class Picture:
 
     frames: uint8 (t, H, W, 3).
     canvas: whether they are the canvas, which comes before the frames proper.
-    frame: latent frames since the session's start, from 0.
+    frame: ticks since the session's start, from 0.
     latency_ms: milliseconds from the tick's start to these frames.
     ar_steps, deadline_met: of the prediction; 0 and True for a canvas.
     """
@@ -219,7 +219,7 @@ class World:
             return {row: player for row, player in enumerate(self._rows) if player is not None}
 
     def _tick(self, rollout: Rollout, due: float) -> None:
-        """Predict one latent frame and show it to the players."""
+        """Predict one latent frame, or a group, and show it to the players."""
         seated = self._seated()
         if not seated:
             return
@@ -255,7 +255,7 @@ class World:
         met = time.perf_counter() <= deadline
         show(seated, prediction.frames, canvas=False, ar_steps=prediction.ar_steps, met=met)
         for player in seated.values():
-            player.frame += self._predictor.config.group
+            player.frame += 1
         self._metrics.ticks.labels(str(prediction.ar_steps)).inc()
         self._metrics.missed.inc(not met)
 

@@ -152,6 +152,14 @@ Sampling checked(const json& given) {
     if (!steps.is_number_integer() || steps < 1 || steps > kMostSteps)
       refuse(name, "a whole number from 1 to " + std::to_string(kMostSteps));
   }
+  const auto within = [&](const std::string& name, double most) {
+    const json& value = given.at(name);
+    if (!value.is_number() || !(value >= 0.0 && value <= most))
+      refuse(name, "a number from 0 to " + std::to_string(static_cast<int>(most)));
+  };
+  for (const char* name : {"frame_noise", "canvas_noise"}) within(name, 1);
+  for (const char* name : {"temporal_guidance", "canvas_guidance", "temperature"})
+    within(name, 10000);
   const Sampling sampling = given.get<Sampling>();
   const auto one_of = [](const std::string& text, const std::vector<std::string>& names) {
     return std::find(names.begin(), names.end(), text) != names.end();
@@ -419,6 +427,8 @@ class Rollout {
     if (bundle_.has("canvas")) {
       run("canvas", values_);
       staticness = floats(values_["staticness"]);
+      if (staticness.size() != static_cast<std::size_t>(tokens_))
+        throw Failure("manifest: the shape of flow's flow_noise is not the canvas's");
     }
     if (bundle_.has("condition")) run("condition", values_);
     const auto order = schedule::generation_order(staticness, order_noise_, sampling_, tokens_);
@@ -564,11 +574,21 @@ std::uint64_t whole_number(const std::string& name, const std::string& text) {
   return value;
 }
 
-// A file that takes its name once it is whole, or a pipe, such as /dev/stdout.
+const char kPart[] = ".part";
+
+// What a link leads to; a pipe under /dev or /proc has no other name.
+fs::path behind(const fs::path& path) {
+  std::error_code nowhere;
+  const fs::path found = fs::weakly_canonical(path, nowhere);
+  return nowhere ? path : found;
+}
+
+// A file that takes its name once it is whole, or a pipe, such as /dev/stdout. A link stays one.
 class Output {
  public:
   explicit Output(const std::string& path)
-      : path_(path), part_(fs::exists(path) && !fs::is_regular_file(path) ? path : path + ".part") {
+      : path_(behind(path)),
+        part_(path_.string() + (fs::exists(path) && !fs::is_regular_file(path) ? "" : kPart)) {
     file_.open(part_, std::ios::binary);
     check();
   }
@@ -633,12 +653,13 @@ void predict(const std::vector<std::string>& files,
              const std::map<std::string, std::string>& options) {
   for (const std::string& input : {files[1], options.at("--actions")}) {
     std::error_code missing;  // which is told where the file is read
-    if (!input.empty() && fs::equivalent(input, files[2], missing))
-      throw Failure(files[2] + ": is an input; give another output");
+    for (const std::string& written : {files[2], behind(files[2]).string() + kPart})
+      if (!input.empty() && fs::equivalent(input, written, missing))
+        throw Failure(written + ": is an input; give another output");
   }
   const int threads = thread_count(options.at("--threads"));
   Bundle bundle = open_bundle(files[0]);
-  const fs::path inside = fs::weakly_canonical(files[2]).lexically_relative(bundle.root);
+  const fs::path inside = behind(files[2]).lexically_relative(bundle.root);
   if (!inside.empty() && *inside.begin() != "..")
     throw Failure(files[2] + ": lies in the bundle; give another output");
   std::string name = options.at("--profile");
@@ -682,8 +703,8 @@ void predict(const std::vector<std::string>& files,
   out.finish();
   std::sort(milliseconds.begin(), milliseconds.end());
   if (count)
-    std::printf("%zu latent frames, profile %s, median %.1f ms each\n", milliseconds.size(),
-                name.c_str(), milliseconds[count / 2]);
+    std::fprintf(stderr, "%zu latent frames, profile %s, median %.1f ms each\n",
+                 milliseconds.size(), name.c_str(), milliseconds[count / 2]);
 }
 
 int main(int argc, char** argv) {

@@ -424,14 +424,14 @@ def test_pages_of_other_servers_do_not_connect(serve: Serve, fake: FakePredictor
     running = serve(fake)
     for own in (None, f"http://127.0.0.1:{running.port}"):
         assert running.connect(origin=own).hello()["type"] == "hello"
-    for other in ("http://evil.example", "http://127.0.0.1:1", "null"):
+    for other in ("http://evil.example", "http://127.0.0.1:1", "null", "http://["):
         assert running.connect(origin=other).ended() == (
             1008, "pages of other servers may not connect"
         )  # fmt: skip
     for allowed in ("https://game.example", "*"):
         friendly = serve(fake, origins=(allowed,))
         assert friendly.connect(origin="https://game.example").hello()["type"] == "hello"
-    assert running.metric('canvasmar_session_ends_total{reason="foreign"}') == 3
+    assert running.metric('canvasmar_session_ends_total{reason="foreign"}') == 4
 
 
 def test_what_the_model_raises_at_its_start_is_raised(
@@ -484,6 +484,7 @@ def test_settings_the_model_cannot_run_with(fake: FakePredictor) -> None:
         ("slots", 0), ("max_sessions", 0), ("fps", 0.0), ("stall_s", float("nan")),
         ("budget_ms", -1.0), ("action_limit", float("inf")), ("seed", -1), ("slots", "2"),
         ("seed", 1.5), ("max_message_rate", 1.5), ("fps", "a"), ("clip", 3), ("origins", "*"),
+        ("origins", ("https://game.example/",)), ("origins", ("game.example",)),
     ):  # fmt: skip
         with pytest.raises(ConfigError, match=name):
             Settings(**{name: value})
