@@ -317,7 +317,9 @@ def export(
         int, typer.Option(help="20, 23 or 24; by default 20 for fp32, else 23.", show_default=False)
     ] = 0,
     batch_min: Annotated[int, typer.Option(help="Smallest batch.")] = 1,
-    batch_opt: Annotated[int, typer.Option(help="Batch engines are tuned for.")] = 1,
+    batch_opt: Annotated[
+        int | None, typer.Option(help="Batch engines are tuned for; the smallest.")
+    ] = None,
     batch_max: Annotated[int, typer.Option(help="Largest batch.")] = 32,
     steps: Steps = None,
     flow_steps: FlowSteps = None,
@@ -375,7 +377,11 @@ def export(
     options = ExportOptions(
         dtype=dtype, weights=weights, quantize=quantize, opset=opset, seed=seed,
         drift_frames=drift_frames, card=text, unroll=unroll, fast=_named(sampling, fast),
-        batch=BatchRange(minimum=batch_min, optimum=batch_opt, maximum=batch_max),
+        batch=BatchRange(
+            minimum=batch_min,
+            optimum=batch_min if batch_opt is None else batch_opt,
+            maximum=batch_max,
+        ),
     )  # fmt: skip
     with _steps_shown(quiet or json_) as progress:
         bundle = export_bundle(

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.errors import BundleError, InputError
-from canvasmar_rt.files import check_writable, refusals, write_file
+from canvasmar_rt.files import check_writable, refusals, replacing, write_file
 from training.toytable import ToyTableConfig, generate
 
 _LATENTS_FILE = "latents.json"
@@ -301,6 +301,8 @@ class LatentSource:
             self._shards += shards
         self._ends = np.cumsum([len(s["latents"]) for s in self._shards])
         self._seed, self._epoch, self._order = seed, -1, np.empty(0, np.int64)
+        if seeds:
+            self.about["seeds"] = list(seeds)
 
     @property
     def frames(self) -> int:
@@ -388,7 +390,6 @@ def write_latents(
     """
     listing = directory / _LATENTS_FILE
     check_writable(listing)
-    listing.unlink(missing_ok=True)
     names: list[str] = []
     begun, encoded = time.monotonic(), 0
     for start in range(0, clips, shard):
@@ -406,7 +407,10 @@ def write_latents(
         names.append(f"latents_{len(names):05d}.safetensors")
         tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
         with refusals(directory / names[-1]):
-            save_file(tensors, directory / names[-1])
+            if not start:  # an earlier set stays until there is something in its place
+                listing.unlink(missing_ok=True)
+            with replacing(directory / names[-1]) as temporary:
+                save_file(tensors, temporary)
         encoded += len(tensors["latents"])
     about = {
         **data,

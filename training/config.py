@@ -61,8 +61,11 @@ class RunConfig:
             _require(getattr(self, name) >= 0, f"training: {name} must not be negative")
         _require(self.log_every >= 1, "training: log_every must be at least 1")
         _require(0 <= self.minutes < math.inf, "training: minutes must not be negative")
-        _require(self.seed >= 0, "training: seed must not be negative")
-        _require(self.learning_rate > 0, "training: learning_rate must be above 0")
+        _require(0 <= self.seed < 2**63, "training: seed must lie in [0, 2**63)")
+        _require(
+            0 < self.learning_rate < math.inf,
+            "training: learning_rate must be above 0 and finite",
+        )
         _require(all(0 <= b < 1 for b in self.betas), "training: betas must lie in [0, 1)")
         _require(self.clip_norm > 0, "training: clip_norm must be above 0")
         _require(0 <= self.ema_decay < 1, "training: ema_decay must lie in [0, 1)")

@@ -310,6 +310,8 @@ def compare(
         name, equals, path = text.partition("=")
         if not (name and equals and path):
             raise ConfigError(f"{text!r}: expected NAME=CHECKPOINT")
+        if name in loaded:
+            raise ConfigError(f"{text!r}: there is a {name} before; give every model its name")
         loaded[name] = _load_toytable(Path(path), output, device, threads, set_)
     counts = _step_counts(steps)
     (first, sampling), *_ = loaded.values()

@@ -42,6 +42,7 @@ from canvasmar_rt.errors import BundleError, ConfigError, InputError, StateError
 from canvasmar_rt.files import refusals, replacing, write_file
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.checkpoint import (
+    PROGRESS_FILE,
     RUN_FILE,
     WEIGHTS_FILE,
     load_checkpoint,
@@ -62,7 +63,7 @@ from training.clips import (
 from training.config import RunConfig
 from training.losses import Draws, Terms
 
-STATE_FILE, PROGRESS_FILE = "training.safetensors", "training.json"
+STATE_FILE = "training.safetensors"
 LOG_FILE = "log.jsonl"
 LOCK_FILE = ".lock"
 CARRIED = "carried"
@@ -505,8 +506,9 @@ class Trainer:
             with self._averaged():
                 self.stage.finish()
                 save_checkpoint(temporary, self.stage.model, self.stage.sampling)
-            save_file(self._tensors() | carried, temporary / STATE_FILE)
-            progress = {"step": self.step, "seconds": self.seconds}
+            with replacing(temporary / STATE_FILE) as state:
+                save_file(self._tensors() | carried, state)
+            progress = {"stage": self.stage.name, "step": self.step, "seconds": self.seconds}
             (temporary / PROGRESS_FILE).write_text(json.dumps(progress) + "\n")
             temporary.chmod(0o755)
             if place.exists():
@@ -711,7 +713,7 @@ def _other_data(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
     """In what two descriptions of data differ, wherever they lie now. Latents are what
     `latents.json` says of them; older ones do not name their data."""
     both = a.keys() & b.keys()
-    alone = (a.keys() ^ b.keys()) - {"name", "root"}
+    alone = (a.keys() ^ b.keys()) - {"name", "root", "seeds"}
     return sorted(alone | {k for k in both - {"root"} if a[k] != b[k]})
 
 

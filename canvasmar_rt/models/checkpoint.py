@@ -18,8 +18,8 @@ from canvasmar_rt.models.families import FAMILIES, build
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-RUN_FILE = "run.json"
-"""What a training run leaves beside its checkpoints."""
+RUN_FILE, PROGRESS_FILE = "run.json", "training.json"
+"""What a training run leaves beside its checkpoints, and in each of them."""
 
 
 def save_checkpoint(directory: Path, model: FrameModel, sampling: SamplingConfig) -> None:
@@ -70,12 +70,15 @@ def load_checkpoint(directory: Path, *, whole: bool = True) -> tuple[FrameModel,
 
 
 def _stage(directory: Path) -> object:
-    """The stage of the training run that the checkpoint lies in, where it tells."""
-    try:
-        described = json.loads((directory.resolve().parent / RUN_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        return None
-    return described.get("stage") if isinstance(described, dict) else None
+    """The stage of the training that made the checkpoint, as it or the run around it tells."""
+    for path in (directory / PROGRESS_FILE, directory.resolve().parent / RUN_FILE):
+        try:
+            described = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError):
+            continue
+        if isinstance(described, dict) and "stage" in described:
+            return described["stage"]
+    return None
 
 
 def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> FrameModel:

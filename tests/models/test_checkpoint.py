@@ -18,6 +18,7 @@ from canvasmar_rt.models import checkpoint
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.checkpoint import (
     CONFIG_FILE,
+    PROGRESS_FILE,
     RUN_FILE,
     WEIGHTS_FILE,
     load_checkpoint,
@@ -143,6 +144,11 @@ def test_an_autoencoder_s_run_holds_no_whole_model(saved: Path) -> None:
     assert message.startswith(f"{saved}: only the autoencoder was trained")
     assert "training model --autoencoder" in message
     load_checkpoint(saved, whole=False)
+    described.unlink()  # copied without its run
+    (saved / PROGRESS_FILE).write_text('{"step": 3}')
+    load_checkpoint(saved)
+    (saved / PROGRESS_FILE).write_text('{"stage": "autoencoder", "step": 3}')
+    refused(BundleError, lambda: load_checkpoint(saved))
 
 
 @pytest.mark.parametrize(

@@ -351,15 +351,32 @@ def test_damaged_latents_are_refused(damage: Callable[[Path], Any], tmp_path: Pa
 
 
 def test_an_interrupted_encoding_is_not_a_set(tmp_path: Path) -> None:
+    """What was there before is, until there is something in its place."""
     write(tmp_path)
 
-    def stop(done: int) -> None:
-        raise KeyboardInterrupt
+    def stopped(batches: int) -> None:
+        left = iter(range(batches))
 
-    with pytest.raises(KeyboardInterrupt):
-        write(tmp_path, progress=stop)
+        def stop(done: int) -> None:
+            if next(left, None) is None:
+                raise KeyboardInterrupt
+
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path, progress=stop)
+
+    stopped(1)  # two make a shard
+    assert LatentSource(tmp_path).about["clips"] == 11
+    stopped(2)
     with pytest.raises(BundleError):
         LatentSource(tmp_path)
+
+
+def test_sets_are_told_by_their_seeds_and_read_by_all(tmp_path: Path) -> None:
+    for seed in (5, 3):
+        write(tmp_path / str(seed), seed=seed)
+    source = LatentSource(tmp_path / "5", tmp_path / "3")
+    assert source.about["seeds"] == [5, 3]
+    assert {path.stat().st_mode & 0o044 for path in tmp_path.glob("*/*")} == {0o044}
 
 
 def test_a_full_disk_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,7 +28,12 @@ from canvasmar_rt.engines import create
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.models.canvasmar import CanvasMAR
-from canvasmar_rt.models.checkpoint import RUN_FILE, load_checkpoint, save_checkpoint
+from canvasmar_rt.models.checkpoint import (
+    PROGRESS_FILE,
+    RUN_FILE,
+    load_checkpoint,
+    save_checkpoint,
+)
 from canvasmar_rt.models.families import build
 from canvasmar_rt.rollout import Predictor
 from tests.training.small_runs import Waves
@@ -53,7 +58,6 @@ from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protoc
 from training.options import override
 from training.protocols import context_frames, measure_protocol, predict_frames
 from training.stages import Continuation
-from training.trainer import PROGRESS_FILE
 
 SAMPLING = SamplingConfig(ar_steps=2, flow_steps=2)
 
@@ -452,6 +456,9 @@ def test_models_compared_and_their_plot(command: Run, runs: Path, tmp_path: Path
     assert command("plot", out, "-o", picture) == (0, "", "")
     with Image.open(picture) as image:
         assert np.asarray(image.convert("L")).std() > 5
+    code, _, error = command("compare", names[0], names[0], "-o", tmp_path / "c.json")
+    assert code == 2
+    assert "there is a canvas before" in error
     code, _, error = command("compare", "canvas", "-o", tmp_path / "c.json")
     assert code == 2
     assert "NAME=CHECKPOINT" in error

@@ -316,7 +316,7 @@ def test_options_reach_the_configuration(tmp_path: Path) -> None:
         (["--set", "steps=many"], "steps: expected int, got 'many'"),
         (["--set", "steps=0"], "steps must be at least 1"),
         (["--set", "learning_rate=NaN"], "learning_rate must be above 0"),
-        (["--set", "seed=-1"], "seed must not be negative"),
+        (["--set", "seed=-1"], r"seed must lie in \[0, 2\*\*63\)"),
         (["--set", "betas=[0.9,1]"], r"betas must lie in \[0, 1\)"),
         (["--set", "betas=[0.9]"], "betas: expected 2 entries"),
         (["--set", "optimizer=sgd"], r"\('adamw', 'muon'\)"),
