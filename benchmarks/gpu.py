@@ -309,24 +309,22 @@ def _flow_head(model: FrameModel, tokens: int, sampling: SamplingConfig, left: L
     t["z_tokens"] = z.to(model.dtype)
     module, rows = graph(model, "flow"), branches * tokens
 
-    def kernel(
-        mode: Literal["staged", "persistent"], using: Tiles | None = None
-    ) -> Callable[[], Tensor]:
-        made = FlowKernel(
-            model.flow, tokens=tokens, branches=branches, evaluations=evaluations,
-            residual=config.residual, mode=mode,
-        )  # fmt: skip
-        return lambda: made.component(t, using=using)
-
+    make = functools.partial(
+        FlowKernel, model.flow, tokens=tokens, branches=branches, evaluations=evaluations,
+        residual=config.residual,
+    )  # fmt: skip
+    staged, persistent = make(mode="staged"), make(mode="persistent")
     ways: dict[str, Callable[[], Tensor]] = {
         "plain": lambda: module(*(t[s.name] for s in module.component.inputs))[0],
-        "persistent": kernel("persistent"),
-        "staged": kernel("staged"),
+        "persistent": lambda: persistent.component(t),
+        "staged": lambda: staged.component(t),
     }
     tall = tiles(rows, config.flow.width, model.dtype).rows
     for columns, depth, warps, loads in TILES:
         using = Tiles(rows=tall, columns=columns, depth=depth, warps=warps, stages=loads)
-        ways[f"staged, {columns} x {depth}, {warps} warps, {loads} ahead"] = kernel("staged", using)
+        ways[f"staged, {columns} x {depth}, {warps} warps, {loads} ahead"] = functools.partial(
+            staged.component, t, using=using
+        )
     spent: dict[str, float] = {}
     differs: dict[str, float] = {}
     want: Tensor | None = None

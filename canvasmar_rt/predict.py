@@ -212,19 +212,15 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
     _check_folder(output.absolute().parent, output)
     if suffix == ".png":  # frames by themselves, so that the folder is a clip again
         output = output.with_suffix("") / output.name
-    among = []  # pictures that would lie where the clip's own frames do
-    if source.is_dir():
-        among = [path for path in (output, sheet) if _same(path.parent, source)]
-    elif source.suffix.lower() in IMAGE_SUFFIXES and suffix == ".png":
-        among = [output] if _same(output.parent, source.parent) else []
-    if among:
-        raise InputError(f"{among[0]}: would lie among the clip's own frames; give another output")
+    frames, pictures = source, [output, sheet]  # where the clip's are, and what may lie among them
+    if not source.is_dir():
+        frames, numbered = source.parent, source.suffix.lower() in IMAGE_SUFFIXES
+        pictures = [output] if numbered and suffix == ".png" else []
+    for path in pictures:
+        if path.parent.resolve() == frames.resolve():
+            raise InputError(f"{path}: would lie among the clip's own frames; give another output")
     check_target(output, count, fps)
     return output, sheet
-
-
-def _same(folder: Path, other: Path) -> bool:
-    return folder.resolve() == other.resolve()
 
 
 def _check_recorded(source: Path, config: ModelConfig) -> None:

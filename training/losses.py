@@ -32,8 +32,8 @@ Terms = dict[str, Tensor]
 OWN_FLOW_STEPS = 3
 """Euler steps of the predictions that `own_history` trains on."""
 
-
 MASK_RATIO = "mask ratio"
+"""What most shared numbers decide."""
 
 
 class Draws:
