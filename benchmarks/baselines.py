@@ -70,14 +70,14 @@ def baselines(
                 made: Contestant = DfotContestant(predictor, context, guidance=guidance, **at)
             elif name.startswith("no-canvas"):
                 steps = _number(name, "no-canvas") or predictor.sampling.ar_steps
-                plain = without_canvas(predictor, ar_steps=steps, threads=threads)
+                plain = without_canvas(predictor, ar_steps=steps)
                 made = RolloutContestant(name, plain, context, **at)
             elif name.startswith("next-group"):
                 config = next_group(predictor.config, _number(name, "next-group") or 2)
-                groups = random_like(predictor, config, threads=threads)
+                groups = random_like(predictor, config)
                 made = RolloutContestant(name, groups, context, **at)
             elif name == "unified":
-                one = random_like(predictor, unified(predictor.config), threads=threads)
+                one = random_like(predictor, unified(predictor.config))
                 made = RolloutContestant(name, one, context, **at)
             elif name == "naive-onnx":
                 made = NaiveOnnxContestant(predictor, context, threads=threads, **at)
@@ -99,7 +99,6 @@ def sweep(
     text: str,
     *,
     seed: int,
-    threads: int | None = None,
     beside: bool = False,
 ) -> dict[str, Make]:
     """Our engine at several values of one option, given as "ar_steps=1,2,4,8"; `beside`: also a
@@ -122,9 +121,9 @@ def sweep(
         def make(context: UInt8, batch: int) -> Contestant:
             if name.startswith("unified"):
                 config = dataclasses.replace(unified(predictor.config), context_frames=value)
-                there = random_like(predictor, config, threads=threads)
+                there = random_like(predictor, config)
             else:
-                there = _variant(predictor, option, value, threads)
+                there = _variant(predictor, option, value)
             return RolloutContestant(name, there, context, batch=batch, seed=seed)
 
         return make
@@ -135,10 +134,10 @@ def sweep(
     return {name: maker(name, value) for name, value in names.items()}
 
 
-def _variant(predictor: Predictor, option: str, value: int, threads: int | None) -> Predictor:
+def _variant(predictor: Predictor, option: str, value: int) -> Predictor:
     if option == "history":  # the ring's size is in the graphs
         config = dataclasses.replace(predictor.config, context_frames=value)
-        return random_like(predictor, config, threads=threads)
+        return random_like(predictor, config)
     changed: dict[str, Any] = {option: value}
     return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
 

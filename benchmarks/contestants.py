@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from canvasmar_rt.config import to_dict
+from canvasmar_rt.config import ModelConfig, to_dict
 from canvasmar_rt.engines.program import UInt8
+from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
 
 
@@ -40,7 +41,23 @@ class Contestant(Protocol):
 
     def play(self, frames: int) -> Played:
         """Continue the context by that many latent frames. Going back to the context is not
-        timed."""
+        timed.
+
+        Raises:
+            ConfigError: if that is no whole number of groups.
+        """
+
+
+def check_groups(frames: int, config: ModelConfig) -> None:
+    """
+    Raises:
+        ConfigError: if a clip of so many latent frames is no whole number of groups.
+    """
+    if frames % config.group:
+        raise ConfigError(
+            f"clips of {frames} latent frames are no whole groups of {config.group}; give --frames "
+            f"{max(frames // config.group, 1) * config.group}"
+        )
 
 
 class RolloutContestant:
@@ -67,16 +84,16 @@ class RolloutContestant:
         self._start = self._rollout.state()
 
     def play(self, frames: int) -> Played:
+        group = self._rollout.config.group  # the pixels of a group are there at once
+        check_groups(frames, self._rollout.config)
         self._rollout.restore(self._start)
         ready, decoding, parts = list[float](), list[float | None](), dict[str, float]()
         begun = time.perf_counter()
-        group = self._rollout.config.group  # the pixels of a group are there at once
         while len(ready) < frames:
             timings = self._rollout.step().timings
             ready += [time.perf_counter() - begun] * group
             for name, value in timings.items():
                 parts[name] = parts.get(name, 0.0) + value
             decoding += [parts.get("decoder")] * group
-        ready, decoding = ready[:frames], decoding[:frames]
         known = None if None in decoding else tuple(float(d or 0.0) for d in decoding)
         return Played(tuple(ready), known, parts)

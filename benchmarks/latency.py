@@ -83,6 +83,8 @@ class BenchOptions:
                 f"bench: a context of {self.context} latent frames fills the window of "
                 f"{config.context_frames}; give --frames, or a smaller --context"
             )
+        if self.frames is None:  # whole groups
+            frames = max(frames // config.group, 1) * config.group
         return frames
 
 
@@ -227,8 +229,9 @@ def summary(clips: Sequence[Played], pixel_frames: int, *, chunked: bool) -> dic
             part: round(1e3 * float(np.median([c.parts[part] for c in clips])) / frames, 3)
             for part in clips[0].parts
         }
-        outside = sum(c.parts[part] for c in clips for part in HOST if part in c.parts)
-        result["outside_engine_share"] = round(outside / sum(c.ready[-1] for c in clips), 5)
+        if told := set(HOST) & set(clips[0].parts):
+            outside = sum(c.parts[part] for c in clips for part in told)
+            result["outside_engine_share"] = round(outside / sum(c.ready[-1] for c in clips), 5)
     return result
 
 
@@ -239,12 +242,13 @@ def _each_frame(clip: Played) -> list[float]:
 
 
 def ratios(theirs: Sequence[Played], ours: Sequence[Played]) -> dict[str, dict[str, float]]:
-    """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile."""
+    """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile; of fewer
+    than twenty turns the least and the greatest."""
     pairs = [(quantities(a), quantities(b)) for a, b in zip(theirs, ours, strict=True)]
     return {
         name: {
-            k: round(float(np.percentile([a[name] / b[name] for a, b in pairs], q)), 3)
-            for k, q in (("p5", 5), ("median", 50), ("p95", 95))
+            k: round(float(np.percentile([a[name] / b[name] for a, b in pairs], q, method=how)), 3)
+            for k, q, how in (("p5", 5, "lower"), ("median", 50, "linear"), ("p95", 95, "higher"))
         }
         for name in pairs[0][0]
         if name in pairs[0][1]

@@ -164,7 +164,9 @@ def frame_costs(
     if config.canvas:
         costs["canvas"] = once("canvas", _canvas(config, batch))
     if "condition" in table:
-        costs["condition"] = once("condition", _condition(config, batch))
+        work = once("condition", _condition(config, batch))
+        again_read = max(0, work.weight_bytes - on_chip)  # by the Spatial MAR: it is its blocks
+        costs["condition"] = dataclasses.replace(work, weight_bytes=again_read)
     passes, moved = [], 0
     for step in steps:
         name, rows = ("spatial", branches) if step.known else ("spatial_first", first)
@@ -619,6 +621,11 @@ def main(
                 f"in {reached.dtype}, as the report says"
             )
         sampling, dtype = reached.sampling, reached.dtype
+        if reached.device == "cpu" and dtype != "fp32":
+            raise InputError(
+                f"--measured {measured_}: measured in {dtype} on a CPU, whose peak rate is known "
+                "here in float32 only; give a report of a float32 bundle"
+            )
     if not guidance:
         sampling = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
     dtype = dtype or "fp32"

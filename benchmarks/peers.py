@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import onnxruntime as ort
 
-from canvasmar_rt.benchmarks.contestants import Played
+from canvasmar_rt.benchmarks.contestants import Played, check_groups
 from canvasmar_rt.benchmarks.random_models import need_torch, random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
-from canvasmar_rt.config import SamplingConfig, to_dict
+from canvasmar_rt.config import SamplingConfig, convolution_layers, to_dict
 from canvasmar_rt.engines.base import cuda_index
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, NoiseKey, UInt8
 from canvasmar_rt.errors import EngineError
@@ -81,9 +81,11 @@ def _described(
     }
 
 
-def _dtype(predictor: Predictor) -> str:
-    """What a bundle's weights are computed in: its own dtype on a GPU, float32 on the CPU."""
-    return "float32" if predictor.engine.device == "cpu" else predictor.bundle.manifest.dtype
+def _dtype(predictor: Predictor, engine: str) -> str:
+    """What a bundle's weights are computed in beside `engine`: its own dtype, but float32 where
+    that is ONNX Runtime on the CPU, which has kernels for no other."""
+    plain = engine == "onnxruntime" and predictor.engine.device == "cpu"
+    return "float32" if plain else predictor.bundle.manifest.dtype
 
 
 class EagerContestant:
@@ -129,7 +131,7 @@ class EagerContestant:
         self._device = torch_device(predictor.engine.device)
         if threads is not None:
             torch.set_num_threads(threads)
-        dtype = _dtype(predictor)
+        dtype = _dtype(predictor, predictor.engine.name)
         self._model = cast(load_model(predictor.bundle), getattr(torch, dtype)).to(self._device)
         self._start = _start(self._model, context, batch)
         self.described: Mapping[str, object] = _described(
@@ -140,7 +142,7 @@ class EagerContestant:
         self._decodings: list[tuple[Any, Any]] = []
         self._time_decoder()
         # CUDA graphs are recorded some calls after the one that compiles
-        self._warm_up(1 if self._device.type == "cpu" else 4)
+        self._warm_up(self._model.config.group * (1 if self._device.type == "cpu" else 4))
 
     def _compile_model(self) -> None:
         import torch
@@ -233,6 +235,7 @@ class EagerContestant:
 
     def play(self, frames: int) -> Played:
         """See `Contestant`."""
+        check_groups(frames, self._model.config)
         state, decoder = self._start, 0.0
         ready, decoding = list[float](), list[float]()
         self._decodings.clear()
@@ -244,7 +247,7 @@ class EagerContestant:
         for a, b in self._decodings:
             decoder += b - a if self._device.type == "cpu" else 1e-3 * a.elapsed_time(b)
             decoding += [decoder] * group
-        return Played(tuple(ready[:frames]), tuple(decoding[:frames]), {"decoder": decoder})
+        return Played(tuple(ready), tuple(decoding), {"decoder": decoder})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -303,7 +306,7 @@ class NaiveOnnxContestant:
         self.name = "naive-onnx"
         self._config, self._sampling = predictor.config, sampling or predictor.sampling
         self._batch, self._seed = batch, seed
-        dtype = _dtype(predictor)
+        dtype = _dtype(predictor, "onnxruntime")
         self.described: Mapping[str, object] = _described(
             predictor, self._sampling, "onnxruntime, plain", dtype
         )
@@ -646,28 +649,25 @@ def _session(path: Path, device: str, threads: int | None) -> ort.InferenceSessi
 # -- other models of the same size
 
 
-def without_canvas(predictor: Predictor, *, ar_steps: int, threads: int | None = None) -> Predictor:
+def without_canvas(predictor: Predictor, *, ar_steps: int) -> Predictor:
     """The no-canvas MAR of a predictor's size, on its engine and device, by `ar_steps` AR steps.
 
     The Temporal ViT takes over the Canvas ViT's layers, and for its convolutions as many more as
     have their size. The weights are random, which changes what is predicted, not how long it takes;
-    dtypes and graphs are the predictor's. The engine's options are its defaults. `threads` as
-    `canvasmar_rt.load` takes them.
+    dtypes, graphs and the engine's options are the predictor's.
 
     Raises:
         EngineError: no PyTorch, or an engine that needs more than a bundle.
         ConfigError: more AR steps than tokens.
     """
     model = predictor.config
-    # two 3x3 convolutions have 18 * dim * canvas_conv weights, a transformer's layer 12 * dim**2
-    convolutions = round(model.canvas_layers * 1.5 * model.canvas_conv / model.dim)
     config = dataclasses.replace(
         model,
         name=f"{model.name}-no-canvas",
         canvas=False,
         canvas_conv=0,
-        temporal_layers=model.temporal_layers + model.canvas_layers + convolutions,
+        temporal_layers=model.temporal_layers + model.canvas_layers + convolution_layers(model),
     )
     sampling = dataclasses.replace(predictor.sampling, ar_steps=ar_steps)
     set_sizes(config.tokens, ar_steps)  # refuses too many before the export does its work
-    return random_like(predictor, config, sampling, threads=threads)
+    return random_like(predictor, config, sampling)

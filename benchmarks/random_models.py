@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import canvasmar_rt
+from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.rollout import Predictor
@@ -79,15 +79,10 @@ def random_bundle(
 
 
 def random_like(
-    predictor: Predictor,
-    config: ModelConfig,
-    sampling: SamplingConfig | None = None,
-    *,
-    threads: int | None = None,
+    predictor: Predictor, config: ModelConfig, sampling: SamplingConfig | None = None
 ) -> Predictor:
     """Another model exported as the predictor's was (dtypes, quantisation, opset, batch and
-    unrolling), on its engine and device, with its sampling by default. The engine's options are
-    its defaults; `threads` as `canvasmar_rt.load` takes them.
+    unrolling), on an engine with its device and options, with its sampling by default.
 
     Raises:
         EngineError: without PyTorch, or on an engine that needs more than a bundle.
@@ -96,10 +91,11 @@ def random_like(
     from canvasmar_rt.export.exporter import DTYPES
 
     engine, manifest = predictor.engine, predictor.bundle.manifest
-    if engine.name == "tensorrt":
+    like = getattr(engine, "like", None)
+    if like is None:
         raise EngineError(
-            f"{config.name} is exported on the spot and has no TensorRT engines; measure it on "
-            "engine onnxruntime or torch"
+            f"{config.name} is exported on the spot and has no engines of {engine.name}; measure it "
+            "on engine onnxruntime or torch"
         )
     short = {long: name for name, (long, _) in DTYPES.items()}
     with random_bundle(
@@ -112,4 +108,4 @@ def random_like(
         batch=manifest.batch,
         unroll=manifest.unrolled,
     ) as bundle:
-        return canvasmar_rt.load(bundle, engine=engine.name, device=engine.device, threads=threads)
+        return Predictor(like(Bundle.open(bundle)), sampling or predictor.sampling)

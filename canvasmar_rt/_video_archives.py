@@ -42,8 +42,6 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     try:
         names = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
         files = sorted((e for e in names if e.is_file() and not is_actions(e)), key=_natural)
-    except FileNotFoundError:
-        raise VideoError(f"{folder}: no such file or folder; check the path") from None
     except OSError as error:
         raise VideoError(f"{folder}: cannot be listed ({brief(error)}); check the path") from error
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]

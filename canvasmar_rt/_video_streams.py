@@ -18,7 +18,7 @@ from av.buffer import Buffer
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
-from av.video.reformatter import VideoReformatter
+from av.video.reformatter import ColorRange, VideoReformatter
 from av.video.stream import VideoStream
 
 from canvasmar_rt._video_common import (
@@ -27,6 +27,7 @@ from canvasmar_rt._video_common import (
     Pixels,
     Shown,
     Track,
+    brief,
     check_side,
     over_black,
 )
@@ -53,7 +54,8 @@ def open_video(source: Path, *, timed: bool, start: float = 0.0) -> Iterator[Tra
         rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         fps = next((float(rate) for rate in rates if rate and rate > 0), 0.0)
         track = Track(shown=iter(()), fps=fps or UNSTATED_FPS, slack=0.0)
-        track.measured = container.format.name in ("gif", "apng")  # a delay for each frame
+        # a delay for each frame; where no rate is stated, the guess is the clock's tick
+        track.measured = container.format.name in ("gif", "apng") or not stream.average_rate
         # A clock as coarse as the frames themselves counts frames and rounds nothing.
         rounded = tick < 0.5 / track.fps
         track.slack = max(1e-6, min(tick, 0.25 / track.fps)) if rounded else 1e-6
@@ -66,15 +68,21 @@ def open_video(source: Path, *, timed: bool, start: float = 0.0) -> Iterator[Tra
             origin, offset = seek_to
             container.seek(offset, stream=stream)
         frames = _decoded(source, container, stream, track)
-        track.shown = _timed(frames, track.fps, _REORDER if timed else 0, origin)
+        track.shown = _timed(source, frames, track.fps, _REORDER if timed else 0, origin)
         yield track
 
 
-def packet_stamps(source: Path) -> tuple[list[int | None], float | None]:
+def frame_stamps(source: Path, *, exact: bool) -> tuple[list[int | None], float | None]:
     """The time stamps of a video's frames in the file's order, read without decoding, and the
-    seconds of a tick; a stamp or the tick is None where the file has none."""
+    seconds of a tick; a stamp or the tick is None where the file has none.
+
+    `exact` decodes MPEG-4 Part 2, where a packet may only repeat a frame."""
     with _container(source) as container:
         stream = _video_stream(source, container)
+        tick = float(stream.time_base) if stream.time_base else None
+        if exact and stream.codec_context.name == "mpeg4":
+            track = Track(shown=iter(()), fps=UNSTATED_FPS, slack=0.0)
+            return [frame.pts for frame in _decoded(source, container, stream, track)], tick
         packets = (p for p in container.demux(stream) if p.size)
         decodable = dropwhile(lambda packet: not packet.is_keyframe, packets)
         stamps = [
@@ -82,7 +90,7 @@ def packet_stamps(source: Path) -> tuple[list[int | None], float | None]:
             for packet in decodable
             if not packet.is_discard  # cut off by an edit list
         ]
-        return stamps, float(stream.time_base) if stream.time_base else None
+        return stamps, tick
 
 
 @contextmanager
@@ -131,7 +139,7 @@ def _seek_point(source: Path, start: float) -> tuple[float, int] | None:
             if landed.pts is None or landed.time > first.time + start - 0.5 * _SEEK_MARGIN_S:
                 return None
             return first.time, offset
-    except (av.FFmpegError, StopIteration):
+    except (av.FFmpegError, StopIteration, OverflowError):
         return None
 
 
@@ -166,7 +174,7 @@ def _decoded(
 
 
 def _timed(
-    frames: Iterator[VideoFrame], fps: float, reorder: int, origin: float | None
+    source: Path, frames: Iterator[VideoFrame], fps: float, reorder: int, origin: float | None
 ) -> Iterator[Shown]:
     """Give each frame its time: frames come in display order, their time stamps may not.
 
@@ -200,16 +208,25 @@ def _timed(
         origin = time if origin is None else origin
         stays = float(shown.duration * (shown.time_base or 0)) or step
         now = time - origin
-        yield Shown(now, now + stays, lambda frame=shown: _upright_rgb(frame, convert))  # type: ignore[misc]
+        yield Shown(now, now + stays, lambda frame=shown: _upright_rgb(source, frame, convert))  # type: ignore[misc]
 
 
-def _upright_rgb(frame: VideoFrame, convert: VideoReformatter) -> Pixels:
+def _upright_rgb(source: Path, frame: VideoFrame, convert: VideoReformatter) -> Pixels:
     """One decoded frame as (H, W, 3) uint8, over black, turned as its display matrix says."""
     pixel_format = frame.format
     seethrough = pixel_format.has_palette or any(c.is_alpha for c in pixel_format.components)
     target = "rgba" if seethrough else "rgb24"
-    picture = convert.reformat(frame, format=target, interpolation=SCALER).to_ndarray()
+    try:
+        picture = convert.reformat(frame, format=target, interpolation=SCALER).to_ndarray()
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{source}: its colours (matrix {int(frame.colorspace)}) cannot be turned into RGB"
+            f" ({brief(error)}); convert it to BT.709"
+        ) from error
     rgb = np.asarray(picture, dtype=np.uint8)
+    grey = not seethrough and len(pixel_format.components) == 1
+    if grey and frame.color_range == ColorRange.MPEG:  # which the scaler takes for full range
+        rgb = np.clip((rgb - 16.0) * (255 / 219), 0, 255).round().astype(np.uint8)
     if seethrough:
         rgb = over_black(rgb)
     matrix = frame.side_data.get("DISPLAYMATRIX")

@@ -143,16 +143,24 @@ def _write_mp4(temporary: Path, target: Path, frames: Pixels, fps: float) -> Non
 
 
 def _write_gif(temporary: Path, target: Path, frames: Pixels, fps: float) -> None:
-    # Palette of a mosaic of up to 32 frames, spread over the clip. No dithering: it crawls.
-    some = frames[:: max(1, math.ceil(len(frames) / 32))]
-    mosaic = Image.fromarray(np.ascontiguousarray(some.reshape(-1, *frames.shape[2:])))
+    # Palette of every frame, of a long clip thinned out in space: what is seen in a single frame
+    # counts. No dithering: it crawls.
+    step = math.ceil(math.sqrt(len(frames) / 32))
+    some = frames[:, ::step, ::step]
+    mosaic = Image.fromarray(np.ascontiguousarray(some.reshape(-1, *some.shape[2:])))
     palette = mosaic.quantize(256, method=Image.Quantize.FASTOCTREE)
+    # Pillow looks colours up in cells of four levels, by a cell's darkest corner: to be nearest to
+    # its middle, the palette must be darker while it looks.
+    colours = palette.getpalette()
+    palette.putpalette([max(0, level - 1) for level in colours])
     images = [
         Image.fromarray(np.ascontiguousarray(frame)).quantize(
             palette=palette, dither=Image.Dither.NONE
         )
         for frame in frames
     ]
+    for image in images:
+        image.putpalette(colours)
     # Whole centiseconds, rounded on the running time, so that the clip keeps its length.
     clock = [round(100 * i / fps) for i in range(len(frames) + 1)]
     delays = [10 * (after - before) for before, after in pairwise(clock)]

@@ -199,7 +199,7 @@ def predict(
         actions=actions, sampling=sampling,
     )  # fmt: skip
     clips = find_clips(source)
-    if len(clips) == 1 and output.suffix:
+    if len(clips) == 1 and output.suffix and not output.is_dir():
         _predict_one(predictor, clips[0], output, options, json_, quiet)
         return
     failed = 0
@@ -646,6 +646,8 @@ def bench(
         batches=batches, baselines=tuple(b for b in baseline.split(",") if b), context=context,
         frames=frames, warmup=warmup, iterations=iterations, soak=soak, seed=seed,
     )  # fmt: skip
+    if json_ is not None and csv is not None and json_.resolve() == csv.resolve():
+        raise ConfigError("bench: give --json and --csv two files")
     for path in (json_, csv, plot and plot / "first_frame.png"):
         if path is not None:
             check_writable(path)
@@ -685,9 +687,8 @@ def bench(
             check_frames(window, context, played)
         if sweep is not None:
             others |= baselines.sweep(
-                predictor, sweep, seed=seed, threads=threads,
-                beside="unified" in options.baselines,
-            )  # fmt: skip
+                predictor, sweep, seed=seed, beside="unified" in options.baselines
+            )
 
         def keep(found: dict[str, Any]) -> None:
             found["config"]["loading"] = loading

@@ -486,9 +486,18 @@ def toytable() -> tuple[ModelConfig, SamplingConfig]:
     return model, sampling
 
 
+def convolution_layers(model: ModelConfig) -> int:
+    """How many of a transformer's layers, of 12 * dim**2 weights, have the size of the canvas's
+    convolutions: two of 3x3 a layer, 18 * dim * canvas_conv."""
+    return round(model.canvas_layers * 1.5 * model.canvas_conv / model.dim)
+
+
 def unified(model: ModelConfig) -> ModelConfig:
-    """A unified masked autoregressive model (MAGI, VideoMAR) of as many layers as a CanvasMAR."""
+    """A unified masked autoregressive model (MAGI, VideoMAR) of as many layers as a CanvasMAR, and
+    for its convolutions as many more as have their size. An MM-DiT's second set of weights is not
+    made up for."""
     layers = model.temporal_layers + model.canvas_layers + model.spatial_layers
+    layers += convolution_layers(model)
     return dataclasses.replace(
         model,
         name=f"{model.name}_unified",

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from canvasmar_rt._video_streams import packet_stamps
+from canvasmar_rt._video_streams import frame_stamps
 from canvasmar_rt._video_writing import check_target
 from canvasmar_rt.actions import find_actions, read_actions
 from canvasmar_rt.config import ModelConfig, SamplingConfig
@@ -24,7 +24,6 @@ from canvasmar_rt.video import (
     IMAGE_SUFFIXES,
     MAX_CLIP_BYTES,
     MAX_CLIP_FRAMES,
-    VIDEO_SUFFIXES,
     Clip,
     read_clip,
     write_clip,
@@ -34,6 +33,8 @@ from canvasmar_rt.video import (
 UInt8 = npt.NDArray[np.uint8]
 
 SHEET_COLUMNS = 12
+SHEET_HEIGHT = 12_000
+"""Pixels of a sheet, about: more futures than that are not on it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,8 +70,8 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     have the same name, and all with theirs where that is again the name of another.
 
     Raises:
-        InputError: if `output` is no folder that can be written to, and cannot become one, or a
-            video would take the place of a clip.
+        InputError: if `output` is no folder that can be written to, and cannot become one, or is
+            where the clips lie (a single one may lie there under another name).
     """
     _check_folder(output.absolute(), output)
     stems = [clip.stem for clip in clips]
@@ -79,8 +80,10 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
         names = [clip.name for clip in clips]
     videos = {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
     given = {clip.resolve() for clip in clips}
-    if lost := [video for video in videos.values() if video.resolve() in given]:
-        raise InputError(f"{lost[0]}: is one of the clips; give another folder")
+    folders = {folder for c in clips for folder in (c.parent.resolve(), c.resolve().parent)}
+    among = len(clips) > 1 and output.resolve() in folders
+    if among or any(video.resolve() in given for video in videos.values()):
+        raise InputError(f"{output}: the clips themselves lie there; give another folder")
     return videos
 
 
@@ -120,7 +123,8 @@ def predict_clip(
     if options.actions and (options.start or rate != config.fps):
         raise InputError("actions: they belong to every frame from the first; leave out start, fps")
     # actions belong to frames as they were recorded
-    recorded = options.actions and source.suffix.lower() in VIDEO_SUFFIXES
+    untimed = source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES | {".npz", ".npy"}
+    recorded = options.actions and not untimed
     clip = read_clip(
         source,
         size=(ae.height, ae.width),
@@ -225,7 +229,7 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
 
 def _check_recorded(source: Path, config: ModelConfig) -> None:
     """See that a video has no fewer frames than rows of actions."""
-    frames, rows = len(packet_stamps(source)[0]), read_actions(source)
+    frames, rows = len(frame_stamps(source, exact=True)[0]), read_actions(source)
     t = config.autoencoder.temporal_compression
     a_row = 1 if rows.shape[1] * t * config.group == config.action_dim else t  # frames of one
     if a_row * len(rows) >= frames + a_row:
@@ -272,7 +276,8 @@ def _sheet(
         clip.frames[i] if i < len(clip.frames) else None for i in range(length + future)
     ]
     rows: list[tuple[str, list[UInt8 | None]]] = [("real", [real[i] for i in shown])]
-    for b, frames in enumerate(predicted):
+    most = max(1, SHEET_HEIGHT // max(192, predicted.shape[2]) - 3)
+    for b, frames in enumerate(predicted[:most]):
         label = "prediction" if len(predicted) == 1 else f"future {b + 1}"
         video = [*context, *frames]
         rows.append((label, [video[i] for i in shown]))

@@ -161,7 +161,8 @@ def find_clips(path: PathLike) -> list[Path]:
         VideoError: nothing is there, or frames and videos lie side by side.
     """
     source = Path(path)
-    if source.is_file():
+    _check_there(source)
+    if not source.is_dir():
         return [source]
     images, clips = listing(source)
     if images and clips:
@@ -225,12 +226,20 @@ def _check_request(
         )
 
 
+def _check_there(source: Path) -> None:
+    try:
+        there, usable = source.exists(), source.is_dir() or source.is_file()
+    except OSError as error:
+        raise VideoError(f"{source}: no path of this system ({brief(error)})") from None
+    if not there:
+        raise VideoError(f"{source}: no such file or folder; check the path")
+    if not usable:
+        raise VideoError(f"{source}: expected a file or a folder, got a device, pipe or socket")
+
+
 @contextmanager
 def _open(source: Path, fps: float | None, start: float, key: str | None) -> Iterator[Track]:
-    if not source.exists():
-        raise VideoError(f"{source}: no such file or folder; check the path")
-    if not source.is_dir() and not source.is_file():
-        raise VideoError(f"{source}: expected a file or a folder, got a device, pipe or socket")
+    _check_there(source)
     if source.is_file() and source.stat().st_size == 0:
         raise VideoError(f"{source}: the file is empty (0 bytes); copy or download it again")
     suffix = source.suffix.lower()

@@ -152,6 +152,10 @@ class TorchEngine:
         flow_persistent: bool = False,
     ) -> None:
         place = torch_device(device)
+        self._options = {
+            "threads": threads, "compile": compile, "cuda_graph": cuda_graph,
+            "flow_kernel": flow_kernel, "flow_persistent": flow_persistent,
+        }  # fmt: skip
         if threads is not None:
             torch.set_num_threads(threads)
         self.flow_kernel: Mode | None = None
@@ -168,6 +172,10 @@ class TorchEngine:
         self._compile, self._cuda_graph = compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
+
+    def like(self, bundle: Bundle) -> TorchEngine:
+        """Another bundle on an engine with this one's device and options."""
+        return TorchEngine(bundle, device=self.device, **self._options)
 
     @property
     def graph_off(self) -> Mapping[str, str]:

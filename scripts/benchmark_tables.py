@@ -55,7 +55,7 @@ def systems(report: dict[str, Any]) -> str:
 
 
 def spread(over: dict[str, Any] | None) -> str:
-    """Their clip over ours: the median and what nine of ten turns lie within."""
+    """Their clip over ours: the median and, of few turns, the least and the greatest."""
     if over is None:
         return ""
     clip = over["clip"]

@@ -262,6 +262,9 @@ def test_bench_measures_and_draws(tmp_path: Path) -> None:
     made = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*.*")}
     assert {"b.csv", "figures/first_frame.png", "figures/components.png"} <= made
     assert "naive-onnx" in run("bench", "--baseline", "list", cwd=tmp_path).stdout
+    refused = run("bench", "--json", "b.json", "--csv", "./b.json", cwd=tmp_path, code=2)
+    assert "two files" in refused.stderr
+    assert json.loads((tmp_path / "b.json").read_text()) == bench
 
 
 def test_a_dry_build_says_what_it_would_do(tmp_path: Path) -> None:

@@ -113,8 +113,10 @@ def test_frames_that_are_missing_are_noticed_by_their_actions(tmp_path: Path) ->
 
 def test_no_video_takes_the_place_of_a_clip(tmp_path: Path) -> None:
     clips = [tmp_path / "a.npz", tmp_path / "b.mp4"]
-    with pytest.raises(InputError, match=r"b\.mp4: is one of the clips"):
+    with pytest.raises(InputError, match="the clips themselves lie there"):
         video_names(clips, tmp_path)
+    with pytest.raises(InputError, match="the clips themselves lie there"):  # nor lies among many
+        video_names([tmp_path / "a.npz", tmp_path / "c.npz"], tmp_path)
     assert list(video_names(clips[:1], tmp_path).values()) == [tmp_path / "a.mp4"]
 
 
@@ -141,13 +143,12 @@ def test_a_video_and_an_archive_with_its_frames_are_continued_alike(tmp_path: Pa
     predictor = canvasmar_rt.load("toytable-int8", threads=1)
     options = PredictOptions(frames=2, actions=True)
     made, notes = [], []
-    for name in ("a.mp4", "b.npz"):
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "a.m2ts")  # of a name that is in no list
+    for name in ("a.mp4", "a.m2ts", "b.npz"):
         told = predict_clip(predictor, tmp_path / name, tmp_path / "out.png", options)
         notes.append(told["notes"])
         made.append([p.read_bytes() for p in sorted((tmp_path / "out").iterdir())])
-    assert notes[0] == [
-        "recorded at 30 fps, the model's is 10: with its actions every frame is taken"
-    ]
-    assert notes[1] == []
-    assert made[0] == made[1]
+    recorded = "recorded at 30 fps, the model's is 10: with its actions every frame is taken"
+    assert notes == [[recorded], [recorded], []]
+    assert made[0] == made[1] == made[2]
     assert len(made[0]) == 7  # five given

@@ -136,21 +136,45 @@ def test_decodes_no_further_than_needed(tmp_path: Path, monkeypatch: pytest.Monk
 def test_colour_matrix_and_range_are_honoured(tmp_path: Path, matrix: str, full: bool) -> None:
     rng = np.random.default_rng(1)
     y, cb, cr = rng.integers(60, 180, (3, 6, 8)).repeat(4, 1).repeat(4, 2).astype(np.uint8)
-    path = tmp_path / "yuv.mkv"
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("ffv1", rate=5)
-        stream.height, stream.width, stream.pix_fmt = 24, 32, "yuv444p"
-        stream.codec_context.color_range = 2 if full else 1
-        stream.codec_context.colorspace = 1 if matrix == "709" else 6
-        frame = av.VideoFrame.from_ndarray(np.stack([y, cb, cr]), format="yuv444p")
-        frame.color_range, frame.colorspace = (2 if full else 1), (1 if matrix == "709" else 6)
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
+    path = one_frame(
+        tmp_path / "yuv.mkv", np.stack([y, cb, cr]), "yuv444p",
+        full=full, matrix=1 if matrix == "709" else 6,
+    )  # fmt: skip
     expected = yuv_to_rgb(y, cb, cr, matrix=matrix, full=full)
     assert np.abs(read_clip(path).frames[0] - expected).max() <= 1.0
     for other in [(matrix, not full), ("709" if matrix == "601" else "601", full)]:
         wrong = yuv_to_rgb(y, cb, cr, matrix=other[0], full=other[1])
         assert np.abs(read_clip(path).frames[0] - wrong).max() > 5.0
+
+
+def one_frame(path: Path, array: Array, pix_fmt: str, *, full: bool, matrix: int) -> Path:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("ffv1", rate=5)
+        stream.height, stream.width, stream.pix_fmt = 24, 32, pix_fmt
+        frame = av.VideoFrame.from_ndarray(array, format=pix_fmt)
+        for x in (stream.codec_context, frame):
+            x.color_range, x.colorspace = (2 if full else 1), matrix
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_grey_video_of_either_range(tmp_path: Path, full: bool) -> None:
+    levels = np.linspace(0 if full else 16, 255 if full else 235, 32).astype(np.uint8)
+    grey = np.broadcast_to(levels, (24, 32)).copy()
+    path = one_frame(tmp_path / "a.mkv", grey, "gray", full=full, matrix=1)
+    expected = grey if full else (grey - 16.0) * 255 / 219
+    assert np.abs(read_clip(path).frames[0] - expected[..., None]).max() <= 1.0
+
+
+def test_colours_nobody_converts_are_not_called_damage(tmp_path: Path, refused: Refused) -> None:
+    picture = np.full((3, 24, 32), 128, np.uint8)
+    path = one_frame(tmp_path / "a.mkv", picture, "yuv444p", full=False, matrix=14)  # ICtCp
+    message = refused(read_clip, path)
+    assert "matrix 14" in message
+    assert "convert it to BT.709" in message
+    assert "damaged" not in message
 
 
 def yuv_to_rgb(y: Array, cb: Array, cr: Array, *, matrix: str, full: bool, bits: int = 8) -> Array:
@@ -274,6 +298,23 @@ def test_video_without_time_stamps(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_clip(path, fps=12.5).frames, in_order.frames[::2])
 
 
+def test_a_rate_that_is_not_stated_is_taken_from_the_frames(tmp_path: Path) -> None:
+    """As of what a browser records: no DefaultDuration, and stamps that jitter."""
+    times = [i / 30 + 0.012 * (-1) ** i * (i > 0) for i in range(40)]
+    path = make_video(
+        tmp_path / "a.webm", pictures(40, 32, 32), codec="libvpx", pix_fmt="yuv420p", times=times,
+        fps=1000,
+    )  # fmt: skip
+    whole = path.read_bytes()
+    at = whole.index(b"\x23\xe3\x83")  # DefaultDuration
+    assert whole[at + 3] & 0x80
+    size = whole[at + 3] & 0x7F
+    path.write_bytes(whole[:at] + bytes([0xEC, 0x80 | (2 + size)]) + whole[at + 2 :])  # Void
+    with av.open(str(path)) as container:
+        assert container.streams.video[0].average_rate is None
+    assert read_clip(path).fps == pytest.approx(30, rel=0.03)
+
+
 def test_held_frame_of_absurd_length_is_refused(tmp_path: Path, refused: Refused) -> None:
     path = make_video(tmp_path / "a.mkv", pictures(2), times=[0.0, 1e6])
     assert "frame 100000" in refused(read_clip, path, size=(2, 2), fps=30)
@@ -320,6 +361,7 @@ def test_missing_file_and_pipe(tmp_path: Path, refused: Refused) -> None:
 
 def test_too_few_frames_says_how_many(tmp_path: Path, refused: Refused) -> None:
     path = make_video(tmp_path / "a.mkv", pictures(3))
+    assert "from 1e+15 s on, got 0" in refused(read_clip, path, start=1e15)
     message = refused(read_clip, path, min_frames=5)
     assert "at least 5 frames" in message
     assert "got 3" in message
@@ -518,6 +560,11 @@ def test_find_clips(tmp_path: Path, refused: Refused) -> None:
     (frames / "actions.npy").touch()
     assert find_clips(frames) == [frames]
     assert "no such file or folder" in refused(find_clips, tmp_path / "missing")
+    assert "no path of this system (File name too long)" in refused(
+        find_clips, tmp_path / ("x" * 300)
+    )
+    os.mkfifo(tmp_path / "pipe")
+    assert "got a device, pipe or socket" in refused(find_clips, tmp_path / "pipe")
     (tmp_path / "empty").mkdir()
     assert "found none" in refused(read_clip, tmp_path / "empty")
 
@@ -776,6 +823,16 @@ def test_gif_keeps_its_length_and_colours(tmp_path: Path) -> None:
     clip = read_clip(path)
     assert clip.fps == pytest.approx(15, rel=0.02)
     assert psnr(clip.frames, frames) > 30
+
+
+def test_a_gif_has_the_colours_of_every_frame(tmp_path: Path) -> None:
+    frames = np.asarray(smooth(64, 40, 56).mean(axis=-1, keepdims=True).repeat(3, -1), np.uint8)
+    frames[63, 20:30, 20:30] = (255, 0, 0)  # in the last of many frames
+    write_clip(tmp_path / "a.gif", frames, 10)
+    clip = read_clip(tmp_path / "a.gif")
+    assert np.abs(clip.frames[-1, 25, 25] - np.array([255, 0, 0])).max() < 8
+    error = clip.frames.astype(float) - frames
+    assert abs(error.mean()) < 0.8  # and is no darker than they are
 
 
 def test_gif_with_still_frames_plays_the_same(tmp_path: Path) -> None:

@@ -41,7 +41,7 @@ from numpy.typing import NDArray
 
 from canvasmar_rt._video_archives import array_header, listing, open_member
 from canvasmar_rt._video_common import PARSER_ERRORS, brief
-from canvasmar_rt._video_streams import open_video, packet_stamps
+from canvasmar_rt._video_streams import frame_stamps, open_video
 from canvasmar_rt.actions import is_actions, read_actions
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.video import (
@@ -384,25 +384,25 @@ def kinetics600(
     _check(options)
     file = root / f"{split}.csv" if table is None else table
     rows = csv.DictReader(io.StringIO(_text(file), newline=""))
-    columns = set(rows.fieldnames or ())
-    if table is not None and "split" not in columns:
-        raise InputError(
-            f"{file}: one table for all splits needs a column split (train, test); without it the "
-            f"clips that are held out would be trained on; or name the tables {root}/train.csv and "
-            "so on"
-        )
-    if "path" not in columns and not {"youtube_id", "time_start", "time_end"} <= columns:
-        raise InputError(
-            f"{file}: expected columns youtube_id, time_start, time_end (or path), got"
-            f" {', '.join(sorted(columns)) or 'none'}; give the data set's own CSV table"
-        )
-    at_hand = (
-        {}
-        if "path" in columns
-        else {p.stem: p for p in _walk(root) if p.suffix.lower() in VIDEO_SUFFIXES}
-    )
     wanted: list[tuple[str, Path | None]] = []
     try:
+        columns = set(rows.fieldnames or ())
+        if table is not None and "split" not in columns:
+            raise InputError(
+                f"{file}: one table for all splits needs a column split (train, test); without it "
+                "the clips that are held out would be trained on; or name the tables "
+                f"{root}/train.csv and so on"
+            )
+        if "path" not in columns and not {"youtube_id", "time_start", "time_end"} <= columns:
+            raise InputError(
+                f"{file}: expected columns youtube_id, time_start, time_end (or path), got"
+                f" {', '.join(sorted(columns)) or 'none'}; give the data set's own CSV table"
+            )
+        at_hand = (
+            {}
+            if "path" in columns
+            else {p.stem: p for p in _walk(root) if p.suffix.lower() in VIDEO_SUFFIXES}
+        )
         for row in rows:
             own = row.get("split")
             if table is not None and not own:
@@ -635,7 +635,9 @@ class _Videos:
     def open(self, item: int) -> _Video:
         path = self.paths[item]
         with _parsing(path):
-            return _Video(path, self.size, self.action_dim, *_frame_times(path))
+            return _Video(
+                path, self.size, self.action_dim, *_frame_times(path, exact=self.action_dim > 0)
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -680,9 +682,9 @@ def _parsing(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be read ({brief(error)})") from error
 
 
-def _frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
-    """When each frame comes on screen, in seconds from the first, read without decoding; and how
-    far that may be rounded."""
+def _frame_times(path: Path, *, exact: bool) -> tuple[NDArray[np.float64], float]:
+    """When each frame comes on screen, in seconds from the first, read without decoding unless
+    `exact` needs it; and how far that may be rounded."""
     if path.is_dir():
         return np.arange(len(listing(path)[0])) / UNTIMED_FPS, 0.0
     if not path.is_file():
@@ -691,7 +693,7 @@ def _frame_times(path: Path) -> tuple[NDArray[np.float64], float]:
         return np.arange(_archive_length(path)) / UNTIMED_FPS, 0.0
     with open_video(path, timed=False) as track:  # its checks of what the file is
         fps, slack = track.fps, track.slack
-    stamps, tick = packet_stamps(path)
+    stamps, tick = frame_stamps(path, exact=exact)
     if tick is None or any(stamp is None for stamp in stamps) or not stamps:
         return np.arange(len(stamps)) / fps, slack
     times: NDArray[np.float64] = np.sort(np.array(stamps, np.float64)) * tick

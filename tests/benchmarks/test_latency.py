@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -98,7 +99,7 @@ def test_frames_that_are_ready_at_once_share_their_time() -> None:
 def test_one_turn_has_no_spread() -> None:
     once, ours = [Played((0.4,), None, {})], [Played((0.2,), None, {})]
     assert report._spread(ratios(once, ours)["clip"]) == "2"
-    assert report._spread(ratios(once * 2, ours + once)["clip"]) == "1.5 ±30%"
+    assert report._spread(ratios(once * 2, ours + once)["clip"]) == "1.5 ±33%"
 
 
 def test_a_batch_that_does_not_fit_is_refused_before_anything_is_measured(
@@ -253,12 +254,19 @@ def test_history_beside_a_unified_model(
 
 
 def test_a_group_is_there_at_once(bundles: Callable[[str], Bundle], predictor: Predictor) -> None:
-    """Four latent frames from groups of three: two steps, the first three ready together."""
+    """Six latent frames from groups of three: two steps, the first three ready together."""
     groups = canvasmar_rt.load(bundles("next-group").path, threads=1)
     context = moving_clip(groups.config, 2)
-    played = RolloutContestant("groups", groups, context, batch=1, seed=0).play(4)
-    assert len(played.ready) == 4
+    system = RolloutContestant("groups", groups, context, batch=1, seed=0)
+    played = system.play(6)
+    assert len(played.ready) == 6
     assert played.ready[0] == played.ready[2] < played.ready[3]
+    with pytest.raises(
+        ConfigError, match="4 latent frames are no whole groups of 3; give --frames 3"
+    ):
+        system.play(4)
+    window = dataclasses.replace(groups.config, context_frames=7)
+    assert BenchOptions(context=2).predicted(window) == 3  # of five
     make = baselines.baselines(predictor, ("next-group:2",), seed=0)["next-group:2"]
     with pytest.raises(ConfigError, match=r"^baseline next-group:2: .*every fourth spatial layer"):
         make(context, 1)

@@ -19,7 +19,13 @@ import canvasmar_rt
 from canvasmar_rt.benchmarks import baselines, peers, random_models
 from canvasmar_rt.benchmarks.peers import EagerContestant, NaiveOnnxContestant, without_canvas
 from canvasmar_rt.bundle import Bundle
-from canvasmar_rt.config import AutoencoderConfig, FlowConfig, ModelConfig, SamplingConfig
+from canvasmar_rt.config import (
+    AutoencoderConfig,
+    FlowConfig,
+    ModelConfig,
+    SamplingConfig,
+    unified,
+)
 from canvasmar_rt.engines import torch_engine
 from canvasmar_rt.engines.program import Clock
 from canvasmar_rt.errors import ConfigError, EngineError
@@ -252,7 +258,9 @@ def test_the_model_without_a_canvas_is_as_large(
         yield packaged.bundle.path
 
     monkeypatch.setattr(random_models, "random_bundle", random_bundle)
-    assert without_canvas(packaged, ar_steps=6, threads=1).engine.name == packaged.engine.name
+    plain = without_canvas(packaged, ar_steps=6)
+    assert plain.engine.name == packaged.engine.name
+    assert plain.engine._threads == packaged.engine._threads == 1  # type: ignore[attr-defined]
     config, options = exported["config"], ExportOptions(**exported["options"])
     assert not config.canvas
     sizes = [sum(count_parameters(c).values()) for c in (config, packaged.config)]
@@ -267,15 +275,31 @@ def test_the_model_without_a_canvas_is_as_large(
     assert exported["config"] == dataclasses.replace(packaged.config, context_frames=3)
     assert exported["sampling"] == packaged.sampling
     assert ExportOptions(**exported["options"]) == options
+    one = sum(count_parameters(unified(packaged.config)).values())
+    assert one == pytest.approx(sizes[1], rel=0.02)
     with pytest.raises(ConfigError, match="ar_steps"):
         without_canvas(packaged, ar_steps=packaged.config.tokens + 1)
 
 
+def test_others_have_the_engines_options(
+    bundles: Callable[[str], Bundle], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    @contextlib.contextmanager
+    def random_bundle(*_: Any, **__: Any) -> Iterator[Path]:
+        yield bundles("expert").path
+
+    monkeypatch.setattr(random_models, "random_bundle", random_bundle)
+    ours = canvasmar_rt.load(bundles("expert").path, engine="torch", compile=True, cuda_graph=False)
+    theirs = random_models.random_like(ours, ours.config).engine
+    assert isinstance(theirs, torch_engine.TorchEngine)
+    assert (theirs._compile, theirs._cuda_graph) == (True, False)
+
+
 def test_groups_are_drawn_as_groups(bundles: Callable[[str], Bundle]) -> None:
-    """Four latent frames of a model that draws three at once are two steps, as they are of ours."""
+    """Six latent frames of a model that draws three at once are two steps, as they are of ours."""
     groups = canvasmar_rt.load(bundles("next-group").path, threads=1)
     eager = EagerContestant(groups, context(groups), batch=1, seed=0, threads=1)
-    played = eager.play(4)
+    played = eager.play(6)
     assert played.ready[0] == played.ready[2] < played.ready[3]
     assert played.decoding is not None
     assert played.decoding[0] == played.decoding[2] < played.decoding[3]

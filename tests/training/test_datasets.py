@@ -561,6 +561,7 @@ def test_kinetics_with_paths_in_the_table(film: tuple[Path, Frames], tmp_path: P
         (b"", "got none"),
         (b"\xff\xfe\xfd", "cannot be read"),
         (b'path\n"' + b"x" * 200_000, "is no CSV"),
+        (b"x" * 200_000, "is no CSV"),
     ],
 )
 def test_a_table_of_another_form_is_one_clear_error(
@@ -651,6 +652,22 @@ def test_a_video_that_ends_before_its_header_says(clips_folder: Path, tmp_path: 
         np.testing.assert_array_equal(frames, whole)
     with pytest.raises(InputError, match="none of the 1 recordings can be used"):
         make_source("videos", tmp_path, **{**SMALL, "frames": 84}).clips(0, 1)
+
+
+def test_a_packet_without_a_picture_shifts_no_actions(clips_folder: Path, tmp_path: Path) -> None:
+    name = "hmdb51_cartwheel_nonutf8meta.avi"  # its second packet holds none
+    (tmp_path / name).symlink_to(clips_folder / name)
+    whole = read_clip(clips_folder / name, size=(16, 16)).frames
+    for rows in (83, 82):
+        np.save(
+            tmp_path / f"{Path(name).stem}.actions.npy", np.arange(rows, dtype=np.float32)[:, None]
+        )
+        source = make_source("videos", tmp_path, action_dim=1, **{**SMALL, "frames": 60})
+        clips = source.clips(0, 8)
+        assert clips.actions is not None
+        for frames, actions in zip(clips.frames.numpy(), clips.actions.numpy(), strict=True):
+            first = int(actions[0, 0])
+            np.testing.assert_array_equal(frames, whole[first : first + 60])
 
 
 def test_a_circle_of_links_ends(tmp_path: Path) -> None:

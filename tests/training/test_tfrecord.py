@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -106,6 +107,9 @@ def test_files_that_shrink_vanish_or_are_empty(file: Path, tmp_path: Path) -> No
     assert scan_records(file) == ([], "cannot be read (No such file or directory)")
     (tmp_path / "empty").touch()
     assert scan_records(tmp_path / "empty") == ([], "the file is empty")
+    os.mkfifo(tmp_path / "pipe")  # nobody ever writes into it
+    records, wrong = scan_records(tmp_path / "pipe")
+    assert (records, "a device, pipe or socket" in str(wrong)) == ([], True)
 
 
 @pytest.mark.parametrize("packed", [True, False])
