@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -509,81 +508,38 @@ class ProtocolResult:
     seed: int
 
 
-def protocol_places(
-    protocol: Protocol, lengths: Sequence[int], *, seed: int
-) -> list[tuple[int, int]]:
-    """The places that a protocol looks at: (video, first frame), a pure function of its arguments.
-
-    Places of one video lie next to each other. Videos are drawn without repetition as long as
-    there are enough, then all over again; places of a video are drawn evenly, with repetition.
-
-    Args:
-        lengths: frames of every test video.
-
-    Raises:
-        InputError: no videos, or one that is too short for a place.
-    """
-    span = protocol.conditioning + protocol.predicted
-    if not lengths:
-        raise InputError(f"protocol {protocol.name}: no test videos.")
-    rng = np.random.default_rng(seed)
-    if protocol.videos is None:
-        chosen = np.arange(len(lengths))
-    else:
-        rounds = -(-protocol.videos // len(lengths))
-        order = np.concatenate([rng.permutation(len(lengths)) for _ in range(rounds)])
-        chosen = np.sort(order[: protocol.videos])
-    found = []
-    for video in chosen.tolist():
-        room = lengths[video] - span + 1
-        if room < 1:
-            raise InputError(
-                f"protocol {protocol.name}: video {video} has {lengths[video]} frames; it takes "
-                f"{protocol.conditioning} + {protocol.predicted}. Leave short videos out."
-            )
-        for _ in range(protocol.places):
-            found.append((video, int(rng.integers(room)) if protocol.start == "random" else 0))
-    return found
-
-
 def run_protocol(
     protocol: Protocol,
-    videos: Sequence[Tensor],
+    places: Sequence[Tensor],
     generate: Generate,
     features: Features,
     *,
     seed: int = 0,
     batch: int = 16,
-    lengths: Sequence[int] | None = None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> ProtocolResult:
     """Predict and compare by a protocol; `features=I3D(path)` makes it the FVD.
 
     Args:
-        videos: uint8 (T, H, W, 3) each, in the size that `generate` works at; a sequence that
-            reads its items from disk will do, and each place reads its video once.
+        places: uint8 (conditioning + predicted, H, W, 3) each, in the size that `generate` works
+            at; a sequence that reads its items from disk will do, and each is read once, in order.
         generate: see `Generate`.
         features: see `Features`.
-        lengths: frames of every video, so as not to open them all to learn it.
-        progress: called with the predictions done and in all.
+        seed: of the run; it goes into the result.
 
     Raises:
-        InputError: videos that are too short or not uint8 RGB, or predictions of a wrong shape.
+        InputError: places that are not uint8 RGB, or predictions of a wrong shape.
         ConfigError: `batch` is below 1.
     """
     if batch < 1:
         raise ConfigError(f"protocol {protocol.name}: batch must be at least 1; got {batch}.")
-    if lengths is None:
-        lengths = [len(videos[i]) for i in range(len(videos))]
-    places = protocol_places(protocol, lengths, seed=seed)
-    total = len(places) * protocol.samples
     real, fake = GaussianStats(), GaussianStats()
-    waiting: list[tuple[int, Tensor]] = []
+    waiting: list[Tensor] = []
+    done = 0
 
     def flush() -> None:
-        context = torch.stack([frames for _, frames in waiting])
-        streams = [stream for stream, _ in waiting]
-        made = generate(context, protocol.predicted, streams)
+        nonlocal done
+        context = torch.stack(waiting)
+        made = generate(context, protocol.predicted, range(done, done + len(waiting)))
         wanted = (len(waiting), protocol.predicted, *context.shape[2:])
         if tuple(made.shape) != wanted or made.dtype != torch.uint8:
             raise InputError(
@@ -591,32 +547,26 @@ def run_protocol(
                 f"{made.dtype} {tuple(made.shape)}."
             )
         fake.update(features(at_resolution(made, protocol.resolution)))
+        done += len(waiting)
         waiting.clear()
 
-    stream = 0
-    for video, first in places:
-        clip = videos[video][first : first + protocol.conditioning + protocol.predicted]
-        _check_clips(clip[None], f"protocol {protocol.name}, video {video}")
-        context = clip[: protocol.conditioning]
+    for number in range(len(places)):
+        clip = places[number]
+        _check_clips(clip[None], f"protocol {protocol.name}, place {number}")
         real.update(
             features(at_resolution(clip[None, protocol.conditioning :], protocol.resolution))
         )
         for _ in range(protocol.samples):
-            if waiting and waiting[0][1].shape != context.shape:
-                flush()
-            waiting.append((stream, context))
-            stream += 1
+            waiting.append(clip[: protocol.conditioning])
             if len(waiting) == batch:
                 flush()
-                progress(stream, total)
     if waiting:
         flush()
-        progress(stream, total)
     return ProtocolResult(
         protocol=protocol.name,
         frechet=real.distance(fake),
         real_clips=len(places),
-        generated_clips=total,
+        generated_clips=done,
         seed=seed,
     )
 

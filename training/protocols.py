@@ -172,11 +172,10 @@ def measure_protocol(
         tick(len(context))
         return made
 
-    # The source has chosen the places already: every clip is one, from its first frame on.
-    chosen = dataclasses.replace(protocol, videos=None, start="first", places=1, samples=drawn)
     result = run_protocol(
-        chosen, places, generate, features, seed=seed, batch=batch, lengths=[span] * len(places)
-    )
+        dataclasses.replace(protocol, samples=drawn), places, generate, features, seed=seed,
+        batch=batch,
+    )  # fmt: skip
     report = dataclasses.asdict(result) | {
         "whole_protocol": usual
         and clips in (None, whole)
