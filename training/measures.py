@@ -41,6 +41,7 @@ from training.stages import (
     weights_id,
 )
 from training.toytable_metrics import (
+    KEPT_SHARE,
     METRIC_SIZE,
     ToyTableEvaluator,
     pair_features,
@@ -359,7 +360,7 @@ def measure_recall(
         return {
             "toys": len(values),
             "area": float(ratios.mean()),
-            "kept": float((ratios >= 0.3).float().mean()),
+            "kept": float((ratios >= KEPT_SHARE).float().mean()),
         }
 
     every = [value for values in found.values() for value in values]

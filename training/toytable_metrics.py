@@ -1,8 +1,8 @@
 """Metrics of predicted ToyTable video: a Fréchet distance of its own, and readings from pixels.
 
-* `toytable_frechet`: the Fréchet distance of features of pairs of consecutive frames. They come
-  from a small network that was trained to tell the simulator's state and what is wrong with the
-  pictures, and that is shipped with its held-out figures (`metric_card`).
+* `pair_features`: features of pairs of consecutive frames, whose Fréchet distance is taken. They
+  come from a small network that was trained to tell the simulator's state and what is wrong with
+  the pictures, and whose file holds its held-out figures (`MetricCard`, the metadata `card`).
 * `gripper_errors`, `toys_kept`, `colourfulness`, `sharpness`: what pixels tell without a network.
 * `ToyTableEvaluator`: all of them, over any number of batches.
 
@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
@@ -144,19 +144,6 @@ def metric_net(path: Path = METRIC_FILE) -> MetricNet:
     return net.eval().requires_grad_(False)
 
 
-def metric_card(path: Path = METRIC_FILE) -> MetricCard:
-    """How the network of a file was trained, and its figures on held-out clips.
-
-    Raises:
-        ConfigError: there is no such file, or it holds another network.
-    """
-    try:
-        with safe_open(path, framework="pt") as file:
-            return MetricCard(**json.loads(file.metadata()["card"]))
-    except Exception as error:
-        raise ConfigError(f"ToyTable metric: no card in {path} ({error}).") from None
-
-
 @torch.inference_mode()
 def pair_features(frames: Tensor, *, net: MetricNet | None = None, chunk: int = 256) -> Tensor:
     """Features of every pair of consecutive frames: uint8 (B, T, 64, 64, 3) -> (B, T - 1, D).
@@ -172,30 +159,6 @@ def pair_features(frames: Tensor, *, net: MetricNet | None = None, chunk: int = 
     pairs = torch.stack((frames[:, :-1], frames[:, 1:]), dim=2).flatten(0, 1)
     features = torch.cat([net(part) for part in torch.split(pairs, chunk)])
     return features.reshape(b, t - 1, FEATURES)
-
-
-def toytable_frechet(
-    real: Tensor | Iterable[Tensor],
-    generated: Tensor | Iterable[Tensor],
-    *,
-    net: MetricNet | None = None,
-) -> float:
-    """Fréchet distance of the frame-pair features of two sets of clips; 0 is best.
-
-    Args:
-        real, generated: uint8 (B, T, 64, 64, 3), or an iterable of such batches, which is read
-            once and never held as a whole.
-
-    Raises:
-        InputError: frames of another type or size, or fewer than two pairs on a side.
-    """
-    sides = []
-    for clips in (real, generated):
-        stats = GaussianStats()
-        for batch in (clips,) if isinstance(clips, Tensor) else clips:
-            stats.update(pair_features(batch, net=net).flatten(0, 1))
-        sides.append(stats)
-    return sides[0].distance(sides[1])
 
 
 def _check_frames(tensor: Tensor, where: str, *, frames: int = 1, size: int | None = None) -> None:
@@ -221,6 +184,10 @@ _TOY_WINDOW = 15 / 64  # side of a square that holds any toy, in table widths
 _MIN_TOY_PIXELS = 12 / 64**2  # of the picture: the smallest toy shows about 25 / 64**2
 _MIN_SATURATION, _MIN_VALUE = 0.62, 0.2  # tables stay below, toys above
 _HUE_REACH = 0.05  # turns
+_LAST = 8  # frames of a prediction, in one of which a toy has to be seen
+
+KEPT_SHARE = 0.3
+"""Of a toy's area, with which it counts as kept."""
 
 
 def gripper_errors(context: Tensor, predicted: Tensor, actions: Tensor) -> Tensor:
@@ -280,22 +247,19 @@ class ToysKept:
         return (self.kept == self.seen).all(-1)
 
 
-def toys_kept(
-    context: Tensor, predicted: Tensor, *, last: int = 8, min_share: float = 0.3
-) -> ToysKept:
+def toys_kept(context: Tensor, predicted: Tensor) -> ToysKept:
     """Judge which toys outlive a prediction, from saturated patches of their hues.
 
-    A toy is kept if in one of the `last` predicted frames a patch of its hue, no wider than a toy
-    can be, has `min_share` of the greatest area it had in the context: so the arm may hide a toy,
-    but not all the while. Of the toys of true clips of 100 frames 98.7% are judged kept.
+    A toy is kept if in one of the last `_LAST` predicted frames a patch of its hue, no wider than a
+    toy can be, has `KEPT_SHARE` of the greatest area it had in the context: so the arm may hide a
+    toy, but not all the while. Of the toys of true clips of 100 frames 98.7% are judged kept.
 
     Args:
         context: uint8 (B, at least 1, H, W, 3).
-        predicted: uint8 (B, T, H, W, 3); of a T below `last`, all frames are looked at.
+        predicted: uint8 (B, T, H, W, 3); of a T below `_LAST`, all frames are looked at.
 
     Raises:
         InputError: frames of another type or rank, or clips that do not match.
-        ConfigError: `last` below 1, or `min_share` outside (0, 1].
     """
     _check_frames(context, "toys_kept context")
     _check_frames(predicted, "toys_kept predicted")
@@ -304,16 +268,12 @@ def toys_kept(
             f"toys_kept: context {tuple(context.shape)} and predicted {tuple(predicted.shape)} "
             "must have the same clips and size."
         )
-    if last < 1 or not 0 < min_share <= 1:
-        raise ConfigError(
-            f"toys_kept: last must be at least 1 and min_share in (0, 1]; got {last}, {min_share}."
-        )
     before = toy_areas(context).amax(1)
-    after = toy_areas(predicted[:, -last:]).amax(1)
+    after = toy_areas(predicted[:, -_LAST:]).amax(1)
     least = _MIN_TOY_PIXELS * context.shape[2] * context.shape[3]
     seen = before >= least
     return ToysKept(
-        seen=seen, kept=seen & (after >= min_share * before), extra=~seen & (after >= least)
+        seen=seen, kept=seen & (after >= KEPT_SHARE * before), extra=~seen & (after >= least)
     )
 
 
@@ -385,7 +345,7 @@ class ToyTableReport:
     clips: int
     frames: int
     frechet: float
-    """`toytable_frechet` of true and predicted frames, the step out of the context included."""
+    """Of `pair_features` of true and predicted frames, the step out of the context included."""
     gripper_px: float | None
     """Mean error of the gripper where one is found, in pixels."""
     gripper_penalised_px: float
@@ -414,8 +374,7 @@ class ToyTableReport:
 class ToyTableEvaluator:
     """Gathers the metrics of batch after batch; memory does not grow with their number."""
 
-    def __init__(self, *, net: MetricNet | None = None) -> None:
-        self._net = net
+    def __init__(self) -> None:
         self._stats = {side: GaussianStats() for side in _SIDES}
         self._sums: dict[str, Tensor] = {}
         self._clips = 0
@@ -458,7 +417,7 @@ class ToyTableEvaluator:
                 f"{side} colour": colourfulness(frames).sum(0),
                 f"{side} sharpness": sharpness(frames).sum(0),
             }
-            features = pair_features(torch.cat((last, frames), dim=1), net=self._net)
+            features = pair_features(torch.cat((last, frames), dim=1))
             self._stats[side].update(features.flatten(0, 1))
         sums["frozen"] = actions.cumsum(1).norm(dim=-1).sum() * METRIC_SIZE
         for name, value in sums.items():
