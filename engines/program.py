@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -59,26 +59,6 @@ class Noise:
     canvas: Float32
     order: Float32
 
-    def fill(
-        self,
-        sampling: SamplingConfig,
-        *,
-        seed: int,
-        streams: Sequence[int],
-        frame: int,
-        has_canvas: bool,
-    ) -> None:
-        """Draw the noise of a latent frame."""
-        normals = [(self.flow, Purpose.FLOW, 1.0)]
-        if has_canvas:
-            normals += [
-                (self.frame, Purpose.FRAME_AUGMENTATION, sampling.frame_noise),
-                (self.canvas, Purpose.CANVAS_AUGMENTATION, sampling.canvas_noise),
-            ]
-        for out, purpose, level in normals:
-            fill_normal(out, seed=seed, streams=streams, frame=frame, purpose=purpose, level=level)
-        fill_gumbel(self.order, seed=seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoiseKey:
@@ -92,16 +72,21 @@ class NoiseKey:
     has_canvas: bool
 
     def draw(self, into: Noise) -> None:
-        into.fill(
-            self.sampling,
-            seed=self.seed,
-            streams=self.streams,
-            frame=self.frame,
-            has_canvas=self.has_canvas,
-        )
-        if self.sampling.flow_temperature != (1.0, 1.0):
+        sampling, streams, frame = self.sampling, self.streams, self.frame
+        normals = [(into.flow, Purpose.FLOW, 1.0)]
+        if self.has_canvas:
+            normals += [
+                (into.frame, Purpose.FRAME_AUGMENTATION, sampling.frame_noise),
+                (into.canvas, Purpose.CANVAS_AUGMENTATION, sampling.canvas_noise),
+            ]
+        for out, purpose, level in normals:
+            fill_normal(
+                out, seed=self.seed, streams=streams, frame=frame, purpose=purpose, level=level
+            )
+        fill_gumbel(into.order, seed=self.seed, streams=streams, frame=frame, purpose=Purpose.ORDER)
+        if sampling.flow_temperature != (1.0, 1.0):
             for noise, since in zip(into.flow, self.since, strict=True):
-                noise *= flow_temperature(self.sampling, self.frame - since)
+                noise *= flow_temperature(sampling, frame - since)
 
 
 class NoiseAhead:
