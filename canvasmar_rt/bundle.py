@@ -72,6 +72,14 @@ class Difference:
     relative: float
     cosine: float
 
+    def worse(self, other: Difference) -> Difference:
+        """The worse of both in each number: NaN, if either is."""
+        return Difference(
+            max_abs=float(np.maximum(self.max_abs, other.max_abs)),
+            relative=float(np.maximum(self.relative, other.relative)),
+            cosine=float(np.minimum(self.cosine, other.cosine)),
+        )
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parity:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -39,11 +40,8 @@ def difference(outputs: Mapping[str, Array], reference: Mapping[str, Array]) -> 
         counted = np.where(level, 0, gap) if level.mean() <= ROUNDED else gap
         relative = float(np.linalg.norm(counted)) / max(norm_b, 1e-12)
         cosine = float(a @ b) / (norm_a * norm_b) if norm_a and norm_b else float(norm_a == norm_b)
-        worst = Difference(
-            max_abs=float(np.maximum(worst.max_abs, np.abs(gap).max())),
-            relative=float(np.maximum(worst.relative, relative)),
-            cosine=float(np.minimum(worst.cosine, cosine)),
-        )
+        largest = float(np.abs(gap).max())
+        worst = worst.worse(Difference(max_abs=largest, relative=relative, cosine=cosine))
     return worst
 
 
@@ -103,6 +101,22 @@ def compare_rollout(
     return tuple(drift), flipped
 
 
+def failures(parity: Parity) -> list[str]:
+    """What of a certificate is past its tolerance."""
+    found = [
+        f"{name} differs by {d.relative:.2e} (tolerance {parity.limit(name):.0e})"
+        for name, d in parity.components.items()
+        if not d.relative <= parity.limit(name)
+    ]
+    worst, limit = float(np.max(parity.drift)), parity.drift_tolerance  # NaN, if any frame is
+    if not worst <= limit:
+        found.append(f"the rollout drifts by {worst:.2e} (tolerance {limit:.0e})")
+    frames, flipped = len(parity.drift), parity.flipped_orders
+    if flipped > parity.most_flipped:
+        found.append(f"{flipped} of {frames} frames put their tokens in another order")
+    return found
+
+
 def verify(
     path: str | Path,
     *,
@@ -146,10 +160,9 @@ def _verified(
         "tolerance": parity.tolerance,
         "frame_tolerance": parity.limit("frame"),
         "drift_tolerance": parity.drift_tolerance,
-        "components": {},
         "omitted": dict(made.omitted),
     }
-    failed = []
+    components = {}
     for name in bundle.manifest.components:
         if name in report["omitted"]:
             continue
@@ -159,19 +172,10 @@ def _verified(
         for key, value in tensors.items():
             kind, _, tensor = key.partition(".")
             split[kind][tensor] = value
-        found = compare_component(made, name, split["in"], split["out"])
-        report["components"][name] = vars(found)
-        if not found.relative <= parity.limit(name):
-            failed.append(
-                f"{name} differs by {found.relative:.2e} (tolerance {parity.limit(name):.0e})"
-            )
+        components[name] = compare_component(made, name, split["in"], split["out"])
     drift, flipped = compare_rollout(made, bundle.tensors(ROLLOUT), progress)
-    report |= {"drift": list(drift), "flipped_orders": flipped}
-    worst = float(np.max(drift))  # NaN, if any frame is
-    if not worst <= parity.drift_tolerance:
-        failed.append(f"the rollout drifts by {worst:.2e} (tolerance {parity.drift_tolerance:.0e})")
-    if flipped > parity.most_flipped:
-        failed.append(f"{flipped} of {len(drift)} frames put their tokens in another order")
-    if failed:
+    here = dataclasses.replace(parity, components=components, drift=drift, flipped_orders=flipped)
+    if failed := failures(here):
         raise ParityError(f"{bundle.path} on {made.name}/{made.device}: {'; '.join(failed)}")
-    return report
+    differences = {name: vars(difference) for name, difference in components.items()}
+    return report | {"components": differences, "drift": list(drift), "flipped_orders": flipped}

@@ -60,6 +60,7 @@ from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
 from canvasmar_rt.schedule import flow_plan
+from canvasmar_rt.verify import failures
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
     "fp32": ("float32", torch.float32),
@@ -274,8 +275,7 @@ def _write(
     (work / "README.md").write_text(model_card(manifest, options.card), encoding="utf-8")
     manifest = dataclasses.replace(manifest, files=_hashes(work, [*files, *golden, "README.md"]))
     write_manifest(work, manifest)
-    problems = parity.failures(certificate)
-    if problems:
+    if problems := failures(certificate):
         raise ParityError("export refused: " + "; ".join(problems))
 
 

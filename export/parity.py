@@ -92,7 +92,7 @@ def measure(
             if name == "frame" and engine.name == "torch":
                 continue  # it runs frames from the components
             found = compare_component(engine, name, inputs, outputs)
-            results[name] = _worse(results.get(name), found)
+            results[name] = found.worse(results.get(name, found))
         path = golden_file(name)
         tensors = {f"in.{k}": v for k, v in inputs.items()}
         tensors |= {f"out.{k}": v for k, v in outputs.items()}
@@ -116,26 +116,6 @@ def measure(
 def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:
     with replacing(bundle.path / name) as temporary:
         save_file({k: np.require(v, requirements="C") for k, v in tensors.items()}, temporary)
-
-
-def failures(parity: Parity) -> list[str]:
-    """Every value of a certificate that is past its tolerance, one line each."""
-    found = [
-        f"{name}: relative difference {d.relative:.2e} is past {parity.limit(name):.0e}"
-        for name, d in parity.components.items()
-        if not d.relative <= parity.limit(name)
-    ]
-    found += [
-        f"rollout frame {i}: relative difference {d:.2e} is past {parity.drift_tolerance:.0e}"
-        for i, d in enumerate(parity.drift)
-        if not d <= parity.drift_tolerance
-    ]
-    if parity.flipped_orders > parity.most_flipped:
-        found.append(
-            f"{parity.flipped_orders} of {len(parity.drift)} frames put their tokens in another "
-            f"order, past {parity.most_flipped}"
-        )
-    return found
 
 
 def rollout_golden(
@@ -162,7 +142,6 @@ def rollout_golden(
         "seed": np.array([seed], np.int64),
         "latents": np.stack(latents),
         "orders": np.stack(orders),
-        "last_frames": sample.frames[0].numpy(),
     }
 
 
@@ -297,13 +276,3 @@ def _frame(model: FrameModel, inputs: Mapping[str, Array], bundle: Bundle) -> di
         known += size
     have["next_latent"] = have["partial"]
     return {s.name: have[s.name] for s in components(config)["frame"].outputs}
-
-
-def _worse(a: Difference | None, b: Difference) -> Difference:
-    if a is None:
-        return b
-    return Difference(
-        max_abs=float(np.maximum(a.max_abs, b.max_abs)),  # NaN, if either is
-        relative=float(np.maximum(a.relative, b.relative)),
-        cosine=float(np.minimum(a.cosine, b.cosine)),
-    )
