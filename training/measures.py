@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from canvasmar_rt.config import AutoencoderConfig, SamplingConfig
 from canvasmar_rt.errors import ConfigError, InputError
@@ -30,7 +30,7 @@ from canvasmar_rt.schedule import set_sizes
 from training.clips import Clips, ClipSource, ToyTableSource, check_length, latent_actions
 from training.config import ModelTraining
 from training.losses import MASK_RATIO, Draws, model_loss
-from training.metrics import GaussianStats, psnr, psnr_of_mean_error, ssim
+from training.metrics import GaussianStats, at_resolution, psnr, psnr_of_mean_error, ssim
 from training.stages import (
     HELD_OUT_SEED,
     continue_clips,
@@ -61,18 +61,6 @@ def batches(
     size = model.config.autoencoder.height
     for first in range(start, start + clips, batch):
         yield first, held_out(first, min(batch, start + clips - first), frames, size)
-
-
-def as_measured(frames: Tensor) -> Tensor:
-    """uint8 clips (B, T, H, H, 3) at the 64x64 pixels that ToyTable's readings want."""
-    if frames.shape[2] == METRIC_SIZE:
-        return frames
-    pictures = frames.flatten(0, 1).permute(0, 3, 1, 2).float()
-    resized = nn.functional.interpolate(
-        pictures, (METRIC_SIZE, METRIC_SIZE), mode="bilinear", antialias=True
-    )
-    resized = resized.round().clamp(0, 255).to(torch.uint8)
-    return resized.permute(0, 2, 3, 1).reshape(*frames.shape[:2], *resized.shape[2:], 3)
 
 
 def held(frames: Tensor, given: int, count: int) -> Tensor:
@@ -291,7 +279,7 @@ def measure_rollouts(
             use_actions=use_actions,
             predictor=predictor,
         ).frames
-        real, shown = as_measured(drawn.frames), as_measured(shown)
+        real, shown = (at_resolution(x, METRIC_SIZE) for x in (drawn.frames, shown))
         before, actions = real[:, :given], drawn.actions[:, given - 1 :]
         evaluator.update(before, shown[:, given:], real[:, given:], actions)
         for (start, end), sides in parts.items():
@@ -333,7 +321,7 @@ def measure_recall(
     check_length(frames, t)
     found: dict[int, list[float]] = {}
     for first, true in batches(model, clips, 1, frames):
-        areas = toy_areas(as_measured(true.frames))[0]
+        areas = toy_areas(at_resolution(true.frames, METRIC_SIZE))[0]
         share = (areas / areas.amax(0).clamp(min=1))[::t]  # at the end of every latent frame
         for latent in range(2, len(share)):
             hues = [h for h in range(share.shape[1]) if _returns(share[: latent + 1, h])]
@@ -345,7 +333,7 @@ def measure_recall(
                 model, sampling, Clips(frames=true.frames[:, :end], actions=told), context=latent,
                 seed=seed, first_stream=first, predictor=predictor,
             ).frames  # fmt: skip
-            drawn = toy_areas(as_measured(made[:, -1:]))[0, 0]
+            drawn = toy_areas(at_resolution(made[:, -1:], METRIC_SIZE))[0, 0]
             for hue in hues:
                 away = _hidden_for(share[:latent, hue])
                 found.setdefault(away, []).append(float(drawn[hue] / areas[latent * t, hue]))

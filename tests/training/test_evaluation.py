@@ -46,7 +46,6 @@ from training.evaluation import app
 from training.measures import (
     ABLATIONS,
     AlikeDraws,
-    as_measured,
     held_out,
     measure_ablations,
     measure_losses,
@@ -54,7 +53,7 @@ from training.measures import (
     measure_rollouts,
     still_patches,
 )
-from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protocol
+from training.metrics import BAIR, BAIR_DEBIASED, KINETICS600, PROTOCOLS, Protocol, at_resolution
 from training.options import override
 from training.protocols import context_frames, measure_protocol, predict_frames
 from training.stages import Continuation
@@ -390,11 +389,11 @@ def test_longer_windows_change_nothing_before_they_are_full(
 
 def test_frames_as_they_are_measured() -> None:
     frames = torch.randint(0, 256, (2, 3, 64, 64, 3), dtype=torch.uint8)
-    assert as_measured(frames) is frames
+    assert at_resolution(frames, 64) is frames
     doubled = frames.repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
-    assert as_measured(doubled).shape == frames.shape
+    assert at_resolution(doubled, 64).shape == frames.shape
     even = torch.full((1, 2, 96, 96, 3), 77, dtype=torch.uint8)
-    assert (as_measured(even) == 77).all()
+    assert (at_resolution(even, 64) == 77).all()
 
 
 def test_ablations_and_their_plot(command: Run, runs: Path, tmp_path: Path) -> None:
