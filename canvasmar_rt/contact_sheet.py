@@ -11,12 +11,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from canvasmar_rt._video_common import MAX_SIDE, Pixels, check_pixels
 from canvasmar_rt.errors import VideoError
 
-Pixels = NDArray[np.uint8]
-
 _CELL = 192  # pixels: without a scale, the largest picture comes as near to this as it can
-_MAX_SIDE = 16384  # pixels of a whole sheet
 _GAP, _MARGIN = 6, 10
 _FONT, _TITLE_FONT = 15, 20  # pixels
 _PAPER, _BLANK, _INK = (236, 236, 236), (222, 222, 222), (32, 32, 32)
@@ -66,7 +64,7 @@ def contact_sheet(
     if not pictures:
         raise VideoError("contact sheet: expected at least one picture, got none")
     for picture in pictures:
-        _check_picture(picture)
+        check_pixels("contact sheet", picture, ranks=(3,))
     if scale is not None and scale < 1:
         raise VideoError(f"contact sheet: scale must be 1 or more, got {scale}")
     count = max(len(row) for _, row in rows)
@@ -94,10 +92,10 @@ def contact_sheet(
     top = heading_y + heading_h + (_GAP if heading_h else 0)
     width = max(left + count * step_x - _GAP, _MARGIN + title_w) + _MARGIN
     height = top + len(rows) * step_y - _GAP + _MARGIN
-    if max(width, height) > _MAX_SIDE:
+    if max(width, height) > MAX_SIDE:
         raise VideoError(
             f"contact sheet: {count} columns and {len(rows)} rows of {cell_w} x {cell_h} need"
-            f" {width} x {height} pixels, at most {_MAX_SIDE} a side; show fewer or smaller ones"
+            f" {width} x {height} pixels, at most {MAX_SIDE} a side; show fewer or smaller ones"
         )
 
     sheet = Image.new("RGB", (width, height), _PAPER)
@@ -147,8 +145,8 @@ def heatmap(values: NDArray[np.floating], size: tuple[int, int]) -> Pixels:
     if not (low >= -1e-6 and high <= 1 + 1e-6):  # NaN fails every comparison
         raise VideoError(f"heatmap: expected values in 0..1, got {low:g}..{high:g}")
     height, width = size
-    if not (1 <= height <= _MAX_SIDE and 1 <= width <= _MAX_SIDE):
-        raise VideoError(f"heatmap: size must be (height, width) within 1..{_MAX_SIDE}, got {size}")
+    if not (1 <= height <= MAX_SIDE and 1 <= width <= MAX_SIDE):
+        raise VideoError(f"heatmap: size must be (height, width) within 1..{MAX_SIDE}, got {size}")
     stops = np.linspace(0.0, 1.0, len(_PLASMA))
     colours = [np.interp(array, stops, channel) for channel in _PLASMA.T]  # each (h, w)
     picture = np.rint(np.stack(colours, axis=-1)).astype(np.uint8)
@@ -169,15 +167,3 @@ def _extent(
         max((int(np.ceil(box[2])) for box in boxes), default=0),
         max((int(np.ceil(box[3])) for box in boxes), default=0),
     )
-
-
-def _check_picture(picture: Pixels) -> None:
-    if not isinstance(picture, np.ndarray):
-        raise VideoError(
-            f"contact sheet: expected uint8 arrays (H, W, 3), got {type(picture).__name__}"
-        )
-    colour = picture.ndim == 3 and picture.shape[-1] == 3 and picture.size > 0
-    if picture.dtype != np.uint8 or not colour:
-        raise VideoError(
-            f"contact sheet: expected uint8 (H, W, 3), got {picture.dtype} {picture.shape}"
-        )
