@@ -17,7 +17,7 @@ from rich.table import Table
 from canvasmar_rt import __version__
 from canvasmar_rt.bundle import DEMO_CLIP, Bundle, packaged_names
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
-from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, preset, to_dict
+from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, parsed, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
@@ -123,16 +123,7 @@ def _named(base: SamplingConfig, given: list[str] | None) -> SamplingConfig | No
     """
     if not given:
         return None
-    changes = to_dict(base)
-    for text in given:
-        name, _, value = text.partition("=")
-        try:
-            changes[name] = json.loads(value)
-        except RecursionError:
-            raise ConfigError(f"{name}: brackets within brackets without end") from None
-        except ValueError:
-            changes[name] = value
-    return from_dict(SamplingConfig, changes, "sampling")
+    return from_dict(SamplingConfig, to_dict(base) | dict(parsed(given)), "sampling")
 
 
 def _model(given: str | None, device: str) -> str:

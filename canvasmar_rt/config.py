@@ -15,7 +15,7 @@ import math
 import numbers
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, TypeVar
 
 from canvasmar_rt.errors import ConfigError
@@ -346,6 +346,24 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
         elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             raise ConfigError(f"{where}: key {name!r} is missing")
     return cls(**values)
+
+
+def parsed(assignments: Iterable[str]) -> Iterator[tuple[str, Any]]:
+    """Names and values of `name=value` assignments; values are JSON, or bare strings.
+
+    Raises:
+        ConfigError: if one has no "=".
+    """
+    for assignment in assignments:
+        name, equals, text = assignment.partition("=")
+        if not equals:
+            raise ConfigError(f"{assignment!r}: expected name=value")
+        try:
+            yield name, json.loads(text)
+        except RecursionError:
+            raise ConfigError(f"{name}: brackets within brackets without end") from None
+        except ValueError:
+            yield name, text
 
 
 def coerce_fields(options: Any, where: str = "") -> None:

@@ -43,6 +43,7 @@ from canvasmar_rt._video_archives import array_header, listing, open_member
 from canvasmar_rt._video_common import PARSER_ERRORS, brief
 from canvasmar_rt._video_streams import frame_stamps, open_video
 from canvasmar_rt.actions import is_actions, read_actions
+from canvasmar_rt.config import parsed
 from canvasmar_rt.errors import ConfigError, InputError
 from canvasmar_rt.video import (
     CLIP_SUFFIXES,
@@ -54,7 +55,6 @@ from canvasmar_rt.video import (
     read_clip,
 )
 from training.clips import Clips
-from training.options import parsed
 from training.tfrecord import Example, Record, read_record, scan_records
 
 Actions = NDArray[np.float32]
@@ -510,7 +510,7 @@ class DataSet:
         Raises:
             ConfigError: an assignment is not name=value, or of what the command itself decides.
         """
-        options = dict(parsed(assignments))
+        options = dict(parsed(assignments or ()))
         for key in options.keys() & {"lists", "table"}:  # so that they are found from anywhere
             options[key] = str(Path(str(options[key])).absolute())
         if taken := options.keys() & cls.TAKEN:
