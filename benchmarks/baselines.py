@@ -14,10 +14,10 @@ from canvasmar_rt.benchmarks.peers import (
     NaiveOnnxContestant,
     without_canvas,
 )
-from canvasmar_rt.benchmarks.random_models import need_torch, random_like
+from canvasmar_rt.benchmarks.random_models import random_like
 from canvasmar_rt.config import next_group, unified
 from canvasmar_rt.engines.program import UInt8
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.errors import ConfigError, need_torch
 from canvasmar_rt.rollout import Predictor
 
 BASELINES = {

@@ -26,7 +26,7 @@ from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines.memory import Array, Buffer, Run
 from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine
 from canvasmar_rt.engines.program import Clock, Float32, Shapes, UInt8
-from canvasmar_rt.errors import ConfigError, EngineError, InputError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError, need_torch
 from canvasmar_rt.noise import Purpose, fill_normal
 from canvasmar_rt.rollout import Predictor
 
@@ -346,15 +346,12 @@ def make_runner(
         raise EngineError(
             f"the DFoT baseline runs on the engines onnxruntime and torch, not on {engine.name}"
         )
-    try:
-        import torch
+    need_torch("the DFoT baseline")
+    import torch
 
-        from canvasmar_rt.benchmarks.dfot_model import TorchRunner, build_dfot
-        from canvasmar_rt.engines.torch_engine import TorchEngine
-    except ImportError:
-        raise EngineError(
-            "the DFoT baseline needs the export extra: pip install 'canvasmar-rt[export]'"
-        ) from None
+    from canvasmar_rt.benchmarks.dfot_model import TorchRunner, build_dfot
+    from canvasmar_rt.engines.torch_engine import TorchEngine
+
     network = build_dfot(config, seed=seed, dtype=getattr(torch, predictor.bundle.manifest.dtype))
     if isinstance(engine, TorchEngine):
         return TorchRunner(engine, network, guidance, plan, batch)

@@ -19,12 +19,12 @@ import numpy as np
 import onnxruntime as ort
 
 from canvasmar_rt.benchmarks.contestants import Played, check_groups
-from canvasmar_rt.benchmarks.random_models import need_torch, random_like
+from canvasmar_rt.benchmarks.random_models import random_like
 from canvasmar_rt.components import MASKED, autoencoder_states
 from canvasmar_rt.config import SamplingConfig, convolution_layers, to_dict
 from canvasmar_rt.engines.base import cuda_index
 from canvasmar_rt.engines.program import Clock, Float32, Int64, Noise, NoiseKey, UInt8
-from canvasmar_rt.errors import EngineError
+from canvasmar_rt.errors import EngineError, need_torch
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import (
     ar_steps,

@@ -12,23 +12,8 @@ from typing import Any
 
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import ModelConfig, SamplingConfig
-from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.errors import ConfigError, EngineError, need_torch
 from canvasmar_rt.rollout import Predictor
-
-
-def need_torch(what: str) -> None:
-    """
-    Raises:
-        EngineError: if PyTorch or its ONNX exporter is not installed; `what` needs them.
-    """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401
-        import torch  # noqa: F401
-    except ImportError:
-        raise EngineError(
-            f"{what} needs PyTorch and ONNX: pip install 'canvasmar-rt[export]'"
-        ) from None
 
 
 def scaled(config: ModelConfig, factor: int) -> ModelConfig:

@@ -18,12 +18,11 @@ from canvasmar_rt import __version__
 from canvasmar_rt.bundle import DEMO_CLIP, Bundle, packaged_names
 from canvasmar_rt.command import print_error, run_command, stderr, stderr_bar
 from canvasmar_rt.config import PRESETS, SamplingConfig, from_dict, parsed, preset, to_dict
-from canvasmar_rt.errors import CanvasMarError, ConfigError, EngineError, InputError
+from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError, need, need_torch
 from canvasmar_rt.files import check_writable, write_file
 from canvasmar_rt.rollout import Predictor, load
 from canvasmar_rt.service.settings import Settings
 
-TORCH = ("torch", "onnx", "onnxscript")
 DEFAULT_MODEL = "toytable-int8"
 """The faster of the packaged bundles; on a GPU it is `GPU_MODEL`."""
 GPU_MODEL = "toytable"
@@ -348,7 +347,7 @@ def export(
         text = "" if card is None else card.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--card {card}: cannot be read as text ({error})") from None
-    _need("export", "export", *TORCH)
+    need_torch("export")
     from canvasmar_rt.bundle import BatchRange
     from canvasmar_rt.export.exporter import ExportOptions, export_bundle
     from canvasmar_rt.models.checkpoint import load_checkpoint
@@ -403,14 +402,6 @@ def export(
         )  # fmt: skip
 
 
-def _need(what: str, extra: str, *modules: str) -> None:
-    import importlib.util
-
-    missing = [m for m in modules if importlib.util.find_spec(m) is None]
-    if missing:
-        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[{extra}]'")
-
-
 PAPER_TOTALS = {
     "bair": (
         211e6,
@@ -446,7 +437,7 @@ def info(
 
 
 def _preset_info(name: str, as_json: bool) -> None:
-    _need("info on a preset", "export", *TORCH)
+    need_torch("info on a preset")
     from canvasmar_rt.models.families import count_parameters
 
     config, sampling = preset(name)
@@ -761,7 +752,7 @@ def serve(
     quiet: Quiet = False,
 ) -> None:
     """Play the learned world in a browser; several sessions share a batch (the `serve` extra)."""
-    _need("serve", "serve", "fastapi", "uvicorn", "websockets", "prometheus_client")
+    need("serve", "serve", "fastapi", "uvicorn", "websockets", "prometheus_client")
     from canvasmar_rt.service.server import run
 
     settings = Settings(

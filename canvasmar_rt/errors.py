@@ -4,6 +4,8 @@ A message names the component and tensor (or file) concerned, what was expected,
 and what to do about it. The command line prints the message alone and exits with status 2.
 """
 
+import importlib.util
+
 
 class CanvasMarError(Exception):
     """Base of all errors raised by canvasmar-rt."""
@@ -35,3 +37,22 @@ class ParityError(CanvasMarError):
 
 class StateError(CanvasMarError):
     """A rollout was asked for something its present state does not allow."""
+
+
+def need(what: str, extra: str, *modules: str) -> None:
+    """Raise `EngineError` if a module that `what` needs, and `extra` brings, is not installed."""
+    missing = [module for module in modules if not _found(module)]
+    if missing:
+        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[{extra}]'")
+
+
+def _found(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def need_torch(what: str) -> None:
+    """Raise `EngineError` if PyTorch or its ONNX exporter is not installed."""
+    need(what, "export", "torch", "onnx", "onnxscript")

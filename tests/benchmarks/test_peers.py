@@ -321,7 +321,7 @@ def test_what_needs_torch_says_so(packaged: Predictor, monkeypatch: pytest.Monke
                 lambda: without_canvas(packaged, ar_steps=2),
             ]
             for make in makers:
-                with pytest.raises(EngineError, match=r"needs PyTorch and ONNX.*\[export\]"):
+                with pytest.raises(EngineError, match=rf"needs {missing}: .*\[export\]"):
                     make()
 
 
