@@ -152,7 +152,7 @@ class Attention(nn.Module):
 
 class Experts(nn.Module):
     """One module per token segment. A sequence is [condition | mask | known] with `lengths` of the
-    three; one expert serves all, two serve condition+mask and known (MM-DiT), three one each."""
+    three; one expert serves all, three one each. The two of MM-DiT are called one by one."""
 
     def __init__(self, count: int, make: Callable[[], nn.Module]) -> None:
         super().__init__()
@@ -161,13 +161,11 @@ class Experts(nn.Module):
     def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         if len(self.experts) == 1:
             return self.experts[0](x)
-        condition, mask, known = lengths
-        sizes = (condition, mask, known) if len(self.experts) == 3 else (condition + mask, known)
         if x.requires_grad and not torch.compiler.is_compiling():  # one gradient, not one a slice
-            pieces = zip(self.experts, x.split(sizes, dim=1), strict=True)
+            pieces = zip(self.experts, x.split(list(lengths), dim=1), strict=True)
             return torch.cat([expert(y) for expert, y in pieces if y.shape[1]], dim=1)
         parts, start = [], 0
-        for expert, size in zip(self.experts, sizes, strict=True):
+        for expert, size in zip(self.experts, lengths, strict=True):
             if isinstance(size, int) and size == 0:
                 continue
             parts.append(expert(x[:, start : start + size]))
