@@ -55,13 +55,13 @@ class Builder:
         self.initializers[name] = numpy_helper.from_array(np.asarray(value), name)
         return name
 
-    def op(self, op_type: str, inputs: Sequence[str], outputs: int = 1, **attributes: Any) -> str:
-        """Add a node and return the name of its first output."""
-        names = [self.name(op_type.lower()) for _ in range(outputs)]
+    def op(self, op_type: str, inputs: Sequence[str], **attributes: Any) -> str:
+        """Add a node and return the name of its output."""
+        name = self.name(op_type.lower())
         self.nodes.append(
-            helper.make_node(op_type, list(inputs), names, self.name(op_type), **attributes)
+            helper.make_node(op_type, list(inputs), [name], self.name(op_type), **attributes)
         )
-        return names[0]
+        return name
 
     def identity(self, source: str, target: str) -> None:
         self.nodes.append(helper.make_node("Identity", [source], [target], self.name("identity")))

@@ -23,6 +23,7 @@ from typing import Any
 import onnx
 import torch
 from onnx import ModelProto, TensorProto
+from onnx.external_data_helper import set_external_data
 from onnx.helper import make_node
 from onnxscript import opset20
 from safetensors.torch import save_file
@@ -44,7 +45,7 @@ from canvasmar_rt.bundle import (
     write_manifest,
 )
 from canvasmar_rt.components import TensorSpec, components
-from canvasmar_rt.config import ModelConfig, SamplingConfig
+from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.torch_engine import PART, SCALE, TRANSPOSED
 from canvasmar_rt.errors import BundleError, ConfigError, ParityError
 from canvasmar_rt.export import compose, parity, tensorrt_ops
@@ -230,7 +231,6 @@ def _write(
     files = write_graphs(
         graphs,
         cast_model,
-        config,
         work,
         halve=halved,
         quantized=options.quantize != "none",
@@ -298,12 +298,11 @@ def trace(
     """ONNX graphs of all components of `model`, whose weights have the graphs' dtype."""
     config, opset = model.config, options.opset
     dtype_name, dtype = DTYPES[options.dtype]
-    sizes = EXAMPLE_SIZES
     if config.tokens < 16:
         raise ConfigError(f"{config.name}: a latent frame has {config.tokens} tokens, 16 needed")
 
     def example(spec: TensorSpec) -> Tensor:
-        shape = [sizes[d] if isinstance(d, str) else d for d in spec.dims]
+        shape = [EXAMPLE_SIZES[d] if isinstance(d, str) else d for d in spec.dims]
         if spec.dtype == "int64":
             orders = [torch.randperm(config.tokens) for _ in range(math.prod(shape[:-1]))]
             return torch.stack([x[: shape[-1]] for x in orders]).view(shape)
@@ -359,7 +358,7 @@ def trace(
             time[0].clone(),
             torch.tensor(0.1),
             torch.tensor(0.2),
-            torch.randn(sizes["G"]),
+            torch.randn(EXAMPLE_SIZES["G"]),
             *(part.clone() for part in given),
         ),
         (
@@ -511,7 +510,6 @@ EXTERNAL_BYTES = 1024
 def write_graphs(
     graphs: Mapping[str, ModelProto],
     model: FrameModel,
-    config: ModelConfig,
     work: Path,
     *,
     halve: bool,
@@ -530,6 +528,7 @@ def write_graphs(
     Returns:
         Paths of the files written, relative to `work`.
     """
+    config = model.config
     table = components(config)
     homes = {
         "temporal": ("temporal.",),
@@ -632,12 +631,8 @@ def _externalise(proto: ModelProto, name: str, place: Place, folder: Path) -> No
     location = os.path.relpath(place.path, folder)
     assert not location.startswith(".."), location
     tensor = next(t for t in proto.graph.initializer if t.name == name)
+    set_external_data(tensor, location, place.offset, place.length)
     tensor.ClearField("raw_data")
-    tensor.data_location = TensorProto.EXTERNAL
-    values = (("location", location), ("offset", place.offset), ("length", place.length))
-    for key, value in values:
-        entry = tensor.external_data.add()
-        entry.key, entry.value = key, str(value)
     if tensor.data_type == TensorProto.FLOAT and place.dtype == "F16":
         tensor.data_type = TensorProto.FLOAT16
         tensor.name = f"{name}.fp16"
