@@ -18,8 +18,6 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from canvasmar_rt.errors import InputError
-
 Array = npt.NDArray[Any]
 Index = tuple[slice | int, ...]
 """Of a part of an array; () is all of it."""
@@ -175,29 +173,17 @@ class HostGroup:
         """The arrays are the memory."""
 
 
-def host_buffer(array: Array, dtype: str | None = None) -> Buffer:
-    """A NumPy array as a buffer on the CPU; `dtype` where the array holds bits.
-
-    Raises:
-        InputError: if the array is not C-contiguous and writeable.
-    """
-    if not (array.flags.c_contiguous and array.flags.writeable):
-        raise InputError(f"expected a writeable C-contiguous array, got strides {array.strides}")
-    return Buffer(array.ctypes.data, array.shape, dtype or array.dtype.name, array, array)
-
-
 class HostMemory:
     """Plain NumPy arrays."""
 
     device = "cpu"
 
     def group(self, layout: Layout, *, mirrored: bool = True) -> HostGroup:
-        return HostGroup(
-            {
-                name: host_buffer(np.zeros(tuple(shape), STORAGE[dtype]), dtype)
-                for name, (shape, dtype) in layout.items()
-            }
-        )
+        buffers = {}
+        for name, (shape, dtype) in layout.items():
+            array = np.zeros(tuple(shape), STORAGE[dtype])
+            buffers[name] = Buffer(array.ctypes.data, array.shape, dtype, array, array)
+        return HostGroup(buffers)
 
     def read(self, buffer: Buffer) -> Array:
         assert buffer.host is not None
