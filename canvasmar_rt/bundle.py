@@ -307,7 +307,7 @@ class Bundle:
 
     @classmethod
     def open(
-        cls, path_or_name: str | Path, progress: Callable[[str], None] | None = None
+        cls, path_or_name: str | Path, progress: Callable[[str], None] = lambda _: None
     ) -> Bundle:
         """Read and check a bundle.
 
@@ -331,20 +331,6 @@ class Bundle:
         """Identifies the graphs and weights: a hash over the hashes of all files."""
         listed = sorted((name, entry.sha256) for name, entry in self.manifest.files.items())
         return hashlib.sha256(json.dumps(listed).encode()).hexdigest()
-
-    @property
-    def hidden_dtype(self) -> np.dtype[Any]:
-        """NumPy dtype of hidden tensors.
-
-        Raises:
-            BundleError: for bfloat16, which NumPy does not have.
-        """
-        if self.manifest.dtype == "bfloat16":
-            raise BundleError(
-                f"{self.path}: a bfloat16 bundle runs on a GPU engine only; export with "
-                "--dtype fp32 or fp16 for this engine"
-            )
-        return np.dtype(self.manifest.dtype)
 
     def file(self, component: str) -> Path:
         """Path of a component's graph."""
@@ -397,15 +383,12 @@ def _read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _check_files(
-    directory: Path, manifest: Manifest, progress: Callable[[str], None] | None
-) -> None:
+def _check_files(directory: Path, manifest: Manifest, progress: Callable[[str], None]) -> None:
     """Every listed file is there, of its size and hash; every graph, and the weights beside it, are
     listed."""
     for name, entry in sorted(manifest.files.items()):
         path = _inside(directory, name)
-        if progress is not None:
-            progress(name)
+        progress(name)
         if not os.path.isfile(path):
             raise BundleError(f"{directory}: {name} is missing; export or copy it again")
         size = path.stat().st_size

@@ -74,10 +74,13 @@ class OnnxRuntimeEngine:
                 f"provider must be {' or '.join(usable)} on {device}, got {provider!r}"
             )
         self._provider = PROVIDERS[kind]
-        if device == "cpu":
-            _ = bundle.hidden_dtype  # bfloat16 has no CPU kernels
-        else:
+        if device != "cpu":
             preload()
+        elif bundle.manifest.dtype == "bfloat16":
+            raise BundleError(
+                f"{bundle.path}: a bfloat16 bundle runs on a GPU engine only; export with "
+                "--dtype fp32 or fp16 for this engine"
+            )
         self._plugin = _rtx_device(index) if kind == "tensorrt-rtx" else None
         if self._plugin is None and self._provider not in ort.get_available_providers():
             raise EngineError(
