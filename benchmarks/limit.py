@@ -152,19 +152,14 @@ def frame_costs(
     def cost(passes: Sequence[_Pass], moved: int) -> Cost:
         return _cost(passes, moved, dtype_bytes, on_chip)
 
-    def once(name: str, work: _Pass) -> Cost:
-        return cost([work], _moved(table[name], sizes, dtype_bytes))
+    def graph(name: str, work: _Pass, times: int = 1) -> Cost:
+        return cost([work] * times, times * _moved(table[name], sizes, dtype_bytes))
 
-    def again(name: str, work: _Pass) -> Cost:
-        """For every frame of a group."""
-        moved = config.group * _moved(table[name], sizes, dtype_bytes)
-        return cost([work] * config.group, moved)
-
-    costs = {"temporal": again("temporal", _temporal(config, batch))}
+    costs = {"temporal": graph("temporal", _temporal(config, batch), config.group)}
     if config.canvas:
-        costs["canvas"] = once("canvas", _canvas(config, batch))
+        costs["canvas"] = graph("canvas", _canvas(config, batch))
     if "condition" in table:
-        work = once("condition", _condition(config, batch))
+        work = graph("condition", _condition(config, batch))
         again_read = max(0, work.weight_bytes - on_chip)  # by the Spatial MAR: it is its blocks
         costs["condition"] = dataclasses.replace(work, weight_bytes=again_read)
     passes, moved = [], 0
@@ -186,8 +181,8 @@ def frame_costs(
         evaluate * evaluations,
         sum(_moved(table["flow"], sizes | {"S": step.drawn}, dtype_bytes) for step in steps),
     )
-    costs["decoder"] = again("decoder", _autoencoder(config.autoencoder, batch, decoder=True))
-    return costs
+    decoder = _autoencoder(config.autoencoder, batch, decoder=True)
+    return costs | {"decoder": graph("decoder", decoder, config.group)}
 
 
 def encoder_cost(config: ModelConfig, *, batch: int = 1, dtype_bytes: int = 4) -> Cost:
@@ -288,19 +283,16 @@ def _spatial(config: ModelConfig, rows: int, step: ArStep) -> _Pass:
     return work
 
 
-def _modulations(config: ModelConfig) -> int:
-    return config.flow.width * config.flow.modulations
-
-
 def _flow_prepare(config: ModelConfig, rows: int, evaluations: int) -> _Pass:
     """What an AR step does once: conditions and times."""
     work, width = _Pass(), config.flow.width
+    modulations = width * config.flow.modulations
     work.linear(rows, config.dim, width)
     work.linear(evaluations, TIME_FEATURES, width)
     work.linear(evaluations, width, width)
     if config.flow.modulation == "additive":
-        work.linear(rows, width, _modulations(config))
-        work.linear(evaluations, width, _modulations(config))
+        work.linear(rows, width, modulations)
+        work.linear(evaluations, width, modulations)
     return work
 
 
@@ -309,7 +301,7 @@ def _flow_evaluation(config: ModelConfig, tokens: int, branches: int) -> _Pass:
     channels, rows = config.autoencoder.latent_channels, tokens * branches
     work.linear(tokens, channels, width)  # the branches share the noisy token
     if config.flow.modulation == "joint":
-        work.linear(rows, width, _modulations(config))
+        work.linear(rows, width, width * config.flow.modulations)
     for _ in range(2 * config.flow.blocks):
         work.linear(rows, width, width)
     work.linear(rows, width, channels)

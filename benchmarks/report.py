@@ -123,7 +123,12 @@ def pictures(report: Mapping[str, Any]) -> dict[str, bytes]:
         ),
         "components.png": _bars(
             "One latent frame", under, "ms / batch",
-            {f"batch {row['batch']}": _per(split(row, OURS), row["batch"]) for row in rows},
+            {
+                f"batch {row['batch']}": {
+                    part: ms / row["batch"] for part, ms in split(row, OURS).items()
+                }
+                for row in rows
+            },
         ),
     }  # fmt: skip
     if swept:
@@ -157,10 +162,6 @@ def _history(under: str, parts: Mapping[str, Mapping[str, float]]) -> bytes:
         "Cost of a latent frame by its history", under, "ms", history, lines,
         axis="latent frames of history",
     )  # fmt: skip
-
-
-def _per(parts: Mapping[str, float], count: int) -> dict[str, float]:
-    return {name: value / count for name, value in parts.items()}
 
 
 def where(report: Mapping[str, Any]) -> str:

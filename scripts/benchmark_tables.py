@@ -20,9 +20,9 @@ OTHERS = (
 )  # fmt: skip
 
 
-def reports(results: Path = RESULTS) -> dict[str, dict[str, Any]]:
+def reports() -> dict[str, dict[str, Any]]:
     """What `canvasmar-rt bench` wrote, by the file's name."""
-    found = {path.stem: json.loads(path.read_text()) for path in sorted(results.glob("*.json"))}
+    found = {path.stem: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
     return {name: report for name, report in found.items() if "timed_boundary" in report}
 
 
