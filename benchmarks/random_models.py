@@ -79,8 +79,8 @@ def random_like(
     like = getattr(engine, "like", None)
     if like is None:
         raise EngineError(
-            f"{config.name} is exported on the spot and has no engines of {engine.name}; measure it "
-            "on engine onnxruntime or torch"
+            f"{config.name} is exported on the spot and has no engines of {engine.name}; measure "
+            "it on onnxruntime or torch"
         )
     short = {long: name for name, (long, _) in DTYPES.items()}
     with random_bundle(

@@ -40,17 +40,19 @@ def listing(folder: Path) -> tuple[list[Path], list[Path]]:
     """Image frames and clips that lie directly in `folder`, each in natural order, but no files of
     their actions."""
     try:
-        names = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
-        files = sorted((e for e in names if e.is_file() and not is_actions(e)), key=_natural)
+        shown = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+        found = [entry for entry in shown if entry.is_file() and not is_actions(entry)]
+        files = sorted(found, key=lambda file: natural(file.name))
     except OSError as error:
         raise VideoError(f"{folder}: cannot be listed ({brief(error)}); check the path") from error
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     return images, [file for file in files if file.suffix.lower() in CLIP_SUFFIXES]
 
 
-def _natural(path: Path) -> tuple[list[str | int], str]:
-    parts = re.split(r"([0-9]+)", path.name.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], path.name
+def natural(name: str) -> tuple[list[str | int], str]:
+    """A key that sorts names by the numbers in them."""
+    parts = re.split(r"([0-9]+)", name.lower())
+    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def untimed(frames: Iterator[Callable[[], Pixels]], fps: float | None) -> Track:

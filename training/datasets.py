@@ -24,7 +24,6 @@ import inspect
 import io
 import math
 import os
-import re
 import threading
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,7 +38,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from canvasmar_rt._video_archives import array_header, listing, open_member
+from canvasmar_rt._video_archives import array_header, listing, natural, open_member
 from canvasmar_rt._video_common import PARSER_ERRORS, brief
 from canvasmar_rt._video_streams import frame_stamps, open_video
 from canvasmar_rt.actions import is_actions, read_actions
@@ -160,23 +159,18 @@ class RecordedClips:
             raise InputError(f"expected clips from 0 on, at least one; got {count} from {first}")
         return _batch(list(self._share(self._draw, range(first, first + count))))
 
-    def test_clips(
-        self, batch: int = 16, window: Literal["first", "centre"] = "first"
-    ) -> Iterator[Clips]:
-        """One clip of every recording in order, `batch` at a time (fewer at the end), not random.
+    def test_clips(self, batch: int = 16) -> Iterator[Clips]:
+        """The beginning of every recording in order, `batch` at a time (fewer at the end).
 
         Raises:
-            ConfigError: `window` is neither.
             InputError: the batch is empty, or no recording can be used.
         """
         if batch < 1:
             raise InputError(f"expected batches of at least one clip, got {batch}")
-        _one_of("window", window, ("first", "centre"))
-        share = 0.0 if window == "first" else 0.5
 
         def cut(item: int) -> tuple[Window | None, dict[str, str]]:
             try:
-                return self._cut(item, share), {}
+                return self._cut(item, 0.0), {}
             except InputError as error:
                 return None, self._reason(item, error)
 
@@ -775,15 +769,10 @@ def _walk(root: Path) -> Iterator[Path]:
             below.clear()
             continue
         seen.add((state.st_dev, state.st_ino))
-        below[:] = sorted((name for name in below if not name.startswith(".")), key=_natural)
-        for name in sorted(names, key=_natural):
+        below[:] = sorted((name for name in below if not name.startswith(".")), key=natural)
+        for name in sorted(names, key=natural):
             if not name.startswith("."):
                 yield Path(folder, name)
-
-
-def _natural(name: str) -> tuple[list[str | int], str]:
-    parts = re.split(r"([0-9]+)", name.lower())
-    return [int(part) if i % 2 else part for i, part in enumerate(parts)], name
 
 
 def _text(path: Path) -> str:

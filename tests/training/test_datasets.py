@@ -21,7 +21,7 @@ from canvasmar_rt.video import Clip, read_clip, write_clip
 from tests.training.tfrecord_writer import Feature, example, file_of, record
 from training import datasets
 from training.clips import Clips
-from training.datasets import DataSet, RecordedClips, make_source
+from training.datasets import DataSet, RecordedClips, _batch, make_source
 
 Frames = NDArray[np.uint8]
 LENGTH = 9  # frames of a made recording
@@ -179,7 +179,7 @@ def test_test_clips_come_in_the_order_of_the_files(tmp_path: Path) -> None:
     for seed in range(5):
         np.testing.assert_array_equal(clips.frames[seed], moving(seed)[:4])
         np.testing.assert_array_equal(clips.actions[seed], moves(seed)[:3])
-    middle = joined(list(source.test_clips(window="centre")))
+    middle = joined([_batch([source._cut(item, 0.5)]) for item in range(5)])
     starts = [place(frames, moving(seed)) for seed, frames in enumerate(middle.frames)]
     assert starts == [3] * 5  # spare frames: five, of which two come after
 
@@ -637,10 +637,8 @@ def test_windows_of_a_real_video_are_its_frames(
     assert min(starts) >= 0
     assert len(set(starts)) > 1
     last = len(whole) - (4 - 1) * stride - 1
-    (centre,) = source.test_clips(window="centre")
-    np.testing.assert_array_equal(
-        centre.frames[0], whole[(last + 1) // 2 :][: 3 * stride + 1 : stride]
-    )
+    centre, _ = source._cut(0, 0.5)
+    np.testing.assert_array_equal(centre, whole[(last + 1) // 2 :][: 3 * stride + 1 : stride])
 
 
 def test_a_video_that_ends_before_its_header_says(clips_folder: Path, tmp_path: Path) -> None:
@@ -766,5 +764,3 @@ def test_clips_before_the_first_one_are_refused(tmp_path: Path) -> None:
             source.clips(first, count)
     with pytest.raises(InputError, match="at least one clip"):
         list(source.test_clips(batch=0))
-    with pytest.raises(ConfigError, match="window must be one of first, centre"):
-        list(source.test_clips(window="last"))  # type: ignore[arg-type]
