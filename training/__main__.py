@@ -176,7 +176,7 @@ def encode(
             seed=seed,
             batch=batch or min(max(fits, 1), ENCODED[ranks.device.type]),
             seconds=math.inf if minutes is None else 60 * minutes,
-            progress=lambda done: advance(done, None),
+            progress=advance,
         )
 
 

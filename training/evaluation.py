@@ -14,8 +14,7 @@ import io
 import json
 import math
 import platform
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -124,7 +123,7 @@ def reconstruction(
     """PSNR of held-out clips through the autoencoder; with --engine, decoded there."""
     model, _ = _load_toytable(checkpoint, output, device, threads, None, whole=False)
     predictor = _predictor(checkpoint, engine, device, threads)
-    with _ticking("reconstruction", clips, quiet) as tick:
+    with progress_bar("reconstruction", clips, quiet) as tick:
         result = measure_reconstruction(
             model, clips=clips, frames=frames, batch=batch, tick=tick, predictor=predictor
         )
@@ -143,7 +142,7 @@ def losses(
 ) -> None:
     """The training losses on held-out clips, under the same noise for every model."""
     model, _ = _load_toytable(checkpoint, output, device, threads, None)
-    with _ticking("losses", clips, quiet) as tick:
+    with progress_bar("losses", clips, quiet) as tick:
         result = measure_losses(model, clips=clips, batch=batch, tick=tick)
     _write(output, "losses", model, None, result, quiet)
 
@@ -165,7 +164,7 @@ def one_step(
     """One latent frame ahead: prediction, canvas alone, a copy of the last frame."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
     predictor = _predictor(checkpoint, engine, device, threads)
-    with _ticking("one step", clips, quiet) as tick:
+    with progress_bar("one step", clips, quiet) as tick:
         result = measure_one_step(
             model, sampling, clips=clips, context=context, batch=batch, seed=seed, tick=tick,
             predictor=predictor,
@@ -196,7 +195,7 @@ def rollouts(
     modes = {"with_actions": True} if model.config.action_dim else {}
     modes["without_actions"] = False
     result = {}
-    with _ticking("rollouts", len(modes) * clips, quiet) as tick:
+    with progress_bar("rollouts", len(modes) * clips, quiet) as tick:
         for name, given in modes.items():
             result[name] = measure_rollouts(
                 model, sampling, clips=clips, frames=frames, context=context, batch=batch,
@@ -226,7 +225,7 @@ def long(
     predictor = _predictor(checkpoint, engine, device, threads, set_model)
     if frames < 36:
         raise InputError(f"long rollouts need at least 36 frames, got {frames}")
-    with _ticking("long rollouts", clips, quiet) as tick:
+    with progress_bar("long rollouts", clips, quiet) as tick:
         result = measure_rollouts(
             model, sampling, clips=clips, frames=frames, context=context, batch=batch,
             seed=seed, tick=tick, windows=((5, 20), (frames - 15, frames)), predictor=predictor,
@@ -250,7 +249,7 @@ def recall(
     """Toys that come back from under the arm, one latent frame ahead of the true ones."""
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_)
     predictor = _predictor(checkpoint, engine, device, threads)
-    with _ticking("recall", clips, quiet) as tick:
+    with progress_bar("recall", clips, quiet) as tick:
         result = measure_recall(
             model, sampling, clips=clips, frames=frames, seed=seed, tick=tick, predictor=predictor
         )
@@ -352,7 +351,7 @@ def _write_curves(
     def report(result: dict[str, Any]) -> dict[str, Any]:
         return _report(what, model, sampling, result)
 
-    with _ticking(what, points, quiet) as tick:
+    with progress_bar(what, points, quiet) as tick:
         result = measure(
             tick=tick,
             before=lambda result: _curves_before(output, report(result)),
@@ -456,7 +455,7 @@ def recordings(
         frames=given + frames, height=ae.height, width=ae.width, seed=seed, split=split
     )
     check_actions(model.config, source.action_dim)
-    with _ticking("recordings", clips, quiet) as tick:
+    with progress_bar("recordings", clips, quiet) as tick:
         result, real, shown = measure_recordings(
             model, sampling, source, clips=clips, context=context, batch=batch, seed=seed,
             tick=tick, predictor=predictor,
@@ -520,7 +519,7 @@ def protocol(
         split=split,
     )
     places = clips or (chosen.videos or len(source)) * chosen.places
-    with _ticking(name, places * (samples or chosen.samples), quiet) as tick:
+    with progress_bar(name, places * (samples or chosen.samples), quiet) as tick:
         result = measure_protocol(
             model, sampling, chosen, source, features, lpips=distance, clips=clips,
             samples=samples, batch=batch, seed=seed, tick=tick,
@@ -606,12 +605,6 @@ def _predictor(
     if model_assignments:
         raise ConfigError("--set-model: an engine runs what was exported; leave --engine out")
     return load(checkpoint, engine=engine, device=device, threads=threads)
-
-
-@contextmanager
-def _ticking(name: str, total: int, quiet: bool) -> Iterator[Callable[[int], None]]:
-    with progress_bar(name, total, quiet) as advance:
-        yield lambda done: advance(done, None)
 
 
 def _report(

@@ -119,7 +119,7 @@ def process_group(device: str = "") -> Iterator[Ranks]:
 @contextmanager
 def progress_bar(
     name: str, total: int, quiet: bool, *, done: int = 0
-) -> Iterator[Callable[[int, str | None], None]]:
+) -> Iterator[Callable[..., None]]:
     """A bar on stderr; call what it gives with the steps done and, now and then, a text. Where
     stderr is not a terminal the texts become lines."""
     with Progress(
@@ -130,7 +130,7 @@ def progress_bar(
         task = bar.add_task("", total=total, completed=done, text="")
         count = done
 
-        def advance(steps: int, text: str | None) -> None:
+        def advance(steps: int, text: str | None = None) -> None:
             nonlocal count
             count += steps
             bar.update(task, advance=steps)
