@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -79,7 +79,6 @@ class ToyTableSource:
     frames: int = 17
     size: int = 64
     seed: int = 0
-    world: ToyTableConfig = field(default_factory=ToyTableConfig)
     device: str = "cpu"
 
     @property
@@ -95,9 +94,8 @@ class ToyTableSource:
         return 2
 
     def clips(self, first: int, count: int) -> Clips:
-        world = replace(self.world, size=self.size)
         drawn = generate(
-            world,
+            ToyTableConfig(size=self.size),
             batch=count,
             frames=self.frames,
             seed=self.seed,

@@ -209,11 +209,8 @@ class _Draws:
         return part.reshape(-1, *shape) * (high - low) + low
 
 
-def policy_noise(
-    config: ToyTableConfig, *, batch: int, steps: int, seed: int, first_clip: int = 0
-) -> Tensor:
+def policy_noise(*, batch: int, steps: int, seed: int, first_clip: int = 0) -> Tensor:
     """The draws of the scripted policy, (steps, B, 8), uniform in [0, 1), on the CPU."""
-    del config
     table = _uniforms(seed, _POLICY_STREAM, first_clip, batch, steps * _POLICY_DRAWS)
     return table.reshape(batch, steps, _POLICY_DRAWS).transpose(0, 1).contiguous()
 
@@ -271,9 +268,8 @@ def _toy_distance(x: Tensor, y: Tensor, angle: Tensor, radius: Tensor, form: Ten
     return torch.sqrt(px * px + py * py) * torch.sign(px) - rounding * radius
 
 
-def _elbow(config: ToyTableConfig, state: WorldState) -> Tensor:
+def _elbow(state: WorldState) -> Tensor:
     """Where the elbow must be for the forearm to end at the gripper, (B, 2)."""
-    del config
     reach = state.gripper - state.arm_base
     length = _norm(reach, keep=True).clamp(max=2 * _LINK - 1e-3)
     ahead = reach / length
@@ -286,9 +282,7 @@ def _elbow(config: ToyTableConfig, state: WorldState) -> Tensor:
 # Dynamics
 
 
-def _separate_toys(
-    config: ToyTableConfig, state: WorldState, toys: Tensor, velocity: Tensor
-) -> tuple[Tensor, Tensor]:
+def _separate_toys(state: WorldState, toys: Tensor, velocity: Tensor) -> tuple[Tensor, Tensor]:
     """Push overlapping toys apart, each by half, and take away their closing speed."""
     reach = state.toy_radius * _form(state.toy_shape)[..., 6]
     delta = toys.unsqueeze(2) - toys.unsqueeze(1)  # (B, n, n, 2): from toy j to toy i
@@ -395,7 +389,7 @@ def step(config: ToyTableConfig, state: WorldState, action: Tensor) -> WorldStat
         spin = torch.where(depth > 0, 0.5 * spin + 0.5 * (turned * parts).clamp(-0.6, 0.6), spin)
 
         for _ in range(2):
-            toys, velocity = _separate_toys(config, state, toys, velocity)
+            toys, velocity = _separate_toys(state, toys, velocity)
             toys, velocity = _keep_on_table(config, state, toys, velocity)
     return replace(
         state,
@@ -520,9 +514,8 @@ def _map_state(state: WorldState, change: Callable[[Tensor], Tensor]) -> WorldSt
 # The scripted operator
 
 
-def start_policy(config: ToyTableConfig, state: WorldState) -> PolicyState:
+def start_policy(state: WorldState) -> PolicyState:
     """An operator about to make a first decision."""
-    del config
     batch, device = state.gripper.shape[0], state.gripper.device
     index = torch.zeros(batch, dtype=torch.long, device=device)
     return PolicyState(
@@ -747,7 +740,7 @@ def _draw_arm(config: ToyTableConfig, state: WorldState, image: Tensor) -> Tenso
     """Draw the arm's shadow, its two links and the gripper; `image` is (F, C, H * W)."""
     x, y = _pixels(config.size, image.device)
     pixel = 1 / config.size
-    base, hand, elbow = state.arm_base, state.gripper, _elbow(config, state)
+    base, hand, elbow = state.arm_base, state.gripper, _elbow(state)
     fall = state.light * _ARM_SHADOW
 
     # Shadows: the gripper is near the table and casts a close one.
@@ -818,10 +811,8 @@ def generate(
     if frames < 1:
         raise ConfigError(f"ToyTable generate: frames must be at least 1; got {frames}.")
     state = reset(config, batch=batch, seed=seed, first_clip=first_clip, device=device)
-    noise = policy_noise(
-        config, batch=batch, steps=frames - 1, seed=seed, first_clip=first_clip
-    ).to(device)
-    operator = start_policy(config, state)
+    noise = policy_noise(batch=batch, steps=frames - 1, seed=seed, first_clip=first_clip)
+    noise, operator = noise.to(device), start_policy(state)
     background, light = _background(config, state), _light(config, state)
     pictures = [_draw(config, state, background, light)]
     states, actions = [state], []

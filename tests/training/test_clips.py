@@ -30,7 +30,7 @@ from training.clips import (
     to_device,
     write_latents,
 )
-from training.toytable import generate
+from training.toytable import ToyTableConfig, generate
 
 # ToyTable
 
@@ -39,9 +39,7 @@ def test_toytable_clips_are_the_worlds() -> None:
     source = ToyTableSource(frames=4, size=16, seed=3)
     assert (source.height, source.width, source.action_dim) == (16, 16, 2)
     drawn = source.clips(5, 3)
-    world = generate(
-        type(source.world)(size=16), batch=3, frames=4, seed=3, first_clip=5, device="cpu"
-    )
+    world = generate(ToyTableConfig(size=16), batch=3, frames=4, seed=3, first_clip=5, device="cpu")
     assert torch.equal(drawn.frames, world.frames)
     assert drawn.actions is not None
     assert torch.equal(drawn.actions, world.actions)

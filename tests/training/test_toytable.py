@@ -269,7 +269,7 @@ def test_step_is_pure() -> None:
 
 def test_the_forearm_ends_at_the_gripper() -> None:
     state = reset(CONFIG, batch=256, seed=4)
-    elbow = toytable._elbow(CONFIG, state)
+    elbow = toytable._elbow(state)
     for joint in (state.arm_base, state.gripper):
         length = (elbow - joint).norm(dim=-1)
         torch.testing.assert_close(length, torch.full_like(length, toytable._LINK))
@@ -291,10 +291,10 @@ def test_the_policy_pushes_wanders_and_rests(clips: ToyClips) -> None:
 
 def test_the_policy_is_a_pure_function_of_state_and_noise() -> None:
     state = reset(CONFIG, batch=5, seed=2)
-    noise = policy_noise(CONFIG, batch=5, steps=3, seed=2)
+    noise = policy_noise(batch=5, steps=3, seed=2)
     assert noise.shape == (3, 5, 8)
-    first, next_first = policy(CONFIG, state, start_policy(CONFIG, state), noise[0])
-    second, next_second = policy(CONFIG, state, start_policy(CONFIG, state), noise[0])
+    first, next_first = policy(CONFIG, state, start_policy(state), noise[0])
+    second, next_second = policy(CONFIG, state, start_policy(state), noise[0])
     assert torch.equal(first, second)
     for field in fields(PolicyState):
         assert torch.equal(getattr(next_first, field.name), getattr(next_second, field.name))
@@ -391,7 +391,7 @@ def test_half_size_agrees_with_full_size_scaled_down() -> None:
 
 def test_the_arm_is_drawn_above_toys() -> None:
     clear = one_toy("disc", at=(0.5, 0.8), gripper=(0.5, 0.5))
-    elbow = toytable._elbow(CONFIG, clear)
+    elbow = toytable._elbow(clear)
     middle = ((elbow + clear.gripper) / 2)[0]
     covered = replace(clear, toys=middle.reshape(1, 1, 2))
     row, column = (int(v * 64) for v in (middle[1], middle[0]))

@@ -64,8 +64,8 @@ class Simulated:
 
 def simulate(seed: int, *, clips: int, frames: int) -> Simulated:
     state = reset(CONFIG, batch=clips, seed=seed)
-    noise = policy_noise(CONFIG, batch=clips, steps=frames - 1, seed=seed)
-    operator, states = start_policy(CONFIG, state), [state]
+    noise = policy_noise(batch=clips, steps=frames - 1, seed=seed)
+    operator, states = start_policy(state), [state]
     for row in noise:
         action, operator = policy(CONFIG, state, operator, row)
         state = step(CONFIG, state, action)
