@@ -245,14 +245,16 @@ def ratios(theirs: Sequence[Played], ours: Sequence[Played]) -> dict[str, dict[s
     """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile; of fewer
     than twenty turns the least and the greatest."""
     pairs = [(quantities(a), quantities(b)) for a, b in zip(theirs, ours, strict=True)]
-    return {
-        name: {
-            k: round(float(np.percentile([a[name] / b[name] for a, b in pairs], q, method=how)), 3)
-            for k, q, how in (("p5", 5, "lower"), ("median", 50, "linear"), ("p95", 95, "higher"))
+    result = {}
+    for name in [name for name in pairs[0][0] if name in pairs[0][1]]:
+        found = [a[name] / b[name] for a, b in pairs]
+        spread = {
+            "p5": np.percentile(found, 5, method="lower"),
+            "median": np.median(found),
+            "p95": np.percentile(found, 95, method="higher"),
         }
-        for name in pairs[0][0]
-        if name in pairs[0][1]
-    }
+        result[name] = {statistic: round(float(ratio), 3) for statistic, ratio in spread.items()}
+    return result
 
 
 def percentiles(seconds: Sequence[float]) -> dict[str, float]:

@@ -151,7 +151,7 @@ def _write_gif(temporary: Path, target: Path, frames: Pixels, fps: float) -> Non
     palette = mosaic.quantize(256, method=Image.Quantize.FASTOCTREE)
     # Pillow looks colours up in cells of four levels, by a cell's darkest corner: to be nearest to
     # its middle, the palette must be darker while it looks.
-    colours = palette.getpalette()
+    colours = palette.getpalette() or []
     palette.putpalette([max(0, level - 1) for level in colours])
     images = [
         Image.fromarray(np.ascontiguousarray(frame)).quantize(

@@ -70,6 +70,7 @@ class Deadlines:
         levels: Sequence[SamplingConfig | None],
         times: Sequence[Sequence[Timed]],
         *,
+        looked: Sequence[Timed] = (),
         has_canvas: bool = True,
     ) -> None:
         """`levels` from the best to the cheapest, None for the canvas alone; `times` of each, as
@@ -79,6 +80,9 @@ class Deadlines:
         frame may take beyond that."""
         self._rest = [float(np.median([t.rest for t in row])) for row in times]
         self._lead = float(np.median([t.lead for row in times for t in row]))
+        # what a look at the canvas has done of the rest, where without one nothing is
+        front = float(np.median([t.lead for t in looked])) if looked else self._lead
+        self._ahead = max(0.0, front - self._lead)
         self._paces: collections.deque[float] = collections.deque([1.0], maxlen=PACE_FRAMES)
         self._hiccups: collections.deque[float] = collections.deque(maxlen=HICCUP_FRAMES)
         for turn in zip(*times, strict=True):
@@ -103,11 +107,12 @@ class Deadlines:
     def _usual_hiccup(self) -> float:
         return max(0.0, float(np.quantile(self._hiccups, HICCUP_QUANTILE, method="lower")))
 
-    def choose(self, seconds: float) -> int:
+    def choose(self, seconds: float, *, looked: bool = False) -> int:
         """The best level whose remaining work nearly always fits into `seconds` at the machine's
         present pace; the cheapest if none does."""
         room = seconds / MARGIN - self.hiccup
-        fits = (i for i, rest in enumerate(self._rest) if rest * self.pace <= room)
+        ahead = self._ahead if looked else 0.0
+        fits = (i for i, rest in enumerate(self._rest) if (rest - ahead) * self.pace <= room)
         return next(fits, len(self._rest) - 1)
 
     def record(self, level: int, timed: Timed) -> None:

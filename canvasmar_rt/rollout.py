@@ -44,7 +44,7 @@ LATEST = 2**40
 """Of a clock: frames may be counted on from it in 64 bits."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Prediction:
     """One predicted latent frame, or group of them; all arrays are the caller's own.
 
@@ -81,7 +81,7 @@ class Prediction:
     timings: Mapping[str, float]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class RolloutState:
     """A copy of everything a rollout carries from frame to frame; arrays by name, and scalars.
     `bundle` is the fingerprint of the bundle it belongs to, `since` the frame with which each video
@@ -377,7 +377,9 @@ class Rollout:
             chosen_at = clock.elapsed
             if budget_ms is not None:
                 assert self._deadlines is not None
-                chosen = self._deadlines.choose(budget_ms / 1e3 - chosen_at)
+                chosen = self._deadlines.choose(
+                    budget_ms / 1e3 - chosen_at, looked="canvas_decoder" in clock.timings
+                )
             if self._levels[chosen] is None and from_nothing:
                 chosen -= 1  # there is no canvas yet
             return None if self._levels[chosen] is None else chosen
@@ -769,10 +771,20 @@ class Rollout:
                     measured.append(self._timed)
                 times.append(measured[MEASURED_FRAMES // 4 :])  # the first ones warm the caches
                 self._restore("warmup", kept)
+            looked = []
+            for _ in range(MEASURED_FRAMES if self.config.canvas else 0):
+                self._step(None, decode_canvas=True)
+                looked.append(self._timed)
+            self._restore("warmup", kept)
         except BaseException:
             self._interrupted = True  # it may be some frames on
             raise
-        self._deadlines = Deadlines(self._levels, times, has_canvas=self.config.canvas)
+        self._deadlines = Deadlines(
+            self._levels,
+            times,
+            looked=looked[MEASURED_FRAMES // 4 :],
+            has_canvas=self.config.canvas,
+        )
 
     def _warm_program(self) -> None:
         self._enter()
@@ -818,8 +830,8 @@ def _is_row(values: Any, count: int) -> bool:
 def _pixels(what: str, frames: Any) -> Array:
     try:
         return np.asarray(frames)
-    except ValueError as error:
-        raise InputError(f"{what}: expected frames of one size ({error})") from None
+    except (ValueError, RuntimeError) as error:  # the latter of tensors that want gradients
+        raise InputError(f"{what}: expected an array of frames of one size ({error})") from None
 
 
 def finite_numbers(what: str, values: Any) -> Float32:
@@ -830,7 +842,7 @@ def finite_numbers(what: str, values: Any) -> Float32:
             raise TypeError(f"got {array.dtype.name}")
         with np.errstate(over="ignore"):  # what becomes infinite is refused below
             array = array.astype(np.float32, copy=False)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RuntimeError) as error:  # the last of tensors with gradients
         raise InputError(f"{what}: expected numbers ({error})") from None
     if not np.isfinite(array).all():
         raise InputError(f"{what}: contains values that are not finite")

@@ -282,7 +282,7 @@ def require_finite(engine: str, component: str, values: Float32) -> None:
     """
     if not np.isfinite(values).all():
         raise EngineError(
-            f"{component}: engine {engine} returned values that are not finite; run "
-            "'canvasmar-rt verify' on this bundle and engine, and go back with restore(state) or "
-            "reset()"
+            f"{component}: engine {engine} returned values that are not finite; unless actions or "
+            "latents far outside the model's were given, run 'canvasmar-rt verify' on this bundle "
+            "and engine; go back with restore(state) or reset()"
         )

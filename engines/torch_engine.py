@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from typing import cast as typed
 
 import torch
@@ -152,7 +152,7 @@ class TorchEngine:
         flow_persistent: bool = False,
     ) -> None:
         place = torch_device(device)
-        self._options = {
+        self._options: dict[str, Any] = {
             "threads": threads, "compile": compile, "cuda_graph": cuda_graph,
             "flow_kernel": flow_kernel, "flow_persistent": flow_persistent,
         }  # fmt: skip

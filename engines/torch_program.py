@@ -477,8 +477,10 @@ class TorchProgram:
         work = [self._in.upload]
         if has_canvas and on_canvas is not None:
             early = self._captured("_front", has_canvas)
-            self._do(*work, early, self._canvas_to_pixels, self._canvas_frames.download)
+            self._do(*work, early)
             clock.lap("canvas")
+            self._do(self._canvas_to_pixels, self._canvas_frames.download)
+            clock.lap("canvas_decoder")
             on_canvas(self._canvas_frames.host["frames"])
             clock.lap("on_canvas")
             which = level()

@@ -41,6 +41,8 @@ def main() -> None:
     parser.add_argument("--headless", action="store_true", help="no window; scripted keys")
     parser.add_argument("--out", type=Path, help="write what was shown: .mp4, .gif, or last .png")
     options = parser.parse_args()
+    if not options.budget > 0:
+        parser.error("--budget must be above 0")
     if options.out:
         if options.out.suffix.lower() not in (".mp4", ".gif", ".png"):
             parser.error(f"--out {options.out}: name an .mp4, a .gif or a .png")
@@ -57,6 +59,8 @@ def main() -> None:
     with np.load(DEMO_CLIP) as clip:
         context, told = clip["frames"][:CONTEXT], clip["actions"][: CONTEXT - 1]
     predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    if predictor.config.action_dim != 4:
+        parser.error(f"--model: takes {predictor.config.action_dim} numbers of action, not 4")
     rollout = predictor.start(context, actions=told.reshape(-1, 4))
     rollout.warmup(deadlines=True)
     start = rollout.state()

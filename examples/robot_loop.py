@@ -106,10 +106,15 @@ def main() -> None:
     parser.add_argument("--budget", type=float, default=50, help="ms of a tick for the prediction")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
+    if not (options.rate > 0 and options.budget > 0):
+        parser.error("--rate and --budget must be above 0")
+    predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    if predictor.config.action_dim != 4:
+        parser.error(f"--model: takes {predictor.config.action_dim} numbers of action, not 4")
 
     real = robot()
     print(f"robot: {type(real).__name__.lower()}")
-    rollout = canvasmar_rt.load(options.model, threads=options.threads).start(real.context)
+    rollout = predictor.start(real.context)
     rollout.warmup(deadlines=True)
     for rung in rollout.latency:
         print(f"{rung.ar_steps} AR, {rung.flow_steps} flow steps: p99 {rung.p99_ms:.1f} ms")

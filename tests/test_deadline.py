@@ -54,6 +54,15 @@ def test_the_best_level_that_fits_is_chosen() -> None:
     assert 25.0 < table.table[1].p99_ms <= 27.0
 
 
+def test_what_is_done_when_the_canvas_was_seen_is_not_asked_for_again() -> None:
+    rests = (0.04, 0.02, 0.01)
+    times = [[Timed(0.005, rest)] * 4 for rest in rests]
+    table = Deadlines(LEVELS, times, looked=[Timed(0.013, 0.032)] * 4)
+    room = [MARGIN * s for s in (0.041, 0.039, 0.033, 0.031, 0.013, 0.011)]
+    assert [table.choose(s) for s in room] == [0, 1, 1, 1, 2, 2]
+    assert [table.choose(s, looked=True) for s in room] == [0, 0, 0, 1, 1, 2]
+
+
 def test_a_slow_machine_is_noticed_and_forgotten() -> None:
     table = deadlines()
     usual = table.hiccup
@@ -190,6 +199,7 @@ def test_the_canvas_is_there_early(rollout: Rollout) -> None:
     np.testing.assert_array_equal(seen[0], p.canvas_frames)
     assert np.abs(seen[0].astype(int) - p.frames).max() > 0
     assert list(p.timings).index("on_canvas") < len(p.timings) - 2
+    assert p.timings["canvas_decoder"] > 0
     early = seen[0].copy()
     p = rollout.step(on_canvas=lambda frames: frames.fill(0))
     assert p.canvas_frames is not None

@@ -123,6 +123,25 @@ def test_the_game_loop_shows_the_arm_moving(tmp_path: Path) -> None:
     assert (tmp_path / "game.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize(
+    ("example", "option", "value", "reason"),
+    [
+        ("robot_loop", "--rate", "0", "must be above 0"),
+        ("game_loop", "--budget", "0", "must be above 0"),
+        ("robot_loop", "--model", "toytable-next-2-int8", "takes 8 numbers of action, not 4"),
+    ],
+)
+def test_examples_refuse_what_they_cannot_run(
+    example: str, option: str, value: str, reason: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", f"examples.{example}", option, value],
+        cwd=ROOT, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert reason in done.stderr.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["file/game.mp4", "game.avi", "game"])
 def test_the_game_loop_is_not_played_for_a_film_that_cannot_be_written(
     tmp_path: Path, name: str

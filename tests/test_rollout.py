@@ -546,13 +546,20 @@ def test_numbers_of_numpy_are_numbers(predictor: Predictor, clip: np.ndarray) ->
     assert canvasmar_rt.load(predictor.bundle.path, threads=np.int64(1))
 
 
+class Policy:
+    """What a policy network returns, as NumPy finds it."""
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
+
+
 def test_other_things_than_were_asked_for_are_one_clear_error(
     rollout: Rollout, predictor: Predictor, clip: np.ndarray
 ) -> None:
     other: Any = None
     wrong: list[tuple[Callable[[], object], type[CanvasMarError], str]] = [
         (lambda: predictor.start(clip, sampling="fast"), ConfigError, "a SamplingConfig"),
-        (lambda: predictor.start([clip, clip[:3]]), InputError, "context: expected frames of one"),
+        (lambda: predictor.start([clip, clip[:3]]), InputError, "context: expected an array of frames"),
         (lambda: rollout.restore(other), InputError, r"expected a state from state\(\)"),
         (lambda: rollout.fork(into=3), InputError, "`into` is an earlier fork, got int"),
         (lambda: rollout.fork(streams=5), InputError, "expected 1 streams, got 5"),
@@ -563,10 +570,13 @@ def test_other_things_than_were_asked_for_are_one_clear_error(
         (lambda: rollout.step([1j] * 4), InputError, "expected numbers .got complex128"),
         (lambda: rollout.step(["0.1"] * 4), InputError, "action: expected numbers"),
         (lambda: rollout.step(np.full(4, 1e300)), InputError, "not finite"),
+        (lambda: rollout.step(Policy()), InputError, "action: expected numbers .*requires grad"),
         (lambda: canvasmar_rt.load("toytable-int8", device="gpu"), EngineError, "no device 'gpu'"),
         (lambda: canvasmar_rt.load("toytable", device=other), EngineError, "no device None"),
     ]  # type: ignore[arg-type]
     before = rollout.state()
+    assert rollout.state() != before
+    assert before in {before}
     for call, kind, reason in wrong:
         with pytest.raises(kind, match=reason):
             call()

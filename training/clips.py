@@ -10,18 +10,20 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from canvasmar_rt.config import ModelConfig
-from canvasmar_rt.errors import BundleError, InputError
+from canvasmar_rt.errors import BundleError, ConfigError, InputError
 from canvasmar_rt.files import check_writable, refusals, replacing, write_file
 from training.toytable import ToyTableConfig, generate
 
@@ -363,6 +365,29 @@ def _read_latents(directory: Path) -> tuple[dict[str, Any], list[dict[str, Tenso
     return about, shards
 
 
+@contextmanager
+def alone(directory: Path, does: str) -> Iterator[None]:
+    """No other process of this machine works in the directory meanwhile; `does` says what one does.
+
+    Raises:
+        ConfigError: if another one does.
+        InputError: if nothing can be written there.
+    """
+    lock = FileLock(directory / ".lock", timeout=0)
+    with refusals(directory):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ConfigError(
+                f"{directory}: another process {does} there; wait for it, or choose another "
+                "directory"
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def write_latents(
     source: ClipSource,
     encode: Callable[[Tensor], Tensor],
@@ -384,41 +409,43 @@ def write_latents(
     of shards is written last: without it nothing reads the directory.
 
     Raises:
+        ConfigError: if another process encodes there.
         InputError: if a file cannot be written.
     """
     listing = directory / _LATENTS_FILE
     check_writable(listing)
-    names: list[str] = []
-    begun, encoded = time.monotonic(), 0
-    for start in range(0, clips, shard):
-        if names and time.monotonic() - begun > seconds:
-            break
-        parts: dict[str, list[Tensor]] = {"latents": [], "actions": []}
-        for first in range(start, min(start + shard, clips), batch):
-            drawn = source.clips(first, min(batch, start + shard - first, clips - first))
-            assert isinstance(drawn, Clips)
-            parts["latents"].append(encode(drawn.frames).half().cpu())
-            if drawn.actions is not None:
-                actions = latent_actions(drawn.actions, temporal_compression)
-                parts["actions"].append(actions.cpu())
-            progress(len(drawn.frames))
-        names.append(f"latents_{len(names):05d}.safetensors")
-        tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
-        with refusals(directory / names[-1]):
-            if not start:  # an earlier set stays until there is something in its place
-                listing.unlink(missing_ok=True)
-            with replacing(directory / names[-1]) as temporary:
-                save_file(tensors, temporary)
-        encoded += len(tensors["latents"])
-    about = {
-        **data,
-        "shards": names,
-        "clips": encoded,
-        "frames": source.frames,
-        "height": source.height,
-        "width": source.width,
-        "action_dim": source.action_dim,
-        "autoencoder": autoencoder,
-        "seed": seed,
-    }
-    write_file(listing, json.dumps(about, indent=2) + "\n")
+    with alone(directory, "encodes"):
+        names: list[str] = []
+        begun, encoded = time.monotonic(), 0
+        for start in range(0, clips, shard):
+            if names and time.monotonic() - begun > seconds:
+                break
+            parts: dict[str, list[Tensor]] = {"latents": [], "actions": []}
+            for first in range(start, min(start + shard, clips), batch):
+                drawn = source.clips(first, min(batch, start + shard - first, clips - first))
+                assert isinstance(drawn, Clips)
+                parts["latents"].append(encode(drawn.frames).half().cpu())
+                if drawn.actions is not None:
+                    actions = latent_actions(drawn.actions, temporal_compression)
+                    parts["actions"].append(actions.cpu())
+                progress(len(drawn.frames))
+            names.append(f"latents_{len(names):05d}.safetensors")
+            tensors = {n: torch.cat(p).contiguous() for n, p in parts.items() if p}
+            with refusals(directory / names[-1]):
+                if not start:  # an earlier set stays until there is something in its place
+                    listing.unlink(missing_ok=True)
+                with replacing(directory / names[-1]) as temporary:
+                    save_file(tensors, temporary)
+            encoded += len(tensors["latents"])
+        about = {
+            **data,
+            "shards": names,
+            "clips": encoded,
+            "frames": source.frames,
+            "height": source.height,
+            "width": source.width,
+            "action_dim": source.action_dim,
+            "autoencoder": autoencoder,
+            "seed": seed,
+        }
+        write_file(listing, json.dumps(about, indent=2) + "\n")

@@ -8,6 +8,7 @@ run on held-out ToyTable clips (`training.measures`).
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import hashlib
 import io
@@ -582,6 +583,16 @@ def _load_toytable(
         )
     if model_assignments:
         config = override(model.config, model_assignments)
+        height, width = config.autoencoder.height, config.autoencoder.width
+        same = dataclasses.replace(
+            model.config, context_frames=config.context_frames,
+            autoencoder=dataclasses.replace(model.config.autoencoder, height=height, width=width),
+        )  # fmt: skip
+        if config != same:
+            raise ConfigError(
+                "--set-model: only context_frames, autoencoder.height and autoencoder.width may be "
+                "others than the weights were trained with"
+            )
         if config.autoencoder.height != config.autoencoder.width:
             raise ConfigError(
                 "--set-model: ToyTable is square; give autoencoder.height and autoencoder.width"

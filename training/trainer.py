@@ -20,13 +20,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
-from filelock import FileLock, Timeout
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -54,6 +53,7 @@ from training.clips import (
     ClipSource,
     LatentClips,
     age,
+    alone,
     batches,
     check_actions,
     check_length,
@@ -65,7 +65,6 @@ from training.losses import Draws, Terms
 
 STATE_FILE = "training.safetensors"
 LOG_FILE = "log.jsonl"
-LOCK_FILE = ".lock"
 CARRIED = "carried"
 
 UNCHECKED_STEPS = 32
@@ -322,7 +321,8 @@ class Trainer:
             ConfigError: if another process trains in the directory.
             KeyboardInterrupt: after the checkpoint of the step that was interrupted.
         """
-        with self._alone(), kept_signals() as stopped:
+        meanwhile = alone(self.directory, "trains") if self.ranks.main else nullcontext()
+        with meanwhile, kept_signals() as stopped:
             self._run(until, stopped)
 
     def _run(self, until: int | None, stopped: Callable[[], bool]) -> None:
@@ -633,7 +633,7 @@ class Trainer:
         if self.ranks.main:
             with refusals(self.directory):
                 self.directory.mkdir(exist_ok=True)
-            with self._alone(), refusals(self.directory):
+            with alone(self.directory, "trains"), refusals(self.directory):
                 for left in self.directory.glob(".step_*"):  # by a process that was killed
                     shutil.rmtree(left)
                 with replacing(path) as temporary:  # other ranks may be reading
@@ -641,30 +641,12 @@ class Trainer:
         if self.ranks.world > 1:
             dist.barrier()
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """No other process of this machine trains in the directory meanwhile."""
-        if not self.ranks.main:
-            yield
-            return
-        lock = FileLock(self.directory / LOCK_FILE, timeout=0)
-        with refusals(self.directory):
-            try:
-                lock.acquire()
-            except Timeout:
-                raise ConfigError(
-                    f"{self.directory}: another process trains there; wait for it, or choose "
-                    "another directory"
-                ) from None
-        try:
-            yield
-        finally:
-            lock.release()
-
 
 def find_checkpoints(directory: Path) -> list[Path]:
-    """Checkpoints of a run, oldest first."""
-    return sorted(p for p in directory.glob("step_*") if (p / PROGRESS_FILE).is_file())
+    """Checkpoints of a run, oldest first. Folders of other names, as of copies, are its user's."""
+    named = [p for p in directory.glob("step_*") if p.name.removeprefix("step_").isdecimal()]
+    found = [p for p in named if (p / PROGRESS_FILE).is_file()]
+    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")))
 
 
 def latest_checkpoint(path: Path) -> Path:

@@ -47,6 +47,9 @@ WRITERS = ("canvas.canvas", "flow.out")
 GUESS = "canvas.canvas."
 """The layer that writes the canvas."""
 
+MEANING = ("head_dim", "encoder_layers", "norm")
+"""Options by which weights of the same shapes compute something else."""
+
 GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial.decoder_position")
 """Learned vectors of the tokens of a frame, (tokens, D)."""
 
@@ -65,9 +68,17 @@ def transfer(
     frames guesses at first that nothing changes.
 
     Raises:
-        ConfigError: naming `where` and a weight that does not fit.
+        ConfigError: naming `where` and a weight that does not fit, or what it would mean another
+            thing for.
     """
     old = given.state_dict()
+    for option in MEANING if given.config.family == network.config.family else ():
+        had, has = getattr(given.config, option), getattr(network.config, option)
+        if had != has:
+            raise ConfigError(
+                f"{where}: another model; its {option} is {had}, not {has}: its weights would mean "
+                "something else"
+            )
     if given.config.residual and not network.config.residual:
         raise ConfigError(f"{where}: a residual model; add --set-model residual=true")
     if network.config.residual and not given.config.residual:

@@ -1,7 +1,9 @@
 """The world that all sessions share: one rollout of a fixed batch, stepped on a thread of its own.
 
 A session has a row of the batch while it plays. Rows without one idle along, so no shape ever
-changes; whoever joins, or starts again, is put into a row between two ticks.
+changes; whoever joins, or starts again, is put into a row between two ticks. So is a start of its
+own into a row whose latents have left what the model knows: there is nothing to see in it any more,
+and in int8, whose scales are those of the whole batch, it would take the others' precision.
 """
 
 from __future__ import annotations
@@ -29,6 +31,8 @@ RESTART_S = 2.0
 """A session may start again this often: each start takes time from a tick of all."""
 STUCK_S = 10.0
 """A tick that takes this long will not end."""
+LOST = 16.0
+"""A normalised latent beyond this is of no picture: those of real clips stay below ten."""
 POLL_S = 0.1
 """How often a start-up looks whether it is still wanted."""
 
@@ -97,6 +101,7 @@ class World:
         self._closing = False
         # Only the thread writes these:
         self._begun = 0
+        self._lost: list[int] = []
         self._busy_since: float | None = None
         self._error: BaseException | None = None
         self._ready = threading.Event()
@@ -258,10 +263,12 @@ class World:
             player.frame += 1
         self._metrics.ticks.labels(str(prediction.ar_steps)).inc()
         self._metrics.missed.inc(not met)
+        furthest = np.abs(prediction.latent).reshape(self._settings.slots, -1).max(axis=1)
+        self._lost = [int(row) for row in np.flatnonzero(furthest > LOST)]
 
     def _seat_one(self, rollout: Rollout) -> None:
-        """Put one of those who ask into a row: at most one a tick, so that a crowd at the door
-        does not stop the world."""
+        """Put one of those who ask into a row, or a new start into a lost one: at most one a tick,
+        so that a crowd at the door does not stop the world."""
         found = self._next()
         if found is None:
             return
@@ -275,11 +282,12 @@ class World:
         )
         rollout.seat(row, single.state())
         self._begun += 1
-        player.frame, player.seated_at = 0, time.perf_counter()
+        if player is not None:
+            player.frame, player.seated_at = 0, time.perf_counter()
 
-    def _next(self) -> tuple[int, Player, int | None] | None:
-        """The first who asks and can be seated, taken off the list and given a row: the row, the
-        player, and the start asked for."""
+    def _next(self) -> tuple[int, Player | None, int | None] | None:
+        """The first who asks and can be seated, taken off the list and given a row, or else who has
+        a lost row: the row, the player, if it has one, and the start asked for."""
         now = time.perf_counter()
         with self._changed:
             free = next((i for i, player in enumerate(self._rows) if player is None), None)
@@ -289,7 +297,7 @@ class World:
                     self._asking.remove(player)
                     self._rows[row], player.row = player, row
                     return row, player, player.start
-        return None
+            return next(((row, self._rows[row], None) for row in self._lost), None)
 
     def _fail_all(self) -> None:
         with self._changed:

@@ -216,17 +216,21 @@ def test_a_group_starts_as_copies_of_its_first_frame(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "weight"),
+    ("old", "new", "what"),
     [
-        ({"action_dim": 2, "dim": 48}, {}, r"(temporal|canvas|spatial|flow)\.\S+"),
-        ({"action_dim": 2, "canvas": False}, {}, r"canvas\.\S+"),
-        ({"action_dim": 4}, {}, r"temporal\.action\.weight"),  # of which three do not make 6
+        ({"action_dim": 2, "dim": 48}, {}, "its head_dim is 24, not 16"),
+        ({"action_dim": 2, "heads": 4}, {}, "its head_dim is 8, not 16"),
+        ({"action_dim": 2, "encoder_layers": 2}, {}, "its encoder_layers is 2, not 1"),
+        ({"action_dim": 2, "norm": "shared"}, {}, "its norm is shared, not expert"),
+        ({"action_dim": 2, "canvas": False}, {}, r"canvas\.\S+ does not fit"),
+        # of which three do not make 6
+        ({"action_dim": 4}, {}, r"temporal\.action\.weight does not fit"),
     ],
-    ids=["width", "canvas", "actions"],
+    ids=["width", "heads", "encoder", "norm", "canvas", "actions"],
 )
-def test_what_does_not_fit_is_named(old: dict[str, Any], new: dict[str, Any], weight: str) -> None:
+def test_what_does_not_fit_is_named(old: dict[str, Any], new: dict[str, Any], what: str) -> None:
     given = build(small_config("given", **{"spatial_layers": 6} | old))
-    with pytest.raises(ConfigError, match=rf"there: another model; {weight} does not fit"):
+    with pytest.raises(ConfigError, match=rf"there: another model; {what}"):
         transfer(given, build(grouped(**new)), "there")
 
 

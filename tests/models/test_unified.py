@@ -313,16 +313,16 @@ def test_a_model_reads_and_writes_the_latents_of_another_autoencoder(config: Mod
 
 
 @pytest.mark.parametrize(
-    ("given", "weight"),
+    ("given", "what"),
     [
-        (small_config(temporal_patch=1), "mask"),
-        (unified_config(dim=48), "bos"),
-        (unified_config(action_dim=2), r"action\.weight"),
+        (small_config(temporal_patch=1), r"temporal\.mask does not fit"),
+        (unified_config(dim=48), "its head_dim is 24, not 16"),
+        (unified_config(action_dim=2), r"temporal\.action\.weight does not fit"),
     ],
     ids=["family", "dim", "actions"],
 )
-def test_another_model_is_refused(given: ModelConfig, weight: str) -> None:
-    with pytest.raises(ConfigError, match=rf"here: another model; temporal\.{weight} does not fit"):
+def test_another_model_is_refused(given: ModelConfig, what: str) -> None:
+    with pytest.raises(ConfigError, match=rf"here: another model; {what}"):
         transfer(build(given), make(), "here")
 
 

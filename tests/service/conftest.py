@@ -47,6 +47,8 @@ class FakePredictor:
     started: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     stepped: list[np.ndarray] = dataclasses.field(default_factory=list)
     seated: list[int] = dataclasses.field(default_factory=list)
+    far: set[int] = dataclasses.field(default_factory=set)
+    """Rows whose latents are of no picture, until another video is seated there."""
     hold: threading.Event = dataclasses.field(default_factory=threading.Event)
     """Cleared, steps do not end."""
 
@@ -86,6 +88,7 @@ class FakeRollout:
     def seat(self, row: int, state: int) -> None:
         assert state == self.frame
         self.predictor.seated.append(row)
+        self.predictor.far.discard(row)
 
     def reset(self) -> None:
         if self.predictor.lost:
@@ -108,7 +111,10 @@ class FakeRollout:
         self.frame += 1
         pixels = (1 + np.round(1000 * actions[:, :1])).astype(np.uint8)
         frames = np.broadcast_to(pixels.reshape(-1, 1, 1, 1, 1), shape).copy()
-        return types.SimpleNamespace(frames=frames, ar_steps=2)
+        latent = np.ones((self.batch, 64, 4), np.float32)
+        for row in p.far:
+            latent[row, 9, 2] = -17.0
+        return types.SimpleNamespace(frames=frames, latent=latent, ar_steps=2)
 
 
 class Running:

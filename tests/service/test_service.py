@@ -200,6 +200,21 @@ def test_reset_begins_anew_but_not_too_often(serve: Serve, fake: FakePredictor) 
     assert frames_of(client, 3) == [1, 2, 3]
 
 
+def test_rows_that_are_lost_begin_anew(serve: Serve, fake: FakePredictor) -> None:
+    """Whether somebody plays there or not."""
+    running = serve(fake, slots=3)
+    client = running.connect()
+    client.hello()
+    assert frames_of(client, 2) == [0, 1]
+    fake.far |= {2}
+    assert frames_of(client, 4) == [2, 3, 4, 5]
+    assert fake.seated == [0, 2]
+    fake.far |= {0, 1}
+    assert client.picture_of_new_start()[0].frame == 0
+    assert frames_of(client, 4) == [1, 2, 3, 4]
+    assert fake.seated == [0, 2, 0, 1]
+
+
 def test_a_request_made_while_one_is_granted_is_not_lost(
     serve: Serve, fake: FakePredictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from canvasmar_rt.errors import BundleError, InputError
+from canvasmar_rt.errors import BundleError, ConfigError, InputError
 from tests.training.small_runs import Waves
 from training.clips import (
     AheadSource,
@@ -25,6 +25,7 @@ from training.clips import (
     LatentClips,
     LatentSource,
     ToyTableSource,
+    alone,
     batches,
     latent_actions,
     to_device,
@@ -241,6 +242,14 @@ def test_latents_come_back(tmp_path: Path) -> None:
     assert sorted(order) == list(range(11))
     torch.testing.assert_close(clips.latents, expected[order], atol=1e-3, rtol=0)  # float16
     assert torch.equal(clips.actions, actions[order])
+
+
+def test_two_processes_do_not_encode_into_one_directory(tmp_path: Path) -> None:
+    write(tmp_path)
+    listing = (tmp_path / "latents.json").read_bytes()
+    with alone(tmp_path, "encodes"), pytest.raises(ConfigError, match="another process encodes"):
+        write(tmp_path, clips=3)
+    assert (tmp_path / "latents.json").read_bytes() == listing
 
 
 def test_latents_without_actions(tmp_path: Path) -> None:

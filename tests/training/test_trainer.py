@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -244,6 +245,17 @@ def test_a_resumed_run_is_the_straight_one(
     whole, parts = (load_file(tmp_path / d / "step_00000006/model.safetensors") for d in
                     ("straight", "parts"))  # fmt: skip
     assert_same(whole, parts)
+
+
+def test_copies_of_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    options = {"checkpoint_every": 2, "keep_checkpoints": 1}
+    trainer(model_stage(**options, steps=2), tmp_path).run()
+    for copy in ("step_best", "step_00000002_good"):
+        shutil.copytree(tmp_path / "step_00000002", tmp_path / copy)
+    run = trainer(model_stage(**options), tmp_path)
+    run.run()
+    assert find_checkpoints(tmp_path) == [tmp_path / "step_00000006"]
+    assert names(tmp_path) == ["step_00000002_good", "step_00000006", "step_best"]
 
 
 def test_a_run_goes_on_from_any_checkpoint(tmp_path: Path) -> None:
