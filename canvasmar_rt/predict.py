@@ -143,6 +143,9 @@ def predict_clip(
         )
     if config.action_dim and not options.actions and find_actions(source):
         notes.append("the clip's actions are not used; --actions predicts under them")
+    sampling = options.sampling or predictor.sampling
+    if config.action_dim and not options.actions and sampling.ar_steps == 1:
+        notes.append("without actions the future is open, and one AR step blurs it: try --steps 4")
     if length != options.context:
         notes.append(
             f"the context is {length} frames, not {options.context}: the model takes 1 + n*{t}"

@@ -113,8 +113,8 @@ def load(
         engine: `onnxruntime`, `torch` or `tensorrt`.
         device: `cpu`, `cuda` or `cuda:<index>`.
         threads: CPU threads; the engine's default if None.
-        profile: `default`, or `fast`: sampling that costs less and was measured to lose nothing,
-            which is taken if the bundle has it.
+        profile: `default`, or `fast`: sampling that costs less and was measured to lose nothing
+            (of the packaged models: under actions), which is taken if the bundle has it.
         options: the engine's own, as docs/engines.md lists them.
 
     Raises:

@@ -114,3 +114,17 @@ def test_more_than_anyone_needs_is_not_read(
     for name in ("a.npz", "b.mp4"):
         with pytest.raises(InputError, match="at most 100 are read"):
             read_actions(tmp_path / name)
+
+
+def test_one_number_a_row_is_a_row(tmp_path: Path) -> None:
+    (tmp_path / "actions.csv").write_text("1\n2\n3\n")
+    np.testing.assert_array_equal(read_actions(tmp_path), [[1], [2], [3]])
+    (tmp_path / "actions.csv").write_text("1,2\n")
+    np.testing.assert_array_equal(read_actions(tmp_path), [[1, 2]])
+
+
+def test_an_archive_is_one_in_capitals_too(tmp_path: Path) -> None:
+    with (tmp_path / "PUSH.NPZ").open("wb") as file:
+        np.savez(file, actions=np.ones((2, 3)))
+    assert find_actions(tmp_path / "PUSH.NPZ") == tmp_path / "PUSH.NPZ"
+    assert read_actions(tmp_path / "PUSH.NPZ").shape == (2, 3)

@@ -536,3 +536,44 @@ def test_a_whole_frame_may_have_a_tolerance_of_its_own() -> None:
     assert parity.limit("frame") == parity.limit("flow") == 0.2
     own = dataclasses.replace(parity, frame_tolerance=0.5)
     assert (own.limit("frame"), own.limit("flow")) == (0.5, 0.2)
+
+
+def test_ties_are_rare_in_float32() -> None:
+    exact = Parity(
+        engine="onnxruntime", tolerance=1e-4, drift_tolerance=1.0, components={},
+        drift=(0.0,) * 32, flipped_orders=0,
+    )  # fmt: skip
+    assert exact.most_flipped == 8
+    assert dataclasses.replace(exact, drift=(0.0,) * 2).most_flipped == 1
+    assert dataclasses.replace(exact, tolerance=2e-2).most_flipped == 32
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(source="\x1b[2J"),
+        lambda m: m["model"].update(name="a\nb"),
+        lambda m: m.update(producer={"torch": "\x1b]0;"}),
+    ],
+)
+def test_control_characters_do_not_reach_the_terminal(made: Path, change: Any) -> None:
+    edit(made, change)
+    message = refused(made)
+    assert "control characters" in message
+    assert message.isprintable()
+
+
+def test_the_profile_is_fast_where_there_is_one() -> None:
+    manifest = Bundle.open("toytable-int8").manifest
+    assert manifest.fast is not None
+    assert manifest.profile() == manifest.profile("fast") == manifest.fast != manifest.sampling
+    assert manifest.profile("default") == manifest.sampling
+    alone = dataclasses.replace(manifest, fast=None)
+    assert alone.profile() == alone.sampling
+    with pytest.raises(ConfigError, match="no profile 'fast'; this bundle has default"):
+        alone.profile("fast")
+
+
+def test_fast_takes_as_many_evaluations_as_its_graphs(made: Path) -> None:
+    edit(made, lambda m: m.update(unrolled=True, fast=m["sampling"] | {"flow_steps": 2}))
+    assert "unrolled for 30 evaluations of the flow head, not 2" in refused(made)

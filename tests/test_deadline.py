@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -313,3 +314,113 @@ def test_a_seat_that_does_not_fit_is_refused(predictor: Predictor, clip: np.ndar
             predictor.start(clip, clock=clock)  # type: ignore[arg-type]
     for name, values in shared.state().arrays.items():
         np.testing.assert_array_equal(values, before.arrays[name])
+
+
+def test_what_the_choice_came_after_is_taken_from_the_budget(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    deadlines, left = rollout._deadlines, list[float]()
+    assert deadlines is not None
+    monkeypatch.setattr(deadlines, "choose", lambda seconds, **_: left.append(seconds) or 0)
+    p = rollout.step(budget_ms=60_000, on_canvas=lambda _: time.sleep(0.3))
+    assert left[0] <= 59.7
+    assert p.deadline_met
+    p = rollout.step(budget_ms=299, on_canvas=lambda _: time.sleep(0.3))
+    assert not p.deadline_met  # though what came after the choice would have fitted
+
+
+def test_frames_with_a_budget_correct_the_table(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[tuple[int, Timed]] = []
+    monkeypatch.setattr(rollout._deadlines, "record", lambda *frame: told.append(frame))
+    rollout.step()
+    assert not told
+    rollout.step(budget_ms=60_000)
+    assert told == [(0, rollout._timed)]
+
+
+def test_the_first_frame_from_nothing_needs_no_canvas(predictor: Predictor) -> None:
+    """However little time there is."""
+    rollout = predictor.start(seed=9)
+    rollout.step()
+    rollout.warmup(deadlines=True)
+    rollout.reset()
+    p = rollout.step(budget_ms=1e-6)
+    assert (p.ar_steps, p.canvas, p.deadline_met) == (1, None, False)
+    assert rollout.step(budget_ms=1e-6).ar_steps == 0
+
+
+def test_a_newcomer_that_no_encoder_followed_is_not_observed(
+    predictor: Predictor, clip: np.ndarray
+) -> None:
+    shared = predictor.start(clip[:3], seed=9, batch=2)
+    newcomer = predictor.start(clip[:1], seed=9, stream=7)
+    newcomer.observe_latent(np.zeros((1, 16, 4), np.float32))
+    shared.seat(1, newcomer.state())
+    with pytest.raises(StateError, match="encoder"):
+        shared.observe(clip[:2])
+
+
+def test_copies_of_a_video_began_when_it_began(predictor: Predictor, clip: np.ndarray) -> None:
+    shared = predictor.start(clip, seed=9, batch=2)
+    shared.step()
+    shared.seat(1, predictor.start(clip, seed=9, stream=7, clock=1).state())
+    assert shared.state().since == (0, 1)
+    assert shared.fork(2).state().since == (0, 0, 1, 1)
+
+
+def test_a_video_that_has_not_begun_is_not_seated(predictor: Predictor, clip: np.ndarray) -> None:
+    shared = predictor.start(clip, seed=9, batch=2)
+    with pytest.raises(StateError, match="at least one latent frame"):
+        shared.seat(0, predictor.start(seed=9, clock=shared.frame).state())
+
+
+def test_from_nothing_no_canvas_guides(predictor: Predictor) -> None:
+    sampling = dataclasses.replace(predictor.sampling, temporal_guidance=1.0, canvas_guidance=1.5)
+    rollout = predictor.start(sampling=sampling)
+    assert [rollout.step().guided for _ in range(2)] == [False, True]
+
+
+def test_a_canvas_that_is_not_finite_is_an_error(rollout: Rollout) -> None:
+    level: Any = rollout._program._levels[0].fixed["frame_noise_level"]  # type: ignore[attr-defined]
+    getattr(level, "host", level).fill(np.nan) if hasattr(level, "host") else level.fill_(np.nan)
+    with pytest.raises(EngineError, match=r"canvas: .*not finite.*verify"):
+        rollout.step()
+
+
+def test_a_latent_that_is_not_finite_is_an_error(rollout: Rollout) -> None:
+    level: Any = rollout._program._levels[0].fixed["canvas_noise_level"]  # type: ignore[attr-defined]
+    level.host.fill(np.nan) if hasattr(level, "host") else level.fill_(np.nan)
+    with pytest.raises(EngineError, match=r"flow: .*not finite.*verify"):
+        rollout.step()
+
+
+def test_a_slow_machine_is_not_held_up_on_top() -> None:
+    table = deadlines()
+    for _ in range(HICCUP_FRAMES + 8):
+        table.record(0, Timed(0.01, 0.08))
+    assert table.pace == pytest.approx(2.0)
+    assert table.hiccup == pytest.approx(0.0)
+
+
+def test_the_table_tells_what_one_frame_in_a_hundred_takes() -> None:
+    rests = [0.04 + 0.0001 * i for i in range(101)]
+    table = Deadlines(LEVELS, [[Timed(0.005, rest) for rest in rests]] * 3).table
+    assert (table[0].p50_ms, table[0].p99_ms) == (pytest.approx(50.0), pytest.approx(54.9))
+
+
+def test_a_machine_that_gets_faster_owes_no_time() -> None:
+    rows = [[Timed(0.005, rest)] * 4 for rest in (0.04, 0.02, 0.01)]
+    table = Deadlines(LEVELS, rows)
+    for i in range(HICCUP_FRAMES):
+        table.record(0, Timed(0.005, 0.04 * 0.99**i))
+    assert table.hiccup == 0.0
+
+
+def test_a_hiccup_is_one_that_was_seen() -> None:
+    rows = [[Timed(0.005, rest)] * 4 for rest in (0.04, 0.02, 0.01)]
+    table = Deadlines(LEVELS, rows)
+    for i in range(HICCUP_FRAMES):
+        table.record(0, Timed(0.005, 0.14 if i == 10 else 0.04))
+    assert table.hiccup == pytest.approx(0.0, abs=1e-9)  # one in 64 is no trend

@@ -218,3 +218,9 @@ def test_gumbels_are_standard_gumbel() -> None:
     assert abs(flat.mean() - np.euler_gamma) < 5 * math.pi / math.sqrt(6 * flat.size)
     assert abs(flat.std() - math.pi / math.sqrt(6)) < 0.02
     assert stats.kstest(flat, "gumbel_r").pvalue > 1e-3
+
+
+def test_noise_that_is_multiplied_by_nothing_is_nothing() -> None:
+    out = np.full((2, 3), np.nan, np.float32)
+    fill_normal(out, seed=0, streams=[0, 1], frame=0, purpose=Purpose.FLOW, level=0.0)
+    assert not out.any()

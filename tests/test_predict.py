@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shutil
 from pathlib import Path
@@ -118,6 +119,15 @@ def test_no_video_takes_the_place_of_a_clip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the clips themselves lie there"):  # nor lies among many
         video_names([tmp_path / "a.npz", tmp_path / "c.npz"], tmp_path)
     assert list(video_names(clips[:1], tmp_path).values()) == [tmp_path / "a.mp4"]
+
+
+def test_one_step_without_actions_is_said_to_blur(tmp_path: Path) -> None:
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    more = dataclasses.replace(predictor.sampling, ar_steps=2)
+    for actions, sampling, told in ((False, None, True), (True, None, False), (False, more, False)):
+        options = PredictOptions(frames=2, actions=actions, sampling=sampling)
+        notes = predict_clip(predictor, DEMO_CLIP, tmp_path / "a.mp4", options)["notes"]
+        assert any("try --steps 4" in note for note in notes) == told
 
 
 def test_a_context_that_is_cut_is_said_to_be(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.component_program import ComponentProgram
-from canvasmar_rt.engines.program import NoiseKey
+from canvasmar_rt.engines.program import Noise, NoiseAhead, NoiseKey
 from canvasmar_rt.errors import (
     CanvasMarError,
     ConfigError,
@@ -559,7 +559,11 @@ def test_other_things_than_were_asked_for_are_one_clear_error(
     other: Any = None
     wrong: list[tuple[Callable[[], object], type[CanvasMarError], str]] = [
         (lambda: predictor.start(clip, sampling="fast"), ConfigError, "a SamplingConfig"),
-        (lambda: predictor.start([clip, clip[:3]]), InputError, "context: expected an array of frames"),
+        (
+            lambda: predictor.start([clip, clip[:3]]),
+            InputError,
+            "context: expected an array of frames",
+        ),
         (lambda: rollout.restore(other), InputError, r"expected a state from state\(\)"),
         (lambda: rollout.fork(into=3), InputError, "`into` is an earlier fork, got int"),
         (lambda: rollout.fork(streams=5), InputError, "expected 1 streams, got 5"),
@@ -622,3 +626,99 @@ def test_the_batch_is_that_of_the_context(predictor: Predictor, clip: np.ndarray
 def test_threads_are_a_number_of_threads(threads: object) -> None:
     with pytest.raises(EngineError, match=r"threads must lie in 1\.\.1024"):
         canvasmar_rt.load("toytable", threads=threads)  # type: ignore[arg-type]
+
+
+def test_latents_of_ones_own_are_not_followed_by_frames(rollout: Rollout, clip: np.ndarray) -> None:
+    """The encoder has not seen the frames they stand for."""
+    rollout.step()
+    rollout.observe_latent(np.zeros((1, 16, 4), np.float32))
+    with pytest.raises(StateError, match="encoder"):
+        rollout.observe(clip[:2])
+
+
+def test_what_the_encoder_saw_goes_with_the_state(
+    predictor: Predictor, rollout: Rollout, clip: np.ndarray
+) -> None:
+    blind, kept = predictor.start(seed=9), rollout.state()
+    blind.step()
+    blind.observe_latent(np.zeros((1, 16, 4), np.float32))
+    rollout.restore(blind.state())
+    with pytest.raises(StateError, match="encoder"):
+        rollout.observe(clip[:2])
+    blind.restore(kept)
+    blind.observe(clip[:2])
+
+
+def test_a_fork_goes_back_to_where_it_was_forked_last(rollout: Rollout) -> None:
+    futures = rollout.fork(2)
+    rollout.step()
+    again = rollout.fork(2, into=futures)
+    want = again.step().latent
+    again.reset()
+    assert again.frame == rollout.frame
+    np.testing.assert_array_equal(again.step().latent, want)
+
+
+def test_a_fork_of_other_sampling_is_refused(predictor: Predictor, rollout: Rollout) -> None:
+    other = dataclasses.replace(predictor.sampling, flow_steps=2)
+    with pytest.raises(StateError, match="other sampling options"):
+        rollout.fork(into=predictor.start(sampling=other))
+
+
+def test_a_warm_up_that_fails_is_not_built_upon(
+    rollout: Rollout, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, calls = Rollout._step, iter(range(100))
+
+    def cut_off(self: Rollout, *args: Any, **options: Any) -> Any:
+        made = step(self, *args, **options)
+        if next(calls) == 3:
+            raise KeyboardInterrupt  # between two frames
+        return made
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Rollout, "_step", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            rollout.warmup(deadlines=True)
+    with pytest.raises(StateError, match="restore"):
+        rollout.step()
+
+
+def test_threads_are_those_asked_for(bundles: Callable[[str], Bundle]) -> None:
+    engine: Any = canvasmar_rt.load(bundles("expert").path, threads=1).engine
+    for name in ("flow", "spatial"):
+        assert engine.session(name).get_session_options().intra_op_num_threads == 1
+
+
+def test_pools_do_not_spin_between_graphs(bundles: Callable[[str], Bundle]) -> None:
+    engine: Any = canvasmar_rt.load(bundles("expert").path).engine
+    options = engine.session("flow").get_session_options()
+    assert options.get_session_config_entry("session.force_spinning_stop") == "1"
+
+
+def test_noise_that_was_cut_off_is_not_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    def empty() -> Noise:
+        shape = (1, 4, 2)
+        return Noise(
+            **{k: np.zeros(shape, np.float32) for k in ("flow", "frame", "canvas", "order")}
+        )
+
+    key = NoiseKey(
+        sampling=SamplingConfig(), seed=1, streams=(0,), since=(0,), frame=1, has_canvas=True
+    )
+    want = empty()
+    key.draw(want)
+    got = empty()
+    ahead = NoiseAhead(got)
+    ahead.draw(key)
+    with monkeypatch.context() as patch:
+
+        def cut_off(key: NoiseKey, into: Noise) -> None:
+            into.flow[:] = 7.0
+            raise KeyboardInterrupt
+
+        patch.setattr(NoiseKey, "draw", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            ahead.draw(dataclasses.replace(key, frame=2))
+    ahead.fill(key)  # as after going back
+    np.testing.assert_array_equal(got.flow, want.flow)

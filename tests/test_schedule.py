@@ -10,18 +10,22 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from scipy.integrate import solve_ivp
 
 from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.torch_program import draw_order
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.schedule import (
     ROTARY_BASE,
+    ar_steps,
     branch_inputs,
     first_step_branches,
     flow_plan,
     flow_temperature,
     generation_order,
     guidance_branches,
+    order_noise,
     order_temperatures,
     set_sizes,
     time_rotation,
@@ -382,3 +386,25 @@ def test_time_rotation(time: int) -> None:
     angles = [time * ROTARY_BASE ** (-i / pairs) for i in range(pairs)]
     want = [[math.cos(a) for a in angles], [math.sin(a) for a in angles]]
     np.testing.assert_allclose(got, want, atol=1e-6)
+
+
+def test_order_tells_what_moves_from_what_moves_more() -> None:
+    """Down to a staticness of a millionth."""
+    sampling = SamplingConfig(ar_steps=4, temperature=0.1)
+    staticness = np.exp(np.random.default_rng(2).uniform(-13, 0, (2, 36))).astype(np.float32)
+    noise = gumbel(3, 2, 4, 36)
+    temperatures = [0.1 * k / 4 for k in range(1, 5)]
+    want = plain_order(staticness, noise, temperatures)
+    np.testing.assert_array_equal(order_of(staticness, noise, sampling), want)
+    drawn = draw_order(
+        torch.from_numpy(staticness), torch.from_numpy(noise), sampling, ar_steps(36, 4)
+    )
+    np.testing.assert_array_equal(drawn, want)
+
+
+def test_fewer_steps_read_the_first_numbers_of_every_row() -> None:
+    noise = np.arange(2 * 3 * 4 * 5).reshape(2, 3, 4, 5)
+    got = order_noise(noise, 2)
+    assert got.shape == (2, 3, 2, 5)
+    np.testing.assert_array_equal(got.reshape(2, -1), noise.reshape(2, -1)[:, :30])
+    assert np.shares_memory(got, noise)

@@ -11,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from rich.console import Console
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks import baselines, random_models, report
+from canvasmar_rt.benchmarks import baselines, latency, random_models, report
 from canvasmar_rt.benchmarks.contestants import Played, RolloutContestant
 from canvasmar_rt.benchmarks.latency import (
     OURS,
     BenchOptions,
     bench,
     moving_clip,
+    percentiles,
     play_in_turn,
     ratios,
     summary,
@@ -290,3 +292,121 @@ def test_a_context_must_leave_a_frame(predictor: Predictor) -> None:
         full.predicted(predictor.config)
     with pytest.raises(ConfigError, match="at least 1"):
         BenchOptions(context=0)
+
+
+def test_throughput_counts_the_frames_of_all_videos(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        latency, "RolloutContestant", lambda name, *_, **__: Fixed(name, STREAM, [])
+    )
+    rows = bench(predictor, BenchOptions(batches=(1, 4), frames=3, iterations=1), {})["metrics"]
+    t = predictor.config.autoencoder.temporal_compression
+    for row in rows:
+        rate = row["contestants"][OURS]["pixel_frames_per_second"]
+        assert rate == pytest.approx(row["batch"] * 3 * t / 0.060, abs=0.01)
+
+
+def test_a_soak_compares_its_end_with_its_hundredth_frame(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(ConfigError, match="longer than 100 frames"):
+        BenchOptions(soak=100)
+    resident = iter([200_000_000, 210_000_000])
+    monkeypatch.setattr(latency, "resident_bytes", lambda: next(resident))
+    timed: list[int] = []
+    monkeypatch.setattr(latency, "percentiles", lambda s: timed.append(len(s)) or {"p50": 1.0})
+    said: list[int] = []
+    made = bench(
+        predictor, BenchOptions(frames=1, iterations=1, warmup=0, soak=103), {},
+        so_far=lambda told: said.append(len(told["metrics"])),
+    )  # fmt: skip
+    assert made["soak"]["growth"] == 0.05
+    assert (made["soak"]["resident_mb_at_100"], made["soak"]["resident_mb_at_end"]) == (
+        200.0,
+        210.0,
+    )
+    assert timed[-1] == 3
+    assert said == [1]  # an interrupted soak keeps what was measured before it
+
+
+def test_percentiles_are_in_ms() -> None:
+    found = percentiles([0.001 * i for i in range(101)])
+    assert found == {"p50": 50.0, "p90": 90.0, "p95": 95.0, "p99": 99.0, "jitter": 29.155}
+
+
+def made_up(**ours: Any) -> dict[str, Any]:
+    """Of two systems at two batch sizes; every number is another."""
+
+    def system(base: float) -> dict[str, Any]:
+        return {
+            "first_frame_ms": {"p50": base + 1.0},
+            "frame_ms": {"p50": base + 2.0, "p95": base + 2.5, "p99": base + 3.0},
+            "clip_ms": {"p50": base + 4.0}, "pixel_frames_per_second": base + 5.0,
+            "component_ms": {"condition": 8.0, "spatial": 4.0, "flow": 16.0, "total": 28.0},
+        }  # fmt: skip
+
+    def ratio(median: float) -> dict[str, float]:
+        return {"p5": median - 0.5, "median": median, "p95": median + 0.5}
+
+    told = {"engine": "onnxruntime", "device": "cpu", "arithmetic": "float32"} | ours
+    return {
+        "config": {"model": "m", "frames": 3, "contestants": {OURS: told, "other": told}},
+        "metadata": {"cpu": "a CPU"},
+        "metrics": [
+            {"batch": b, "contestants": {OURS: system(10.0 * b), "other": system(10.0 * b + 50)},
+             "over_ours": {"other": {"first_frame": ratio(5.0), "clip": ratio(2.0)}}}
+            for b in (1, 2)
+        ],
+    }  # fmt: skip
+
+
+def test_a_table_holds_medians_the_worst_and_ratios() -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(report.table(made_up()))
+    rows = [line.split() for line in capture.get().splitlines()]
+    assert ["1", "ours", "11.0", "12.0", "13.0", "14.0", "15.0"] in rows
+    assert [
+        "2", "other", "71.0", "72.0", "73.0", "74.0", "75.0", "5", "±10%", "2", "±25%",
+    ] in rows  # fmt: skip
+    assert "float32" in capture.get()
+    assert report.where(made_up(quantization="int8")) == "onnxruntime int8 on a CPU"
+    assert report.where(made_up()) == "onnxruntime float32 on a CPU"
+
+
+def test_bars_are_of_one_video_and_sum_to_the_frame(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: dict[str, Mapping[str, Mapping[str, float]]] = {}
+
+    def bars(title: str, under: str, label: str, parts: Mapping[str, Mapping[str, float]]) -> bytes:
+        drawn[label] = parts
+        return b""
+
+    monkeypatch.setattr(report, "_bars", bars)
+    report.pictures(made_up())
+    assert drawn["ms / batch"] == {
+        "batch 1": {"condition": 8.0, "spatial": 4.0, "flow": 16.0},
+        "batch 2": {"condition": 4.0, "spatial": 2.0, "flow": 8.0},
+    }
+
+
+def test_small_parts_are_summed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = []
+    made = report.figure_of
+    monkeypatch.setattr(report, "figure_of", lambda *a: figures.append(made(*a)) or figures[-1])
+    count = len(report.COLOURS) + 2
+    report._bars("t", "u", "ms", {"batch 1": {f"part {i}": float(count - i) for i in range(count)}})
+    widths = sorted(bar.get_width() for bar in figures[0][1].patches)
+    assert sum(widths) == pytest.approx(count * (count + 1) / 2)
+    assert len(widths) == len(report.COLOURS)
+
+
+def test_the_spatial_part_reads_its_condition(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: dict[str, Any] = {}
+    monkeypatch.setattr(report, "_curves", lambda *args, axis: lines.update(args[4]) or b"")
+    report._history("u", {"history=2": {"spatial": 1.0, "condition": 2.0, "canvas": 4.0}})
+    assert lines == {"CanvasMAR, spatial part": [3.0], "CanvasMAR, whole frame": [7.0]}
+
+
+def test_a_picture_names_no_software() -> None:
+    assert b"Software" not in report.png(report.figure_of("t", "u")[0])

@@ -19,6 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from typer.testing import CliRunner
 
+from canvasmar_rt.benchmarks import limit
 from canvasmar_rt.benchmarks.dfot import DfotConfig, dfot_for
 from canvasmar_rt.benchmarks.dfot_model import evaluation_flops, parameters
 from canvasmar_rt.benchmarks.limit import (
@@ -37,7 +38,7 @@ from canvasmar_rt.benchmarks.limit import (
 )
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.components import TensorSpec, components
-from canvasmar_rt.config import ModelConfig, SamplingConfig, preset, to_dict
+from canvasmar_rt.config import ModelConfig, SamplingConfig, from_dict, preset, to_dict
 from canvasmar_rt.errors import CanvasMarError, ConfigError, InputError
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.families import FAMILIES as MODELS
@@ -431,3 +432,112 @@ def test_a_measurement_of_another_batch(tmp_path: Path) -> None:
 def test_imports_without_torch() -> None:
     code = "import sys; sys.modules['torch'] = None; import canvasmar_rt.benchmarks.limit"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.parametrize("name", ["kinetics600", "bair", "toytable"])
+def test_the_committed_predictions_are_what_is_predicted(name: str) -> None:
+    root = Path(__file__).resolve().parents[1]
+    while not (root / "benchmarks/results").is_dir():
+        root = root.parent
+    report = json.loads((root / f"benchmarks/results/predicted/limit_{name}.json").read_text())
+    sampling = from_dict(SamplingConfig, report["sampling"], "sampling")
+    manifest = Bundle.open("toytable").manifest
+    config = manifest.model if name == "toytable" else preset(name)[0]
+    machines = {m.name: m for m in GPUS.values()}
+    for told in report["predictions"]:
+        found = predict(
+            config, sampling, machines[told["machine"]], dtype=told["dtype"], batch=told["batch"]
+        )
+        for key in ("components", "frame", "observe"):
+            assert told[key] == json.loads(json.dumps(found[key])), (
+                name,
+                told["machine"],
+                told["dtype"],
+                told["batch"],
+                key,
+            )
+
+
+def test_prediction_sums_bytes_too() -> None:
+    config, sampling = preset("bair")
+    found = predict(config, sampling, GPUS["h100"], dtype="bf16", batch=2)
+    for field in ("flops", "weight_bytes", "activation_bytes"):
+        assert found["frame"][field] == sum(p[field] for p in found["components"].values())
+
+
+def test_a_group_moves_the_bytes_of_its_frames() -> None:
+    config = FAMILIES["next-group"]
+    costs = frame_costs(config, SAMPLING, batch=2, dtype_bytes=2)
+    sizes = {"B": 2}
+    decoder = components(config)["decoder"]
+    once = limit._moved(decoder, sizes, 2)
+    assert costs["decoder"].activation_bytes == config.group * once
+
+
+def test_indices_have_eight_bytes() -> None:
+    table = components(FAMILIES["expert"])
+    sizes = {"B": 2, "G": 3, "S": 5, "E": 4, "R": 2, "K": 3, "M": 6}
+    flow = table["flow"]
+    index = next(t for t in flow.inputs if t.name == "select_index")
+    others = dataclasses.replace(flow, inputs=tuple(t for t in flow.inputs if t is not index))
+    assert limit._moved(flow, sizes, 2) - limit._moved(others, sizes, 2) == 8 * 2 * 5
+
+
+def test_a_chunk_is_read_and_written_and_noised() -> None:
+    tokens = XL.frames * XL.grid[0] * XL.grid[1] * XL.channels
+    assert dfot_cost(XL, steps=1).activation_bytes == 2 * tokens * 4
+    assert dfot_cost(XL, steps=1, passes=2, batch=2).activation_bytes == 3 * 2 * tokens * 4
+
+
+def test_a_measured_group_counts_all_its_frames(tmp_path: Path) -> None:
+    config, sampling = preset("toytable_next_2")
+    told, out = tmp_path / "bench.json", tmp_path / "limit.json"
+    told.write_text(json.dumps(bench_report(sampling, config.name)))
+    CliRunner().invoke(
+        app,
+        [
+            "toytable_next_2",
+            "--batch",
+            "4",
+            "--machine",
+            "h100",
+            "--measured",
+            str(told),
+            "-o",
+            str(out),
+        ],
+        catch_exceptions=False,
+    )
+    (found,) = json.loads(out.read_text())["predictions"]
+    assert found["fraction_of_roofline"] == pytest.approx(
+        found["frame"]["predicted_ms"] / (2 * 160.0), rel=1e-3
+    )
+
+
+def test_a_context_leaves_dfot_a_frame() -> None:
+    config, _ = preset("kinetics600")
+    frames = dfot_for(config).frames
+    assert limit._baseline(config, frames - 1).predicted == 1
+    with pytest.raises(ConfigError, match="leaves none"):
+        limit._baseline(config, frames)
+
+
+def test_a_copy_reads_and_writes_and_the_largest_cache_counts(
+    monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(limit, "_timed", lambda work: 0.5)
+    for i, text in enumerate(("32K", "1024K", "M")):
+        (tmp_path / f"index{i}").mkdir()
+        (tmp_path / f"index{i}" / "size").write_text(f"{text}\n")
+    monkeypatch.setattr(limit, "Path", lambda _: tmp_path)
+    machine = limit.here()
+    assert machine.rate("fp32") == 2 * 1024**3 / 0.5
+    assert machine.bandwidth == 2 * 4 * (1 << 26) / 0.5  # read and written
+    assert machine.on_chip == 1 << 20
+
+
+def test_a_name_that_is_both_is_the_packaged_bundle() -> None:
+    assert limit._model("toytable") == (
+        (manifest := Bundle.open("toytable").manifest).model,
+        manifest.sampling,
+    )

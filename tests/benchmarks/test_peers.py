@@ -59,7 +59,7 @@ def predictor_of(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Predictor]:
     def make(config: ModelConfig, sampling: SamplingConfig = SAMPLING) -> Predictor:
         model = build(config, seed=3)
         monkeypatch.setattr(torch_engine, "load_model", lambda bundle: model)
-        engine = types.SimpleNamespace(device="cpu")
+        engine = types.SimpleNamespace(name="onnxruntime", device="cpu")
         made = types.SimpleNamespace(config=config, sampling=sampling, engine=engine, bundle=model)
         return cast(Predictor, made)
 
@@ -240,6 +240,24 @@ def test_a_missing_compiler_is_named(
     predictor = predictor_of(TINY)
     with pytest.raises(EngineError, match=r"FileNotFoundError: g\+\+\); on the CPU it needs a C"):
         EagerContestant(predictor, context(predictor), batch=1, seed=0, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "peer", "dtype"),
+    [
+        ("onnxruntime", "cpu", "onnxruntime", "float32"),
+        ("torch", "cpu", "torch", "bfloat16"),
+        ("torch", "cpu", "onnxruntime", "float32"),  # which has no other kernels there
+        ("onnxruntime", "cuda:0", "onnxruntime", "bfloat16"),
+    ],
+)
+def test_peers_compute_in_our_dtype(engine: str, device: str, peer: str, dtype: str) -> None:
+    manifest = types.SimpleNamespace(dtype="bfloat16")
+    predictor: Any = types.SimpleNamespace(
+        engine=types.SimpleNamespace(name=engine, device=device),
+        bundle=types.SimpleNamespace(manifest=manifest),
+    )
+    assert peers._dtype(predictor, peer) == dtype
 
 
 # -- no canvas

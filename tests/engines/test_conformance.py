@@ -6,6 +6,8 @@ import dataclasses
 import importlib.util
 import math
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import onnxruntime as ort
@@ -27,7 +29,7 @@ from canvasmar_rt.models import sampler
 from canvasmar_rt.noise import Purpose, fill_normal
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import flow_temperature
-from canvasmar_rt.verify import verify
+from canvasmar_rt.verify import compare_component, difference, verify
 
 TOLERANCE = 1e-4
 
@@ -280,3 +282,31 @@ def test_a_plugin_that_is_missing_is_named(bundles: Callable[[str], Bundle]) -> 
 def test_unknown_engine_lists_those_there_are(bundles: Callable[[str], Bundle]) -> None:
     with pytest.raises(EngineError, match="onnxruntime, torch, tensorrt"):
         canvasmar_rt.load(bundles("expert").path, engine="onnx")
+
+
+@pytest.mark.parametrize("engine", ["onnxruntime", "torch"])
+def test_outputs_that_are_not_written_are_wrong(
+    bundles: Callable[[str], Bundle], engine: str
+) -> None:
+    """Also where the right ones are zeros, as new memory is."""
+    made = canvasmar_rt.load(bundles("expert").path, engine=engine).engine
+    idle: Any = SimpleNamespace(
+        name="idle", bundle=made.bundle, memory=made.memory, bind=lambda *_: lambda: None
+    )
+    entry = made.bundle.manifest.components["decoder"]
+    inputs, outputs = (
+        {t.name: np.zeros([1 if d == "B" else d for d in t.dims], t.dtype) for t in tensors}
+        for tensors in (entry.inputs, entry.outputs)
+    )
+    assert not compare_component(idle, "decoder", inputs, outputs).relative <= 1.0
+
+
+def test_the_worst_output_counts_wherever_it_is() -> None:
+    want = {"a": np.ones(4), "b": np.ones(4)}
+    bad = np.array([1.0, 1.0, 1.0, -3.0])
+    for name in want:
+        found = difference(want | {name: bad}, want)
+        assert (found.max_abs, found.cosine) == (4.0, 0.0)
+        assert found.relative == 2.0
+        nan = difference(want | {name: bad * np.nan}, want)
+        assert np.isnan([nan.max_abs, nan.relative, nan.cosine]).all()

@@ -265,3 +265,20 @@ def test_dtypes_are_found_in_what_an_inspector_says() -> None:
     }  # fmt: skip
     assert layer_dtypes(json.dumps(eleven)) == {"float16": 2}
     assert layer_dtypes("no JSON") == layer_dtypes("[]") == {}
+
+
+def test_weights_more_or_less_are_a_difference() -> None:
+    more = dataclasses.replace(SOURCE, weights_sha256={**SOURCE.weights_sha256, "a": "d" * 64})
+    assert mismatches(SOURCE, more)[0].startswith("weights a: built for none, here dddd")
+    assert mismatches(more, SOURCE)[0].startswith("weights a: built for dddd")
+
+
+def test_the_command_names_another_gpu() -> None:
+    bundle = Bundle.open("toytable")
+    assert build_command(bundle, Path("e"), "cuda:1").endswith(" --device cuda:1")
+    assert "--device" not in build_command(bundle, Path("e"))
+
+
+def test_the_first_word_that_is_a_dtype_counts() -> None:
+    told = {"Layers": [{"Format/Datatype": "FP16 format, reordered from FP32"}]}
+    assert layer_dtypes(json.dumps(told)) == {"float16": 1}

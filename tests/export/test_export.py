@@ -25,6 +25,7 @@ from canvasmar_rt.bundle import (
     Bundle,
     Difference,
     FileEntry,
+    Parity,
     component_entries,
     sha256,
     write_manifest,
@@ -550,3 +551,21 @@ def test_a_manifest_of_another_model_is_refused(bundle: Bundle) -> None:
     write_manifest(bundle.path, changed)
     with pytest.raises(BundleError, match="temporal: the graph's tensors"):
         canvasmar_rt.load(bundle.path)
+
+
+def test_a_component_that_is_not_finite_is_refused(bundle: Bundle) -> None:
+    golden = load_file(bundle.path / "golden" / "decoder.safetensors")
+    name = next(n for n in golden if n.startswith("out.") and golden[n].dtype == np.float32)
+    golden[name].fill(np.nan)
+    change_golden(bundle, "decoder", golden)
+    with pytest.raises(ParityError, match="decoder differs by nan"):
+        verify(bundle.path)
+
+
+def test_no_export_passes_that_is_not_finite() -> None:
+    bad = Difference(max_abs=np.nan, relative=np.nan, cosine=np.nan)
+    found = Parity(
+        engine="onnxruntime", tolerance=1e-4, drift_tolerance=1e-3, components={"flow": bad},
+        drift=(0.0, np.nan), flipped_orders=0,
+    )  # fmt: skip
+    assert [line.split(":")[0] for line in failures(found)] == ["flow", "rollout frame 1"]

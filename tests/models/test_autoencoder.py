@@ -21,6 +21,8 @@ from canvasmar_rt.models.autoencoder import (
     Up,
     first_frame_group,
 )
+from canvasmar_rt.models.families import build
+from tests.conftest import least_config
 
 BASE = AutoencoderConfig(
     height=16,
@@ -342,3 +344,16 @@ def test_tokens_are_in_raster_order() -> None:
     assert y >= 2
     assert x <= 1
     assert change[2:, :3].mean() > 3 * change[:2, 3:].mean()
+
+
+def test_variances_stay_within_what_float32_exponentiates() -> None:
+    from canvasmar_rt.components import autoencoder_states
+
+    config = least_config()
+    encoder = build(config).autoencoder.encoder
+    frames = torch.zeros(1, 1, 8, 8, 3)
+    states = [torch.zeros(1, *s) for s in autoencoder_states(config.autoencoder, decoder=False)]
+    for bias, most in ((1e3, 20.0), (-1e3, -30.0)):
+        with torch.no_grad():
+            encoder.conv_out.bias.fill_(bias)
+        assert (encoder(frames, states)[1] == most).all()

@@ -25,7 +25,7 @@ from canvasmar_rt.models.checkpoint import (
     load_state,
     save_checkpoint,
 )
-from canvasmar_rt.models.families import build
+from canvasmar_rt.models.families import build, cast
 from tests.conftest import least_config
 
 CONFIG = least_config(
@@ -263,3 +263,32 @@ def test_a_bad_value_is_named(saved: Path) -> None:
     data["model"]["depth"] = 3
     (saved / CONFIG_FILE).write_text(json.dumps(data))
     assert "'depth'" in refused(ConfigError, lambda: load_checkpoint(saved))
+
+
+def test_making_a_model_leaves_the_callers_generator_alone() -> None:
+    torch.manual_seed(5)
+    want = torch.rand(3)
+    torch.manual_seed(5)
+    build(least_config(), seed=1)
+    assert torch.equal(torch.rand(3), want)
+
+
+def test_tables_keep_their_precision_in_every_dtype() -> None:
+    model = build(least_config())
+    want = {name: value.clone() for name, value in model.named_buffers()}
+    assert "flow.frequency" in want
+    for dtype in (torch.bfloat16, torch.float16):
+        found = dict(cast(build(least_config()), dtype).named_buffers())
+        for name, value in want.items():
+            assert torch.equal(found[name], value), name
+
+
+def test_a_stage_is_that_of_the_checkpoint_wherever_one_stands(
+    saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (saved.parent / "run.json").write_text('{"stage": "autoencoder"}')
+    monkeypatch.chdir(saved)
+    with pytest.raises(BundleError, match="only the autoencoder was trained"):
+        load_checkpoint(Path())
+    (saved / "training.json").write_text('{"stage": "model"}')
+    load_checkpoint(Path())

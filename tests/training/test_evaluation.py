@@ -1200,3 +1200,24 @@ def test_protocol_command_refuses(
     assert "*.tfrecords" in line
     line = refused(command, output, "protocol", "ucf101", runs / "model", *options)
     assert "testlist01.txt: cannot be read" in line
+
+
+def test_other_numbers_of_samples_are_no_whole_protocol(
+    model: CanvasMAR, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    shutil.rmtree(folders / "test" / "2")
+    protocol = dataclasses.replace(BAIR, samples=3)
+    monkeypatch.setattr(protocols, "continue_clips", brightening(lambda stream: 0))
+
+    def whole(**options: Any) -> bool:
+        source = source_of(protocol, folders)
+        return measure_protocol(model, SAMPLING, protocol, source, colours, **options)[
+            "whole_protocol"
+        ]
+
+    assert whole()
+    assert not whole(samples=2)
+    assert not whole(clips=3)
+    assert not whole(usual=False)

@@ -776,3 +776,10 @@ def test_an_autoencoder_starts_linear() -> None:
     # affine: with grey at -1 + x/127.5, f(40) - f(90) scales as the difference of the inputs
     slope, other = (means[1] - means[0]) / 50, (means[2] - means[1]) / 40
     torch.testing.assert_close(slope, other, atol=1e-6, rtol=1e-3)
+
+
+def test_additive_gates_are_closed_at_every_time() -> None:
+    model = build(small_config(flow=FlowConfig(width=32, blocks=2, modulation="additive")))
+    assert model.flow.embed_time(torch.tensor([0.3])).any()
+    zero_outputs(model)
+    assert not model.flow.embed_time(torch.tensor([0.3])).any()

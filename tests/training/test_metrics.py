@@ -27,6 +27,7 @@ from training.metrics import (
     GaussianStats,
     Lpips,
     Protocol,
+    at_resolution,
     frechet_distance,
     psnr,
     resize_frames,
@@ -347,3 +348,22 @@ def test_runner_refuses_wrong_predictions() -> None:
         run_protocol(SMALL, numbered_places(), lambda c, n, _: c, first_two, batch=0)
     with pytest.raises(ConfigError, match="places must be at least 1"):
         dataclasses.replace(SMALL, places=0)
+
+
+def test_shrinking_is_antialiased() -> None:
+    stripes = torch.zeros(1, 64, 64, 3, dtype=torch.uint8)
+    stripes[:, :, ::4] = 255
+    inside = resize_frames(stripes, 16)[..., 1:-1]
+    torch.testing.assert_close(inside, torch.full_like(inside, 255 / 4), atol=1.0, rtol=0)
+
+
+def test_resize_keeps_the_middle_of_a_tall_picture() -> None:
+    tall = torch.zeros(1, 30, 10, 3, dtype=torch.uint8)
+    tall[:, 10:20] = 200
+    assert resize_frames(tall, 10).unique().tolist() == [200]
+
+
+def test_clips_of_another_size_are_rounded() -> None:
+    clips = random_frames(2, 3, 16, 20)
+    want = resize_frames(clips.flatten(0, 1), 8).round().movedim(1, -1)
+    assert torch.equal(at_resolution(clips, 8).flatten(0, 1).float(), want)

@@ -274,7 +274,7 @@ def test_a_model_cannot_start_from_a_wider_one(
         "--until", 1)  # fmt: skip
     for other, reason in (
         (["dim=16", "heads=1"], "does not fit"),
-        (["dim=64", "heads=2"], "does not fit"),  # heads of another size
+        (["dim=64", "heads=2"], "its head_dim is 16, not 32"),
         ([], "there is no place for its spatial.blocks.2."),
     ):
         changed = [w for s in other for w in ("--set-model", s)]
