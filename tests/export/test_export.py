@@ -568,4 +568,7 @@ def test_no_export_passes_that_is_not_finite() -> None:
         engine="onnxruntime", tolerance=1e-4, drift_tolerance=1e-3, components={"flow": bad},
         drift=(0.0, np.nan), flipped_orders=0,
     )  # fmt: skip
-    assert [line.split(":")[0] for line in failures(found)] == ["flow", "rollout frame 1"]
+    assert [line.split(" by ")[0] for line in failures(found)] == [
+        "flow differs",
+        "the rollout drifts",
+    ]
