@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from canvasmar_rt.config import ModelConfig, to_dict
+from canvasmar_rt.config import to_dict
 from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
@@ -48,15 +48,15 @@ class Contestant(Protocol):
         """
 
 
-def check_groups(frames: int, config: ModelConfig) -> None:
+def check_groups(frames: int, group: int) -> None:
     """
     Raises:
         ConfigError: if a clip of so many latent frames is no whole number of groups.
     """
-    if frames % config.group:
+    if frames % group:
         raise ConfigError(
-            f"clips of {frames} latent frames are no whole groups of {config.group}; give --frames "
-            f"{max(frames // config.group, 1) * config.group}"
+            f"bench: clips of {frames} latent frames are no whole groups of {group}; give --frames "
+            f"{max(frames // group, 1) * group}"
         )
 
 
@@ -85,7 +85,7 @@ class RolloutContestant:
 
     def play(self, frames: int) -> Played:
         group = self._rollout.config.group  # the pixels of a group are there at once
-        check_groups(frames, self._rollout.config)
+        check_groups(frames, group)
         self._rollout.restore(self._start)
         ready, decoding, parts = list[float](), list[float | None](), dict[str, float]()
         begun = time.perf_counter()

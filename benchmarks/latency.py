@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import os
 import platform
 import sys
@@ -19,7 +20,12 @@ import numpy as np
 import onnxruntime
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks.contestants import Contestant, Played, RolloutContestant
+from canvasmar_rt.benchmarks.contestants import (
+    Contestant,
+    Played,
+    RolloutContestant,
+    check_groups,
+)
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines.program import UInt8
 from canvasmar_rt.errors import ConfigError, EngineError
@@ -72,10 +78,10 @@ class BenchOptions:
             raise ConfigError(f"bench: a soak must be longer than {SOAK_FROM} frames")
 
     def predicted(self, config: ModelConfig) -> int:
-        """Latent frames of a clip.
+        """Latent frames of a clip, whole groups of our model and of those beside it.
 
         Raises:
-            ConfigError: if the context leaves none.
+            ConfigError: if the context leaves none, or those asked for are no whole groups.
         """
         frames = config.context_frames - self.context if self.frames is None else self.frames
         if frames < 1:
@@ -83,8 +89,12 @@ class BenchOptions:
                 f"bench: a context of {self.context} latent frames fills the window of "
                 f"{config.context_frames}; give --frames, or a smaller --context"
             )
-        if self.frames is None:  # whole groups
-            frames = max(frames // config.group, 1) * config.group
+        parts = [name.partition(":") for name in self.baselines]
+        asked = [int(n) if n.isdecimal() else 2 for name, _, n in parts if name == "next-group"]
+        group = math.lcm(config.group, *asked)
+        if self.frames is None:
+            frames = max(frames // group, 1) * group
+        check_groups(frames, group)
         return frames
 
 
@@ -242,8 +252,8 @@ def _each_frame(clip: Played) -> list[float]:
 
 
 def ratios(theirs: Sequence[Played], ours: Sequence[Played]) -> dict[str, dict[str, float]]:
-    """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile; of fewer
-    than twenty turns the least and the greatest."""
+    """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile; of twenty
+    turns or fewer the least and the greatest."""
     pairs = [(quantities(a), quantities(b)) for a, b in zip(theirs, ours, strict=True)]
     result = {}
     for name in [name for name in pairs[0][0] if name in pairs[0][1]]:

@@ -235,7 +235,7 @@ class EagerContestant:
 
     def play(self, frames: int) -> Played:
         """See `Contestant`."""
-        check_groups(frames, self._model.config)
+        check_groups(frames, self._model.config.group)
         state, decoder = self._start, 0.0
         ready, decoding = list[float](), list[float]()
         self._decodings.clear()

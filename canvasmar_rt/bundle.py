@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from canvasmar_rt.components import Component, components
-from canvasmar_rt.config import LARGEST, ModelConfig, SamplingConfig, from_dict, to_dict
+from canvasmar_rt.config import LARGEST, PRESETS, ModelConfig, SamplingConfig, from_dict, to_dict
 from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError
 from canvasmar_rt.schedule import flow_plan, set_sizes
 
@@ -289,7 +289,7 @@ def resolve(path_or_name: str | Path) -> Path:
     raise BundleError(
         f"{path_or_name}: no such bundle directory, and not the name of a packaged one "
         f"({', '.join(packaged) or 'none are packaged'}); make one with "
-        f"'canvasmar-rt export PRESET --output DIR'"
+        f"'canvasmar-rt export PRESET --output DIR' (presets: {', '.join(PRESETS)})"
     )
 
 

@@ -224,7 +224,8 @@ def _predict_one(
         stdout.print(
             f"{escape(_files(summary['output']))}\n{escape(summary['sheet'])}\n"
             f"{summary['context_frames']} context frames, {summary['predicted_frames']} predicted "
-            f"by {escape(summary['model'])} on {summary['engine']}/{summary['device']}, "
+            f"by {escape(summary['bundle'])} on {summary['engine']}/{summary['device']} "
+            f"({summary['ar_steps']} AR, {summary['flow_steps']} flow steps), "
             f"{milliseconds:.0f} ms a latent frame",
             highlight=False, soft_wrap=True,
         )  # fmt: skip
@@ -783,13 +784,14 @@ def doctor(json_: Json = False) -> None:
     if json_:
         print(json.dumps([dataclasses.asdict(f) for f in findings]))
     else:
-        table = _table(None, "", "what", "found", "to fix")
+        table = _table(None, "", "what", "found")
         colours = {"ok": "green", "missing": "yellow", "problem": "red"}
         for f in findings:
-            table.add_row(
-                f"[{colours[f.status]}]{f.status}[/]", f.name, escape(f.detail), escape(f.fix)
-            )
+            table.add_row(f"[{colours[f.status]}]{f.status}[/]", f.name, escape(f.detail))
         stdout.print(table)
+        for f in findings:
+            if f.fix:  # whole, to be copied
+                stdout.print(f"{f.name}: {f.fix}", markup=False, highlight=False, soft_wrap=True)
     if any(f.status == "problem" for f in findings):
         raise typer.Exit(1)
 

@@ -81,6 +81,8 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     videos = {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
     given = {clip.resolve() for clip in clips}
     folders = {folder for c in clips for folder in (c.parent.resolve(), c.resolve().parent)}
+    if len(clips) > 1 and output.suffix.lower() in (".mp4", ".gif", ".png") and not output.is_dir():
+        raise InputError(f"{output}: {len(clips)} clips make as many videos; give -o a folder")
     among = len(clips) > 1 and output.resolve() in folders
     if among or any(video.resolve() in given for video in videos.values()):
         raise InputError(f"{output}: the clips themselves lie there; give another folder")
@@ -146,6 +148,8 @@ def predict_clip(
     sampling = options.sampling or predictor.sampling
     if config.action_dim and not options.actions and sampling.ar_steps == 1:
         notes.append("without actions the future is open, and one AR step blurs it: try --steps 4")
+    if options.batch > (most := _shown_futures(ae.height)):
+        notes.append(f"the sheet shows the first {most} futures")
     if length != options.context:
         notes.append(
             f"the context is {length} frames, not {options.context}: the model takes 1 + n*{t}"
@@ -158,6 +162,12 @@ def predict_clip(
         told = read_latent_actions(source, config, known + math.ceil(options.frames / t))
         if recorded:
             _check_recorded(source, config)
+        many, each = read_actions(source).shape
+        if each * t * group != config.action_dim:
+            notes.append(
+                f"its {many} rows of {each} actions are taken as one a latent frame, of {t} pixel "
+                "frames"
+            )
         # of the last group only the first frames may be asked for
         told = np.pad(told, ((0, group - 1), (0, 0)))
     begun = time.perf_counter()
@@ -184,6 +194,9 @@ def predict_clip(
         "output": [str(path) for path in written],
         "sheet": str(sheet),
         "model": config.name,
+        "bundle": predictor.bundle.path.name,
+        "ar_steps": sampling.ar_steps,
+        "flow_steps": sampling.flow_steps,
         "engine": predictor.engine.name,
         "device": predictor.engine.device,
         "seed": options.seed,
@@ -279,8 +292,7 @@ def _sheet(
         clip.frames[i] if i < len(clip.frames) else None for i in range(length + future)
     ]
     rows: list[tuple[str, list[UInt8 | None]]] = [("real", [real[i] for i in shown])]
-    most = max(1, SHEET_HEIGHT // max(192, predicted.shape[2]) - 3)
-    for b, frames in enumerate(predicted[:most]):
+    for b, frames in enumerate(predicted[: _shown_futures(predicted.shape[2])]):
         label = "prediction" if len(predicted) == 1 else f"future {b + 1}"
         video = [*context, *frames]
         rows.append((label, [video[i] for i in shown]))
@@ -300,6 +312,11 @@ def _sheet(
     rows.append((f"staticness{of}", [still[i] for i in shown]))
     titles = [f"{i - length + 1:+d}" if i >= length else f"context {i - length + 1}" for i in shown]
     return contact_sheet(rows, columns=titles)
+
+
+def _shown_futures(height: int) -> int:
+    """How many futures of frames so high are on a sheet."""
+    return max(1, SHEET_HEIGHT // max(192, height) - 3)
 
 
 def _columns(length: int, future: int) -> list[int]:

@@ -140,7 +140,7 @@ def read_clip(
         damage = f" ({track.skipped} damaged packets were skipped)" if track.skipped else ""
         raise VideoError(
             f"{source}: expected at least {_count(min_frames)}{asked}, got {len(frames)}{damage};"
-            " give a longer clip, an earlier start or a shorter context (min_frames)"
+            " give a longer clip, an earlier start or a shorter context"
         )
     return Clip(
         frames=np.stack(frames),

@@ -54,7 +54,10 @@ def main() -> None:
         os.environ["SDL_VIDEODRIVER"] = "dummy"
         options.frames = options.frames or 60
     os.environ["PYGAME_HIDE_SUPPORT_PROMPT"] = "1"
-    import pygame
+    try:
+        import pygame
+    except ImportError:
+        parser.error("needs pygame: pip install pygame")
 
     with np.load(DEMO_CLIP) as clip:
         context, told = clip["frames"][:CONTEXT], clip["actions"][: CONTEXT - 1]
@@ -75,7 +78,7 @@ def main() -> None:
         pygame.K_UP: (0, -1),
         pygame.K_DOWN: (0, 1),
     }
-    script = [pygame.K_LEFT, pygame.K_DOWN, pygame.K_RIGHT, pygame.K_UP]
+    script = [pygame.K_LEFT, pygame.K_UP, pygame.K_RIGHT, pygame.K_DOWN]
     film: list[Frames] = []
     shown, running = 0, True
     steps = collections.Counter[int]()

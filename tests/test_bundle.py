@@ -165,7 +165,7 @@ def test_bundles_may_move_and_hold_links_within(made: Path, tmp_path: Path) -> N
     Bundle.open(link)
 
 
-def test_hidden_dtypes(made: Path) -> None:
+def test_dtypes_of_hidden_tensors(made: Path) -> None:
     write(made, dtype="float16")
     opened = Bundle.open(made)
     dtypes = {t.name: t.dtype for t in opened.manifest.components["temporal"].outputs}
@@ -198,6 +198,7 @@ def test_sha256(tmp_path: Path) -> None:
 def test_no_such_bundle(tmp_path: Path) -> None:
     assert "no such bundle" in refused(tmp_path / "none")
     assert "canvasmar-rt export" in refused("no-such-name")
+    assert "bair, ucf101, kinetics600" in refused("kinetic600")  # `info` and the limit take presets
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "../x", "/", "x\0y", "\ud800", "l" * 300])

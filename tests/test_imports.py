@@ -68,6 +68,16 @@ print(os.environ["ORT_DISABLE_TELEMETRY"], len(os.listdir("/proc/self/task")))
     assert not list(home.iterdir())
 
 
+def test_training_says_what_it_needs() -> None:
+    for module in ("training", "training.evaluation"):
+        code = f"import runpy; runpy.run_module({module!r}, run_name='__main__')"
+        done = run(code, "--help", cwd=Path(__file__).resolve().parents[1])
+        assert done.returncode == 2
+        assert "torch is blocked" in done.stderr
+        assert "pip install -e '.[train]'" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_what_needs_torch_says_so(tmp_path: Path) -> None:
     for command in (
         ["demo", "--engine", "torch"],

@@ -119,6 +119,23 @@ def test_no_video_takes_the_place_of_a_clip(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="the clips themselves lie there"):  # nor lies among many
         video_names([tmp_path / "a.npz", tmp_path / "c.npz"], tmp_path)
     assert list(video_names(clips[:1], tmp_path).values()) == [tmp_path / "a.mp4"]
+    with pytest.raises(
+        InputError, match=r"out\.mp4: 2 clips make as many videos; give -o a folder"
+    ):
+        video_names(clips, tmp_path / "out.mp4")
+
+
+def test_rows_of_actions_that_are_not_of_a_frame_are_told(tmp_path: Path) -> None:
+    with np.load(DEMO_CLIP) as archive:
+        frames, actions = archive["frames"], archive["actions"]
+    np.savez(tmp_path / "a.npz", frames=frames, actions=actions[:20].reshape(10, 4))
+    predictor = canvasmar_rt.load("toytable-int8", threads=1)
+    options = PredictOptions(frames=2, actions=True)
+    for clip, told in ((DEMO_CLIP, []), (tmp_path / "a.npz", ["its 10 rows of 4 actions are taken "
+                       "as one a latent frame, of 2 pixel frames"])):  # fmt: skip
+        made = predict_clip(predictor, clip, tmp_path / "b.mp4", options)
+        assert made["notes"] == told
+        assert (made["bundle"], made["ar_steps"], made["flow_steps"]) == ("toytable-int8", 1, 4)
 
 
 def test_one_step_without_actions_is_said_to_blur(tmp_path: Path) -> None:

@@ -7,42 +7,51 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 
-from canvasmar_rt.command import run_command, stderr
+from canvasmar_rt.command import print_error, run_command, stderr
 from canvasmar_rt.config import ModelConfig
-from canvasmar_rt.errors import ConfigError, InputError
-from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.families import build
-from training import stages
-from training.clips import (
-    AheadSource,
-    Clips,
-    ClipSource,
-    LatentSource,
-    ToyTableSource,
-    check_length,
-    write_latents,
-)
-from training.config import RECIPES, Recipe, recipe
-from training.datasets import READERS, DataSet
-from training.losses import open_skips, zero_outputs
-from training.options import SetData, override
-from training.trainer import (
-    Ranks,
-    Trainer,
-    find_checkpoints,
-    load_weights,
-    process_group,
-    progress_bar,
-)
-from training.transfer import transfer, translate
+from canvasmar_rt.errors import ConfigError, EngineError, InputError
+
+try:
+    import torch
+
+    from canvasmar_rt.models.canvasmar import FrameModel
+    from canvasmar_rt.models.families import build
+    from training import stages
+    from training.clips import (
+        AheadSource,
+        Clips,
+        ClipSource,
+        LatentSource,
+        ToyTableSource,
+        check_length,
+        write_latents,
+    )
+    from training.config import RECIPES, Recipe, recipe
+    from training.datasets import READERS, DataSet
+    from training.losses import open_skips, zero_outputs
+    from training.options import SetData, override
+    from training.trainer import (
+        Ranks,
+        Trainer,
+        find_checkpoints,
+        load_weights,
+        process_group,
+        progress_bar,
+    )
+    from training.transfer import transfer, translate
+except ImportError as missing:
+    print_error(
+        EngineError(f"training needs PyTorch and more ({missing}): pip install -e '.[train]'")
+    )
+    sys.exit(2)
 
 FITTED_CLIPS = 64
 """Held-out clips on which the latents of two autoencoders are fitted to each other."""

@@ -547,9 +547,9 @@ class DataSet:
         Raises:
             ConfigError, InputError: as `make_source`, or there is no root.
         """
+        free = reader_options(self.name) - self.TAKEN
         if self.root is None:
             raise InputError(f"--data {self.name} needs --root, the directory of the data set")
-        free = reader_options(self.name) - self.TAKEN
         if unknown := sorted(self.options.keys() - free):
             raise ConfigError(
                 f"--set-data {unknown[0]}: {self.name} takes {', '.join(sorted(free))}"

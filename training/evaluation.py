@@ -15,53 +15,62 @@ import io
 import json
 import math
 import platform
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import torch
 import typer
 from PIL import Image
-from torch import Tensor
 
 from canvasmar_rt import __version__, load
-from canvasmar_rt.command import run_command
+from canvasmar_rt.command import print_error, run_command
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
-from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError
 from canvasmar_rt.files import check_writable, write_file
-from canvasmar_rt.models.canvasmar import FrameModel
-from canvasmar_rt.models.families import build, count_parameters
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
-from training.clips import check_actions
-from training.datasets import READERS, DataSet, RecordedClips
-from training.figures import draw_ablations, draw_comparison
-from training.measures import (
-    ABLATIONS,
-    check_predicted,
-    given_frames,
-    held_out,
-    measure_ablations,
-    measure_curves,
-    measure_losses,
-    measure_one_step,
-    measure_recall,
-    measure_reconstruction,
-    measure_recordings,
-    measure_rollouts,
-)
-from training.metrics import I3D, PROTOCOLS, Lpips
-from training.options import SetData, override
-from training.protocols import context_frames, measure_protocol
-from training.stages import (
-    continue_clips,
-    weights_id,
-)
-from training.toytable_metrics import METRIC_SIZE
-from training.trainer import load_weights, progress_bar
-from training.transfer import transfer
+
+try:
+    import torch
+    from torch import Tensor
+
+    from canvasmar_rt.models.canvasmar import FrameModel
+    from canvasmar_rt.models.families import build, count_parameters
+    from training.clips import check_actions
+    from training.datasets import READERS, DataSet, RecordedClips
+    from training.figures import draw_ablations, draw_comparison
+    from training.measures import (
+        ABLATIONS,
+        check_predicted,
+        given_frames,
+        held_out,
+        measure_ablations,
+        measure_curves,
+        measure_losses,
+        measure_one_step,
+        measure_recall,
+        measure_reconstruction,
+        measure_recordings,
+        measure_rollouts,
+    )
+    from training.metrics import I3D, PROTOCOLS, Lpips
+    from training.options import SetData, override
+    from training.protocols import context_frames, measure_protocol
+    from training.stages import (
+        continue_clips,
+        weights_id,
+    )
+    from training.toytable_metrics import METRIC_SIZE
+    from training.trainer import load_weights, progress_bar
+    from training.transfer import transfer
+except ImportError as missing:
+    print_error(
+        EngineError(f"evaluation needs PyTorch and more ({missing}): pip install -e '.[train]'")
+    )
+    sys.exit(2)
 
 app = typer.Typer(
     add_completion=False,

@@ -43,8 +43,8 @@ def scan_records(path: Path) -> tuple[list[Record], str | None]:
     Only the headers are read, and their checksums checked; `read_record` checks the data.
     """
     records: list[Record] = []
-    if path.exists() and not path.is_file():
-        return records, "expected a file, got none, or a device, pipe or socket"
+    if path.exists() and not path.is_file() and not path.is_dir():
+        return records, "expected a file, got a device, pipe or socket"
     try:
         with path.open("rb", buffering=0) as file:
             end = path.stat().st_size

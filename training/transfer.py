@@ -48,7 +48,8 @@ GUESS = "canvas.canvas."
 """The layer that writes the canvas."""
 
 MEANING = ("head_dim", "encoder_layers", "norm")
-"""Options by which weights of the same shapes compute something else."""
+"""Options by which weights of the same shapes compute something else. What tokens of the condition
+attend to is none of them: a trained model's loss hardly changes, and it may be trained on so."""
 
 GRIDS = ("temporal.bos", "canvas.position", "spatial.encoder_position", "spatial.decoder_position")
 """Learned vectors of the tokens of a frame, (tokens, D)."""

@@ -117,7 +117,7 @@ class Session:
             "height": ae.height,
             "frames": self._config.step_frames,
             "tick_ms": 1e3 * self._settings.tick_s(self._config),
-            "budget_ms": 1e3 * self._settings.budget_s(self._config),
+            "budget_ms": round(1e3 * self._settings.budget_s(self._config), 3),
             "action_dim": self._config.action_dim,
             "action_limit": self._settings.action_limit,
         }

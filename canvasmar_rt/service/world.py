@@ -2,8 +2,8 @@
 
 A session has a row of the batch while it plays. Rows without one idle along, so no shape ever
 changes; whoever joins, or starts again, is put into a row between two ticks. So is a start of its
-own into a row whose latents have left what the model knows: there is nothing to see in it any more,
-and in int8, whose scales are those of the whole batch, it would take the others' precision.
+own into a row whose latents have left what the model knows: its picture falls apart, and in int8,
+whose scales are those of the whole batch, it would take the others' precision.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ RESTART_S = 2.0
 """A session may start again this often: each start takes time from a tick of all."""
 STUCK_S = 10.0
 """A tick that takes this long will not end."""
-LOST = 16.0
-"""A normalised latent beyond this is of no picture: those of real clips stay below ten."""
+LOST = 28.0
+"""Normalised latents beyond this, whose variance is one, take the others' precision."""
+LOST_TICKS = 8
+"""So many running: one may come back."""
 POLL_S = 0.1
 """How often a start-up looks whether it is still wanted."""
 
@@ -101,7 +103,7 @@ class World:
         self._closing = False
         # Only the thread writes these:
         self._begun = 0
-        self._lost: list[int] = []
+        self._lost = np.zeros(settings.slots, int)  # ticks that each row has been beyond `LOST`
         self._busy_since: float | None = None
         self._error: BaseException | None = None
         self._ready = threading.Event()
@@ -264,7 +266,7 @@ class World:
         self._metrics.ticks.labels(str(prediction.ar_steps)).inc()
         self._metrics.missed.inc(not met)
         furthest = np.abs(prediction.latent).reshape(self._settings.slots, -1).max(axis=1)
-        self._lost = [int(row) for row in np.flatnonzero(furthest > LOST)]
+        self._lost = np.where(furthest > LOST, self._lost + 1, 0)
 
     def _seat_one(self, rollout: Rollout) -> None:
         """Put one of those who ask into a row, or a new start into a lost one: at most one a tick,
@@ -297,7 +299,12 @@ class World:
                     self._asking.remove(player)
                     self._rows[row], player.row = player, row
                     return row, player, player.start
-            return next(((row, self._rows[row], None) for row in self._lost), None)
+            for row in np.flatnonzero(self._lost >= LOST_TICKS).tolist():
+                seated = self._rows[row]
+                if seated is None or now - seated.seated_at >= RESTART_S:
+                    log.info("row %d has left what the model knows, and begins anew", row)
+                    return row, seated, None
+        return None
 
     def _fail_all(self) -> None:
         with self._changed:

@@ -269,6 +269,9 @@ def test_a_group_is_there_at_once(bundles: Callable[[str], Bundle], predictor: P
         system.play(4)
     window = dataclasses.replace(groups.config, context_frames=7)
     assert BenchOptions(context=2).predicted(window) == 3  # of five
+    assert BenchOptions(context=1, baselines=("dfot", "next-group")).predicted(window) == 6
+    with pytest.raises(ConfigError, match="no whole groups of 12; give --frames 12"):
+        BenchOptions(frames=18, baselines=("next-group:4",)).predicted(window)
     make = baselines.baselines(predictor, ("next-group:2",), seed=0)["next-group:2"]
     with pytest.raises(ConfigError, match=r"^baseline next-group:2: .*every fourth spatial layer"):
         make(context, 1)

@@ -113,7 +113,7 @@ class FakeRollout:
         frames = np.broadcast_to(pixels.reshape(-1, 1, 1, 1, 1), shape).copy()
         latent = np.ones((self.batch, 64, 4), np.float32)
         for row in p.far:
-            latent[row, 9, 2] = -17.0
+            latent[row, 9, 2] = -29.0
         return types.SimpleNamespace(frames=frames, latent=latent, ar_steps=2)
 
 
