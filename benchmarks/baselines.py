@@ -6,7 +6,12 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from canvasmar_rt.benchmarks.contestants import Contestant, RolloutContestant
+from canvasmar_rt.benchmarks.contestants import (
+    Contestant,
+    RolloutContestant,
+    group_of,
+    number,
+)
 from canvasmar_rt.benchmarks.dfot import DfotContestant, Guidance
 from canvasmar_rt.benchmarks.latency import Make
 from canvasmar_rt.benchmarks.peers import (
@@ -49,7 +54,7 @@ def baselines(
         EngineError: if it needs packages that are not installed.
     """
     for name in names:
-        if name not in BASELINES and not _number(name, "no-canvas", "next-group"):
+        if name not in BASELINES and not number(name, "no-canvas", "next-group"):
             raise ConfigError(f"no baseline {name!r}; baselines are {', '.join(BASELINES)}")
     if not names:
         return {}
@@ -69,11 +74,11 @@ def baselines(
                 guidance: Guidance = "vanilla" if name == "dfot-vanilla" else "conditional"
                 made: Contestant = DfotContestant(predictor, context, guidance=guidance, **at)
             elif name.startswith("no-canvas"):
-                steps = _number(name, "no-canvas") or predictor.sampling.ar_steps
+                steps = number(name, "no-canvas") or predictor.sampling.ar_steps
                 plain = without_canvas(predictor, ar_steps=steps)
                 made = RolloutContestant(name, plain, context, **at)
             elif name.startswith("next-group"):
-                config = next_group(predictor.config, _number(name, "next-group") or 2)
+                config = next_group(predictor.config, group_of(name))
                 groups = random_like(predictor, config)
                 made = RolloutContestant(name, groups, context, **at)
             elif name == "unified":
@@ -140,9 +145,3 @@ def _variant(predictor: Predictor, option: str, value: int) -> Predictor:
         return random_like(predictor, config)
     changed: dict[str, Any] = {option: value}
     return Predictor(predictor.engine, dataclasses.replace(predictor.sampling, **changed))
-
-
-def _number(name: str, *bases: str) -> int:
-    """K of a name such as "no-canvas:K" of one of `bases`, or 0."""
-    base, _, number = name.partition(":")
-    return int(number) if base in bases and number.isdecimal() else 0

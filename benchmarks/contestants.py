@@ -60,6 +60,17 @@ def check_groups(frames: int, group: int) -> None:
         )
 
 
+def number(name: str, *bases: str) -> int:
+    """K of a name such as "no-canvas:K" of one of `bases`, or 0."""
+    base, _, text = name.partition(":")
+    return int(text) if base in bases and text.isdecimal() else 0
+
+
+def group_of(name: str) -> int:
+    """Latent frames that the contestant of this name draws at once, if the name says so, or 1."""
+    return number(name, "next-group") or (2 if name.startswith("next-group") else 1)
+
+
 class RolloutContestant:
     """A bundle on one of our engines."""
 

@@ -25,6 +25,7 @@ from canvasmar_rt.benchmarks.contestants import (
     Played,
     RolloutContestant,
     check_groups,
+    group_of,
 )
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines.program import UInt8
@@ -89,9 +90,7 @@ class BenchOptions:
                 f"bench: a context of {self.context} latent frames fills the window of "
                 f"{config.context_frames}; give --frames, or a smaller --context"
             )
-        parts = [name.partition(":") for name in self.baselines]
-        asked = [int(n) if n.isdecimal() else 2 for name, _, n in parts if name == "next-group"]
-        group = math.lcm(config.group, *asked)
+        group = math.lcm(config.group, *map(group_of, self.baselines))
         if self.frames is None:
             frames = max(frames // group, 1) * group
         check_groups(frames, group)
@@ -255,8 +254,8 @@ def ratios(theirs: Sequence[Played], ours: Sequence[Played]) -> dict[str, dict[s
     """Their time over ours by quantity, taken per turn: median, 5th and 95th percentile; of twenty
     turns or fewer the least and the greatest."""
     pairs = [(quantities(a), quantities(b)) for a, b in zip(theirs, ours, strict=True)]
-    result = {}
-    for name in [name for name in pairs[0][0] if name in pairs[0][1]]:
+    result, shared = {}, [name for name in pairs[0][0] if name in pairs[0][1]]
+    for name in shared:
         found = [a[name] / b[name] for a, b in pairs]
         spread = {
             "p5": np.percentile(found, 5, method="lower"),

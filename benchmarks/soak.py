@@ -179,7 +179,7 @@ def rungs_sheet(predictor: Predictor, latent_frames: int = 8) -> UInt8:
         fps=config.fps,
         min_frames=length + latent_frames * t,
     ).frames
-    actions = read_latent_actions(DEMO_CLIP, config, known + latent_frames)
+    actions = read_latent_actions(DEMO_CLIP, config, known + latent_frames).latent
     rollout = predictor.start(clip[:length], actions=actions[:known])
     actions = actions[known : known + latent_frames]
     rollout.warmup(deadlines=True)

@@ -31,7 +31,8 @@ VIDEO_SUFFIXES = frozenset(
     {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif"}
     | {".mpg", ".mpeg", ".ts", ".wmv", ".flv", ".ogv", ".3gp"}
 )
-CLIP_SUFFIXES = VIDEO_SUFFIXES | {".npz", ".npy"}
+ARCHIVE_SUFFIXES = frozenset({".npz", ".npy"})
+CLIP_SUFFIXES = VIDEO_SUFFIXES | ARCHIVE_SUFFIXES
 ARRAY_KEYS = ("frames", "aux1_image", "video", "image")  # preferred first
 MAX_SIDE = 16384  # pixels; a larger claim is taken for a broken or hostile header
 # A longer clip than this must be asked for in parts; also what a hostile time stamp can cost.

@@ -45,7 +45,7 @@ def write_file(path: Path, data: str | bytes) -> None:
     """
     raw = data.encode() if isinstance(data, str) else data
     with refusals(path):
-        if _is_stream(path):
+        if is_stream(path):
             path.write_bytes(raw)
             return
         with replacing(path) as temporary:
@@ -61,11 +61,11 @@ def check_writable(path: Path) -> None:
     with refusals(path):
         if path.is_dir():
             raise IsADirectoryError("it is a directory")
-        if not _is_stream(path):
+        if not is_stream(path):
             tempfile.TemporaryFile(dir=os.path.dirname(os.path.realpath(path))).close()
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """Whether this is a device or a pipe."""
     return path.exists() and not path.is_file() and not path.is_dir()
 

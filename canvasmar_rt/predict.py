@@ -8,11 +8,12 @@ import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from canvasmar_rt._video_common import ARCHIVE_SUFFIXES
 from canvasmar_rt._video_streams import frame_stamps
 from canvasmar_rt._video_writing import check_target
 from canvasmar_rt.actions import find_actions, read_actions
@@ -32,6 +33,7 @@ from canvasmar_rt.video import (
 
 UInt8 = npt.NDArray[np.uint8]
 
+OUTPUT_SUFFIXES = (".mp4", ".gif", ".png")
 SHEET_COLUMNS = 12
 SHEET_HEIGHT = 12_000
 """Pixels of a sheet, about: more futures than that are not on it."""
@@ -81,7 +83,7 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
     videos = {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
     given = {clip.resolve() for clip in clips}
     folders = {folder for c in clips for folder in (c.parent.resolve(), c.resolve().parent)}
-    if len(clips) > 1 and output.suffix.lower() in (".mp4", ".gif", ".png") and not output.is_dir():
+    if len(clips) > 1 and output.suffix.lower() in OUTPUT_SUFFIXES and not output.is_dir():
         raise InputError(f"{output}: {len(clips)} clips make as many videos; give -o a folder")
     among = len(clips) > 1 and output.resolve() in folders
     if among or any(video.resolve() in given for video in videos.values()):
@@ -125,7 +127,7 @@ def predict_clip(
     if options.actions and (options.start or rate != config.fps):
         raise InputError("actions: they belong to every frame from the first; leave out start, fps")
     # actions belong to frames as they were recorded
-    untimed = source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES | {".npz", ".npy"}
+    untimed = source.is_dir() or source.suffix.lower() in IMAGE_SUFFIXES | ARCHIVE_SUFFIXES
     recorded = options.actions and not untimed
     clip = read_clip(
         source,
@@ -159,17 +161,16 @@ def predict_clip(
     known = (length - 1) // t
     told = None
     if options.actions:
-        told = read_latent_actions(source, config, known + math.ceil(options.frames / t))
+        table = read_latent_actions(source, config, known + math.ceil(options.frames / t))
         if recorded:
-            _check_recorded(source, config)
-        many, each = read_actions(source).shape
-        if each * t * group != config.action_dim:
+            _check_recorded(source, table)
+        if table.row_frames > 1:
             notes.append(
-                f"its {many} rows of {each} actions are taken as one a latent frame, of {t} pixel "
-                "frames"
+                f"its {table.rows} rows of {table.latent.shape[1]} actions are taken as one a "
+                f"latent frame, of {t} pixel frames"
             )
         # of the last group only the first frames may be asked for
-        told = np.pad(told, ((0, group - 1), (0, 0)))
+        told = np.pad(table.latent, ((0, group - 1), (0, 0)))
     begun = time.perf_counter()
     rollout = predictor.start(
         context,
@@ -221,7 +222,7 @@ def _check_folder(folder: Path, output: Path) -> None:
 def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, Path]:
     """Where the video of `count` frames and the sheet go, checked before anything is computed."""
     suffix = output.suffix.lower()
-    if suffix not in (".mp4", ".gif", ".png"):
+    if suffix not in OUTPUT_SUFFIXES:
         raise InputError(f"{output}: the output is an .mp4, a .gif, or a .png for numbered frames")
     sheet = output.with_name(f"{output.stem}_sheet.png")
     for path in (output, sheet):
@@ -243,21 +244,28 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
     return output, sheet
 
 
-def _check_recorded(source: Path, config: ModelConfig) -> None:
+def _check_recorded(source: Path, table: LatentActions) -> None:
     """See that a video has no fewer frames than rows of actions."""
-    frames, rows = len(frame_stamps(source, exact=True)[0]), read_actions(source)
-    t = config.autoencoder.temporal_compression
-    a_row = 1 if rows.shape[1] * t * config.group == config.action_dim else t  # frames of one
-    if a_row * len(rows) >= frames + a_row:
+    frames = len(frame_stamps(source, exact=True)[0])
+    if table.row_frames * table.rows >= frames + table.row_frames:
         raise InputError(
-            f"{source}: {len(rows)} rows of actions for {frames} frames; if frames are missing, "
+            f"{source}: {table.rows} rows of actions for {frames} frames; if frames are missing, "
             "which action is whose is unknown: copy the video again, or cut the table"
         )
 
 
-def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.NDArray[np.float32]:
-    """A clip's own actions (latents or more, A/J) float32, stored as one row a latent frame or one
-    row a pixel frame (t of them make one latent frame's action).
+class LatentActions(NamedTuple):
+    """Of a clip: `latent` (latents or more, A/J) float32, and how they are stored: so many `rows`,
+    each of `row_frames` pixel frames (1, or t)."""
+
+    latent: npt.NDArray[np.float32]
+    rows: int
+    row_frames: int
+
+
+def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> LatentActions:
+    """A clip's own actions, stored as one row a latent frame or one row a pixel frame (t of them
+    make one latent frame's action).
 
     Raises:
         InputError: if the model takes none, or they cannot be had or do not fit it.
@@ -267,7 +275,8 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.
     rows = read_actions(source)
     t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
     found = rows.shape
-    if rows.shape[1] * t == size:
+    row_frames = 1 if found[1] * t == size else t
+    if row_frames == 1:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
     if rows.shape[1] != size:
         raise InputError(
@@ -279,7 +288,7 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> npt.
             f"{source}: its actions lead to {1 + t * len(rows)} frames, context and prediction "
             f"want {1 + t * latents}; ask for fewer frames"
         )
-    return rows
+    return LatentActions(rows, found[0], row_frames)
 
 
 def _sheet(

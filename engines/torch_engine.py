@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from typing import cast as typed
 
 import torch
@@ -152,10 +152,6 @@ class TorchEngine:
         flow_persistent: bool = False,
     ) -> None:
         place = torch_device(device)
-        self._options: dict[str, Any] = {
-            "threads": threads, "compile": compile, "cuda_graph": cuda_graph,
-            "flow_kernel": flow_kernel, "flow_persistent": flow_persistent,
-        }  # fmt: skip
         if threads is not None:
             torch.set_num_threads(threads)
         self.flow_kernel: Mode | None = None
@@ -169,13 +165,21 @@ class TorchEngine:
         if bundle.manifest.dtype != "float32":
             model = cast(model, getattr(torch, bundle.manifest.dtype))
         self.model = model.to(place)
-        self._compile, self._cuda_graph = compile, cuda_graph
+        self._threads, self._compile, self._cuda_graph = threads, compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
 
     def like(self, bundle: Bundle) -> TorchEngine:
         """Another bundle on an engine with this one's device and options."""
-        return TorchEngine(bundle, device=self.device, **self._options)
+        return TorchEngine(
+            bundle,
+            device=self.device,
+            threads=self._threads,
+            compile=self._compile,
+            cuda_graph=self._cuda_graph,
+            flow_kernel=self.flow_kernel is not None,
+            flow_persistent=self.flow_kernel == "persistent",
+        )
 
     @property
     def graph_off(self) -> Mapping[str, str]:

@@ -39,7 +39,7 @@ import torch
 from numpy.typing import NDArray
 
 from canvasmar_rt._video_archives import array_header, listing, natural, open_member
-from canvasmar_rt._video_common import PARSER_ERRORS, brief
+from canvasmar_rt._video_common import ARCHIVE_SUFFIXES, PARSER_ERRORS, brief
 from canvasmar_rt._video_streams import frame_stamps, open_video
 from canvasmar_rt.actions import is_actions, read_actions
 from canvasmar_rt.config import parsed
@@ -683,7 +683,7 @@ def _frame_times(path: Path, *, exact: bool) -> tuple[NDArray[np.float64], float
         return np.arange(len(listing(path)[0])) / UNTIMED_FPS, 0.0
     if not path.is_file():
         raise InputError(f"{path}: expected a file, got none, or a device, pipe or socket")
-    if path.suffix.lower() in (".npz", ".npy"):
+    if path.suffix.lower() in ARCHIVE_SUFFIXES:
         return np.arange(_archive_length(path)) / UNTIMED_FPS, 0.0
     with open_video(path, timed=False) as track:  # its checks of what the file is
         fps, slack = track.fps, track.slack

@@ -20,6 +20,7 @@ from google.protobuf.message import DecodeError, Message
 from numpy.typing import NDArray
 
 from canvasmar_rt.errors import InputError
+from canvasmar_rt.files import is_stream
 
 _LENGTH_BYTES, _CRC_BYTES = 8, 4
 _HEADER_BYTES = _LENGTH_BYTES + _CRC_BYTES
@@ -43,7 +44,7 @@ def scan_records(path: Path) -> tuple[list[Record], str | None]:
     Only the headers are read, and their checksums checked; `read_record` checks the data.
     """
     records: list[Record] = []
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if is_stream(path):
         return records, "expected a file, got a device, pipe or socket"
     try:
         with path.open("rb", buffering=0) as file:
