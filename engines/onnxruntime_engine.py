@@ -19,6 +19,7 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.component_program import ComponentProgram
 from canvasmar_rt.engines.memory import (
+    LOADING,
     STORAGE,
     UNDISTURBED,
     Buffer,
@@ -137,7 +138,11 @@ class OnnxRuntimeEngine:
             return self._sessions[component]
 
     def _load(self, component: str) -> ort.InferenceSession:
-        session = self._open(component, {} if self._cuda is None else self._settings(component))
+        if self._cuda is None:
+            session = self._open(component, {})
+        else:
+            with LOADING:
+                session = self._open(component, self._settings(component))
         self._check_tensors(component, session)
         return session
 

@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import shlex
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from canvasmar_rt.bundle import BatchRange, Bundle
 from canvasmar_rt.engines import create, cuda_memory
-from canvasmar_rt.engines.memory import Buffer
+from canvasmar_rt.engines.memory import Buffer, capturing
 from canvasmar_rt.engines.tensorrt_build import profiles
 from canvasmar_rt.engines.tensorrt_cache import (
     EngineMetadata,
@@ -214,6 +215,25 @@ def test_engines_are_shared_contexts_are_not(library: Library, directory: Path) 
     engine.bind("flow", inputs, outputs, memory)
     assert library.contexts[2].scratch == first.scratch  # one rollout runs in turn
     assert engine.graph_off == {}
+
+
+def test_contexts_are_not_made_while_work_is_captured(library: Library, directory: Path) -> None:
+    engine, done = TensorRTEngine(BUNDLE, engine_dir=directory), threading.Event()
+    _, buffers, memory = bound(engine, "encoder")
+    entry = BUNDLE.manifest.components["encoder"]
+    inputs, outputs = ({t.name: buffers[t.name] for t in x} for x in (entry.inputs, entry.outputs))
+
+    def bind() -> None:
+        engine.bind("encoder", inputs, outputs, memory)
+        done.set()
+
+    thread = threading.Thread(target=bind, daemon=True)
+    with capturing():
+        thread.start()
+        assert not done.wait(0.1)
+        assert len(library.contexts) == 1
+    assert done.wait(10)
+    thread.join()
 
 
 def test_a_program_can_be_made(library: Library, directory: Path) -> None:

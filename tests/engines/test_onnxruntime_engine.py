@@ -1,0 +1,88 @@
+"""What the ONNX Runtime engine does on a GPU before anything runs, with stand-ins for CUDA and for
+sessions."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import onnxruntime as ort
+import pytest
+
+from canvasmar_rt.bundle import Bundle
+from canvasmar_rt.engines import cuda_memory, onnxruntime_engine
+from canvasmar_rt.engines.memory import UNDISTURBED, capturing
+from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine
+from tests.engines.fake_cuda import FakeCuda
+
+BUNDLE = Bundle.open("toytable")
+
+
+class Session:
+    """In place of `onnxruntime.InferenceSession`."""
+
+    def __init__(self, path: str, options: ort.SessionOptions, **chosen: Any) -> None:
+        manifest = BUNDLE.manifest
+        name = next(n for n in manifest.components if BUNDLE.file(n) == Path(path))
+        fixed = manifest.fixed_dims(name)
+        entry = manifest.components[name]
+        self._inputs, self._outputs = (
+            [SimpleNamespace(name=t.name, shape=[fixed.get(str(d), d) for d in t.dims]) for t in x]
+            for x in (entry.inputs, entry.outputs)
+        )
+
+    def get_providers(self) -> list[str]:
+        return ["CUDAExecutionProvider"]
+
+    def get_inputs(self) -> list[Any]:
+        return self._inputs
+
+    def get_outputs(self) -> list[Any]:
+        return self._outputs
+
+
+@pytest.fixture(autouse=True)
+def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    monkeypatch.setattr(cuda_memory, "_runtime", lambda: cuda)
+    monkeypatch.setattr(onnxruntime_engine, "preload", lambda: None)
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", Session)
+
+
+def test_sessions_are_not_made_while_work_is_captured() -> None:
+    engine, made = OnnxRuntimeEngine(BUNDLE, device="cuda"), threading.Event()
+
+    def load() -> None:
+        engine.session("frame")
+        made.set()
+
+    thread = threading.Thread(target=load, daemon=True)
+    with capturing():
+        thread.start()
+        assert not made.wait(0.1)
+    assert made.wait(10)
+    thread.join()
+
+
+def test_captured_work_runs_while_sessions_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    making, go_on = threading.Event(), threading.Event()
+
+    class Slow(Session):
+        def __init__(self, *given: Any, **chosen: Any) -> None:
+            making.set()
+            assert go_on.wait(10)
+            super().__init__(*given, **chosen)
+
+    engine = OnnxRuntimeEngine(BUNDLE, device="cuda")
+    monkeypatch.setattr(ort, "InferenceSession", Slow)
+    thread = threading.Thread(target=lambda: engine.session("frame"))
+    thread.start()
+    assert making.wait(10)
+    free = UNDISTURBED.acquire(timeout=5)
+    go_on.set()
+    thread.join()
+    assert free
+    UNDISTURBED.release()
