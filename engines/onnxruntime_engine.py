@@ -296,11 +296,18 @@ def _advice() -> str:
     return "see what canvasmar-rt doctor says of the GPU"
 
 
+RTX_SINCE = (1, 30)
+"""ONNX Runtime from which on a binding says that device memory is NVIDIA's. Before, builds without
+CUDA kernels said nobody's, and at the first run the plugin refused to take its inputs from there.
+"""
+
+
 def _rtx_device(index: int) -> Any:
     """The GPU as the TensorRT-RTX plugin offers it.
 
     Raises:
-        EngineError: if the plugin is not installed, or offers no such GPU.
+        EngineError: if the plugin is not installed, or offers no such GPU, or ONNX Runtime is too
+            old for it.
     """
     try:
         import onnxruntime_ep_nv_tensorrt_rtx as plugin
@@ -309,6 +316,11 @@ def _rtx_device(index: int) -> Any:
             "provider 'tensorrt-rtx' needs its plugin: pip install "
             "onnxruntime-ep-nv-tensorrt-rtx-cu13"
         ) from None
+    if tuple(map(int, ort.__version__.split(".")[:2])) < RTX_SINCE:
+        raise EngineError(
+            f"provider 'tensorrt-rtx' needs ONNX Runtime 1.30 or newer, this is {ort.__version__}: "
+            "pip install 'onnxruntime>=1.30'"
+        )
     name = PROVIDERS["tensorrt-rtx"]
 
     def offered() -> list[Any]:

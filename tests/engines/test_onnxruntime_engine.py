@@ -3,6 +3,7 @@ sessions."""
 
 from __future__ import annotations
 
+import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.engines import cuda_memory, onnxruntime_engine
 from canvasmar_rt.engines.memory import UNDISTURBED, capturing
 from canvasmar_rt.engines.onnxruntime_engine import OnnxRuntimeEngine
+from canvasmar_rt.errors import EngineError
 from tests.engines.fake_cuda import FakeCuda
 
 BUNDLE = Bundle.open("toytable")
@@ -65,6 +67,16 @@ def test_sessions_are_not_made_while_work_is_captured() -> None:
         assert not made.wait(0.1)
     assert made.wait(10)
     thread.join()
+
+
+def test_the_plugin_wants_an_onnxruntime_that_names_nvidias_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plugin = SimpleNamespace(get_library_path=lambda: "plugin.so")
+    monkeypatch.setitem(sys.modules, "onnxruntime_ep_nv_tensorrt_rtx", plugin)
+    monkeypatch.setattr(ort, "__version__", "1.29.0")
+    with pytest.raises(EngineError, match=r"1\.30 or newer, this is 1\.29\.0: pip install"):
+        OnnxRuntimeEngine(BUNDLE, device="cuda", provider="tensorrt-rtx")
 
 
 def test_captured_work_runs_while_sessions_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
