@@ -218,9 +218,7 @@ def parity(device: str, left: Left) -> list[Report]:
                 found.append({"engine": engine, "device": device, "skipped": "no time left"})
                 continue
             try:
-                options = {}
-                if device != "cpu":  # where TensorRT says that it does not run
-                    options = _needed("toytable", engine, Path(work))
+                options = _needed("toytable", engine, device, Path(work))
                 report = verify("toytable", engine=engine, device=device, **options)
                 del report["bundle"]
                 found.append(report)
@@ -233,14 +231,14 @@ def _told(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"[:2000]
 
 
-def _needed(bundle: str | Path, engine: str, directory: Path) -> dict[str, Any]:
+def _needed(bundle: str | Path, engine: str, device: str, directory: Path) -> dict[str, Any]:
     """Options an engine does not run without: of TensorRT the engines' folder, built here, without
     the whole frame's, which takes longest and no loop uses."""
-    if engine != "tensorrt":
+    if engine != "tensorrt" or device == "cpu":  # where it says that it does not run
         return {}
     opened = Bundle.open(bundle)
     names = tuple(name for name in opened.manifest.components if name != OPTIONAL)
-    build_engines(opened, directory, BuildOptions(components=names))
+    build_engines(opened, directory, BuildOptions(components=names), device=device)
     return {"engine_dir": directory}
 
 
@@ -254,7 +252,7 @@ def engines(bundle: str | Path, device: str, left: Left) -> list[Report]:
                 found.append({"engine": engine, "cuda_graph": graphs, "skipped": "no time left"})
                 continue
             try:
-                options = {"cuda_graph": graphs} | _needed(bundle, engine, Path(work))
+                options = {"cuda_graph": graphs} | _needed(bundle, engine, device, Path(work))
                 predictor = canvasmar_rt.load(bundle, engine=engine, device=device, **options)
                 report = bench(predictor, BenchOptions(iterations=ITERATIONS), {})
                 found.append({"config": report["config"], "metrics": report["metrics"]})
@@ -472,6 +470,8 @@ def run(
         EngineError: if the device is not there.
     """
     place = torch_device(device)
+    if place.type == "cuda":
+        torch.cuda.set_device(place)  # Triton launches on the current one
     begun = time.perf_counter()
 
     def left() -> float:

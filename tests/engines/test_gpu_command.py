@@ -35,7 +35,7 @@ def test_every_part_leaves_its_figures(tmp_path: Path, monkeypatch: pytest.Monke
     for engine in ("onnxruntime", "torch"):
         ours = by_engine[engine]["metrics"][0]["contestants"]["ours"]
         assert ours["frame_ms"]["p50"] > 0
-    assert "TensorRT" in by_engine["tensorrt"]["error"]
+    assert "runs on cuda" in by_engine["tensorrt"]["error"]
     assert report["soak"]["frames"] == 10
     assert report["soak"]["memory_at_end"]["host_bytes"] > 0
     assert "checkout" in report["tests"]["skipped"]
@@ -69,6 +69,20 @@ def test_a_part_that_fails_does_not_end_the_others(
     report = gpu.run("cpu", tmp_path / "gpu.json", limit=60, cases=gpu.CASES[:1])
     assert "out of memory" in report["kinetics600, eager, batch 1"]["error"]
     assert report["soak"] == {"frames": 1}
+
+
+def test_another_gpu_is_the_one_for_everything(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    current: list[torch.device] = []
+    built: list[str] = []
+    monkeypatch.setattr(gpu, "torch_device", torch.device)
+    monkeypatch.setattr(gpu, "describe", lambda device: {})
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    monkeypatch.setattr(gpu, "build_engines", lambda *_, device: built.append(device))
+    gpu.run("cuda:1", tmp_path / "gpu.json", limit=60, only=("parity",))
+    assert current == [torch.device("cuda:1")]
+    assert built == ["cuda:1"]
 
 
 @pytest.mark.parametrize("hangs", [False, True])
