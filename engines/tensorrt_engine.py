@@ -162,7 +162,9 @@ class TensorRTEngine:
             on_gpu = engine.get_tensor_location(name) == trt.TensorLocation.DEVICE
             require(on_gpu, f"{name}: it wants it in host memory")
             require(context.set_tensor_address(name, buffer.address), f"the address of {name}")
-        scratch = self._scratch_for(memory, context.update_device_memory_size_for_shapes())
+        # 0 may mean that it failed, too: then what suffices for all shapes
+        size = context.update_device_memory_size_for_shapes() or engine.device_memory_size_v2
+        scratch = self._scratch_for(memory, size)
         context.set_device_memory(scratch.address, scratch.nbytes)
         memory.synchronize()
         keep = (inputs, outputs, scratch)  # the context holds bare addresses

@@ -114,6 +114,7 @@ class Library:
         return SimpleNamespace(
             create_execution_context=context,
             get_tensor_location=lambda name: "device",
+            device_memory_size_v2=5 * SCRATCH,
             component=component,
         )
 
@@ -200,6 +201,15 @@ def test_bound_once_and_run_on_the_stream(library: Library, directory: Path) -> 
     context.refuses = True
     with pytest.raises(EngineError, match="flow: TensorRT failed at running: a reason"):
         run()
+
+
+def test_a_context_that_cannot_tell_its_scratch_gets_the_most(
+    library: Library, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """TensorRT returns 0 where the question failed, and might write beyond less than it needs."""
+    monkeypatch.setattr(Context, "update_device_memory_size_for_shapes", lambda self: 0)
+    _kept = bound(TensorRTEngine(BUNDLE, engine_dir=directory), "flow")
+    assert library.contexts[0].scratch[1] >= 5 * SCRATCH
 
 
 def test_engines_are_shared_contexts_are_not(library: Library, directory: Path) -> None:
