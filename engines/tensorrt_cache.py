@@ -25,7 +25,8 @@ from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import from_dict, to_dict
 from canvasmar_rt.errors import ConfigError, EngineError
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""2: float32 graphs no longer take TF32, which nothing else in the metadata would tell."""
 METADATA_BYTES = 4 << 20
 
 

@@ -134,6 +134,7 @@ def compile_graph(
         config = builder.create_builder_config()
         config.builder_optimization_level = optimization_level
         config.max_aux_streams = 0  # contexts run on the one stream they are given
+        config.clear_flag(trt.BuilderFlag.TF32)  # on by default; float32 graphs are to be float32
         config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
         if workspace_bytes is not None:
             config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)

@@ -15,6 +15,7 @@ from canvasmar_rt.bundle import Bundle, sha256
 from canvasmar_rt.config import to_dict
 from canvasmar_rt.engines import tensorrt_cache
 from canvasmar_rt.engines.tensorrt_cache import (
+    SCHEMA_VERSION,
     EngineMetadata,
     EngineSource,
     Profile,
@@ -48,7 +49,7 @@ PLAN = bytes(range(256)) * 4
 
 def metadata(plan: bytes = PLAN, **changes: object) -> EngineMetadata:
     return EngineMetadata(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         source=dataclasses.replace(SOURCE, **changes),  # type: ignore[arg-type]
         io_dtypes={"latent": "float32"},
         layer_dtypes={"float16": 12},
@@ -137,9 +138,9 @@ HOSTILE = {
     "not text": (b"\xff\xfe\xff", "not JSON"),
     "deep": (b"[" * 200_000, "not JSON"),
     "a list": (b"[]", "schema version None"),
-    "another schema": (changed(schema_version=2), "schema version 2, this program reads 1"),
+    "another schema": (changed(schema_version=1), "schema version 1, this program reads 2"),
     "an unknown key": (changed(run="rm -rf /"), "unknown keys"),
-    "a missing key": (json.dumps({"schema_version": 1}).encode(), "key 'source' is missing"),
+    "a missing key": (json.dumps({"schema_version": 2}).encode(), "key 'source' is missing"),
     "a wrong type": (changed(plan_bytes="1024"), "plan_bytes: expected int"),
     "a boolean": (changed(plan_bytes=True), "plan_bytes: expected int"),
     "a huge number": (b'{"schema_version": ' + b"9" * 5000 + b"}", "not JSON"),

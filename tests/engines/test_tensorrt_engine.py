@@ -19,6 +19,7 @@ from canvasmar_rt.engines import create, cuda_memory
 from canvasmar_rt.engines.memory import Buffer, capturing
 from canvasmar_rt.engines.tensorrt_build import profiles
 from canvasmar_rt.engines.tensorrt_cache import (
+    SCHEMA_VERSION,
     EngineMetadata,
     EngineSource,
     files_of,
@@ -150,7 +151,7 @@ def write(directory: Path, component: str, **changes: object) -> None:
     )
     plan = component.encode()
     metadata = EngineMetadata(
-        schema_version=1,
+        schema_version=SCHEMA_VERSION,
         source=dataclasses.replace(source, **changes),  # type: ignore[arg-type]
         io_dtypes={},
         layer_dtypes={},
