@@ -17,7 +17,7 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
-from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32
+from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32, memory_told
 from canvasmar_rt.errors import BundleError, EngineError
 from canvasmar_rt.models.canvasmar import FrameModel, SpatialBlock
 from canvasmar_rt.models.checkpoint import load_state
@@ -164,7 +164,8 @@ class TorchEngine:
         model = load_model(bundle)
         if bundle.manifest.dtype != "float32":
             model = cast(model, getattr(torch, bundle.manifest.dtype))
-        self.model = model.to(place)
+        with memory_told():
+            self.model = model.to(place)
         self._threads, self._compile, self._cuda_graph = threads, compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
@@ -192,6 +193,7 @@ class TorchEngine:
         whole = "frame" in self.bundle.manifest.components
         return {"frame": "composed of the others, which run"} if whole else {}
 
+    @memory_told()
     def program(self, *, batch: int, sampling: SamplingConfig) -> TorchProgram:
         return TorchProgram(
             self.model,

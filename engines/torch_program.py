@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,6 +36,7 @@ from canvasmar_rt.engines.program import (
     tell,
     told_shapes,
 )
+from canvasmar_rt.errors import EngineError
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.graphs import Graph
 from canvasmar_rt.schedule import (
@@ -51,6 +53,16 @@ if TYPE_CHECKING:
     from canvasmar_rt.engines.flow_kernel import FlowKernel, Mode
 
 ALIGNMENT = 64
+
+
+@contextmanager
+def memory_told() -> Iterator[None]:
+    """What runs out of a GPU's memory inside is an `EngineError`, as with the other engines."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        told = " ".join(str(error).split()).partition(" Including")[0].removesuffix(".")
+        raise EngineError(f"{told}; use a smaller batch, or end what else holds memory") from None
 
 
 def _without_tf32(backend: Any, operator: Any) -> Callable[[], None]:
@@ -422,6 +434,7 @@ class TorchProgram:
             told = action if j == 0 else None
             self._in.host["slot"][j] = tell(host, self._config, time + j, self.since, told)
 
+    @memory_told()
     def _do(self, *work: Callable[[], object], meanwhile: Callable[[], None] | None = None) -> None:
         """Run on the program's stream and wait; `meanwhile` is called in between, if the stream is
         one of a GPU."""
@@ -456,6 +469,7 @@ class TorchProgram:
 
         self._do(*([rewind] if again else []), self._decode)
 
+    @memory_told()
     def predict(
         self,
         time: int,
@@ -568,6 +582,7 @@ class TorchProgram:
 
         self._do(run)
 
+    @memory_told()
     def warmup(self) -> None:
         kept = self.snapshot()
         with torch.inference_mode(), torch.cuda.stream(self._stream):

@@ -20,6 +20,7 @@ from canvasmar_rt.engines import torch_engine, torch_program
 from canvasmar_rt.engines.program import Clock
 from canvasmar_rt.engines.torch_engine import TorchEngine, compiled_graphs
 from canvasmar_rt.engines.torch_program import ExactFloat32, TorchProgram
+from canvasmar_rt.errors import EngineError
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import build
 from canvasmar_rt.models.graphs import Graph, graph
@@ -120,6 +121,41 @@ def test_every_set_size_is_compiled(bundles: Callable[[str], Bundle]) -> None:
     """Beyond its usual limit of eight PyTorch runs shapes eager, without a word."""
     TorchEngine(bundles("expert"), compile=True).component("canvas")
     assert torch._dynamo.config.recompile_limit >= torch_engine.RECOMPILES
+
+
+FULL = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 GiB of "
+    "which 1.00 GiB is free. Including non-PyTorch memory, this process has 7.00 GiB in use."
+)
+
+
+@pytest.mark.parametrize("where", ["load", "start", "warmup", "step"])
+def test_a_full_gpu_is_one_error(
+    where: str,
+    bundles: Callable[[str], Bundle],
+    clip: np.ndarray,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError(FULL)
+
+    path = bundles("expert").path
+    wanted = r"total capacity of 8\.00 GiB of which 1\.00 GiB is free; use a smaller batch"
+    if where == "load":
+        monkeypatch.setattr(torch.nn.Module, "to", full)
+        with pytest.raises(EngineError, match=wanted):
+            canvasmar_rt.load(path, engine="torch")
+        return
+    predictor = canvasmar_rt.load(path, engine="torch")
+    if where == "start":
+        monkeypatch.setattr(TorchProgram, "_allocate", full)
+        with pytest.raises(EngineError, match=wanted):
+            predictor.start(clip)
+        return
+    rollout = predictor.start(clip)
+    monkeypatch.setattr(TorchProgram, "_back", full)
+    with pytest.raises(EngineError, match=wanted):
+        getattr(rollout, where)()
 
 
 class ModelElsewhere:
