@@ -143,6 +143,7 @@ class OnnxRuntimeEngine:
         else:
             with LOADING:
                 session = self._open(component, self._settings(component))
+            session.stream = self._cuda  # it frees memory on it when it ends
         self._check_tensors(component, session)
         return session
 
@@ -229,7 +230,8 @@ class OnnxRuntimeEngine:
             for name, x in buffers.items():
                 element: Any = BFLOAT16 if x.dtype == "bfloat16" else STORAGE[x.dtype].type
                 bind(name, kind, int(index or 0), element, x.shape, x.address)
-        keep = (inputs, outputs, memory)  # the binding holds bare addresses
+        # it holds bare addresses, and the session, which frees memory on the stream when it ends
+        binding.keep = (inputs, outputs, memory)
         options = None
         if self._cuda is not None:
             options = ort.RunOptions()
@@ -238,7 +240,6 @@ class OnnxRuntimeEngine:
             options.add_run_config_entry("gpu_graph_id", str(graph))
 
         def run() -> None:
-            _ = keep
             try:
                 session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's exceptions share no base class

@@ -3,11 +3,12 @@ sessions."""
 
 from __future__ import annotations
 
+import gc
 import sys
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import onnxruntime as ort
 import pytest
@@ -22,10 +23,22 @@ from tests.engines.fake_cuda import FakeCuda
 BUNDLE = Bundle.open("toytable")
 
 
+class Inner:
+    """In place of what an `onnxruntime.InferenceSession` holds; notes what of CUDA's was there when
+    it ended."""
+
+    ends: ClassVar[list[set[int]]] = []
+    cuda: ClassVar[FakeCuda]
+
+    def __del__(self) -> None:
+        self.ends.append(set(self.cuda.live))
+
+
 class Session:
     """In place of `onnxruntime.InferenceSession`."""
 
     def __init__(self, path: str, options: ort.SessionOptions, **chosen: Any) -> None:
+        self._sess = Inner()
         manifest = BUNDLE.manifest
         name = next(n for n in manifest.components if BUNDLE.file(n) == Path(path))
         fixed = manifest.fixed_dims(name)
@@ -33,6 +46,11 @@ class Session:
         self._inputs, self._outputs = (
             [SimpleNamespace(name=t.name, shape=[fixed.get(str(d), d) for d in t.dims]) for t in x]
             for x in (entry.inputs, entry.outputs)
+        )
+
+    def io_binding(self) -> SimpleNamespace:
+        return SimpleNamespace(
+            session=self._sess, bind_input=lambda *_: None, bind_output=lambda *_: None
         )
 
     def get_providers(self) -> list[str]:
@@ -47,7 +65,7 @@ class Session:
 
 @pytest.fixture(autouse=True)
 def _gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = FakeCuda()
+    Inner.cuda = cuda = FakeCuda()
     monkeypatch.setattr(cuda_memory, "_runtime", lambda: cuda)
     monkeypatch.setattr(onnxruntime_engine, "preload", lambda: None)
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider"])
@@ -67,6 +85,35 @@ def test_sessions_are_not_made_while_work_is_captured() -> None:
         assert not made.wait(0.1)
     assert made.wait(10)
     thread.join()
+
+
+def made(component: str | None) -> tuple[int, int, Any]:
+    """A stream, how many sessions are on it, and what keeps them: an engine, or a binding too."""
+    engine = OnnxRuntimeEngine(BUNDLE, device="cuda")
+    assert engine._cuda is not None
+    handle, count = engine._cuda.stream, len(engine._sessions)
+    if component is None:
+        return handle, count, engine
+    entry, memory = BUNDLE.manifest.components[component], engine.memory()
+    inputs, outputs = (
+        memory.group(
+            {t.name: ([2 if isinstance(d, str) else d for d in t.dims], t.dtype) for t in tensors}
+        ).buffers
+        for tensors in (entry.inputs, entry.outputs)
+    )
+    return handle, count, engine.bind(component, inputs, outputs, memory)
+
+
+@pytest.mark.parametrize("component", [None, "decoder"])
+def test_the_stream_outlives_the_sessions(component: str | None) -> None:
+    """At its end the TensorRT-RTX plugin frees memory on it."""
+    Inner.ends.clear()
+    stream, sessions, keeps = made(component)
+    del keeps
+    gc.collect()
+    assert len(Inner.ends) == sessions
+    assert all(stream in live for live in Inner.ends)
+    assert not Inner.cuda.live
 
 
 def test_the_plugin_wants_an_onnxruntime_that_names_nvidias_memory(
