@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -186,15 +185,19 @@ def _exclusive(
 
     @functools.wraps(method)
     def alone(self: Rollout, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        if not self._lock.acquire(blocking=False):
-            raise StateError(
-                f"{method.__name__}: the rollout is in the middle of another call, from another "
-                "thread or around `on_canvas`; one call at a time, or work on a fork"
-            )
+        # a list, because a signal between a lock's acquire() and the body would leave it held
+        me = object()
         try:
+            self._calls.append(me)
+            if self._calls[0] is not me:
+                raise StateError(
+                    f"{method.__name__}: the rollout is in the middle of another call, from "
+                    "another thread or around `on_canvas`; one call at a time, or work on a fork"
+                )
             return method(self, *args, **kwargs)
         finally:
-            self._lock.release()
+            if me in self._calls:
+                self._calls.remove(me)
 
     return alone
 
@@ -213,7 +216,7 @@ class Rollout:
     ) -> None:
         self.predictor, self.sampling = predictor, sampling
         self.config = predictor.config
-        self._lock = threading.Lock()
+        self._calls: list[object] = []
         self._unobserved = 0
         self._encoder_current = False
         self._interrupted = False

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -528,6 +530,32 @@ def test_a_call_in_the_middle_of_another_changes_nothing(rollout: Rollout) -> No
     found = [rollout.step(on_canvas=meanwhile).latent for _ in range(2)]
     assert len(refused) == 12
     np.testing.assert_array_equal(found, want)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs POSIX timers")
+def test_a_signal_never_leaves_a_rollout_in_the_middle_of_a_call(rollout: Rollout) -> None:
+    class Alarm(Exception):
+        pass
+
+    def ring(signum: int, frame: object) -> None:
+        raise Alarm
+
+    def call_until_it_rings(delay: float) -> None:
+        signal.setitimer(signal.ITIMER_REAL, delay)
+        while True:
+            with contextlib.suppress(InputError):
+                rollout.seat(5, state)  # refused at once, so most of it is the entrance
+
+    state, random = rollout.state(), np.random.default_rng(0)
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        for delay in random.uniform(1e-5, 2e-4, 500).tolist():
+            with pytest.raises(Alarm):
+                call_until_it_rings(delay)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert np.isfinite(rollout.step().latent).all()
 
 
 def test_numbers_of_numpy_are_numbers(predictor: Predictor, clip: np.ndarray) -> None:
