@@ -613,9 +613,9 @@ class Rollout:
         self._interrupted = True
         self._program.load(state.arrays)
         self._program.since[:] = state.since
-        self._seed, self._streams = state.seed, state.streams
-        self._time, self._unobserved = state.time, state.unobserved
-        self._encoder_current = state.encoder_current
+        self._seed, self._streams = int(state.seed), tuple(int(s) for s in state.streams)
+        self._time, self._unobserved = int(state.time), int(state.unobserved)
+        self._encoder_current = bool(state.encoder_current)
         self._interrupted = False
 
     def _require_state(self, what: str, state: RolloutState, batch: int) -> None:
@@ -634,8 +634,19 @@ class Rollout:
             k: (shape, STORAGE[hidden if dtype == "hidden" else dtype])
             for k, (shape, dtype) in state_shapes(self.config, batch).items()
         }
-        if wanted != {k: (v.shape, v.dtype) for k, v in state.arrays.items()}:
+        if wanted != {
+            k: (getattr(v, "shape", None), getattr(v, "dtype", None))
+            for k, v in state.arrays.items()
+        }:
             raise StateError(f"{what}: these are not the arrays of a state; take it by state()")
+        numbers = (state.seed, state.time, state.unobserved, *state.streams, *state.since)
+        # what np.load gives of an .npz is an array for each of them, and would change with the step
+        if len(state.since) != batch or not all(isinstance(n, (int, np.integer)) for n in numbers):
+            raise StateError(
+                f"{what}: seed, time and unobserved are integers, streams and since of {batch}; "
+                f"got {state.seed!r}, {state.time!r}, {state.unobserved!r}, {state.streams!r} and "
+                f"{state.since!r}; after loading a file say int(...) or .tolist()"
+            )
 
     @_exclusive
     def seat(self, row: int, state: RolloutState) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import pickle
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -617,6 +618,32 @@ def test_other_things_than_were_asked_for_are_one_clear_error(
         rollout.restore(dataclasses.replace(before, arrays=wide))
     for name, array in rollout.state().arrays.items():
         np.testing.assert_array_equal(array, before.arrays[name])
+
+
+def test_a_state_from_a_file_has_numbers_that_stay(rollout: Rollout) -> None:
+    """What np.load gives for a number is an array, which a step would count on."""
+    before = rollout.state()
+    assert pickle.loads(pickle.dumps(before)).time == before.time
+    wrong: list[dict[str, Any]] = [
+        {"time": np.array(before.time)},
+        {"seed": np.array(before.seed)},
+        {"unobserved": "0"},
+        {"streams": ("0",)},
+        {"since": (0, 0)},
+    ]
+    for change in wrong:
+        with pytest.raises(StateError, match="are integers, streams and since of 1; got"):
+            rollout.restore(dataclasses.replace(before, **change))
+    listed = {k: v.tolist() for k, v in before.arrays.items()}
+    with pytest.raises(StateError, match="not the arrays of a state"):
+        rollout.restore(dataclasses.replace(before, arrays=listed))
+    want = latents(rollout, 2)
+    loaded = {"time": np.int64(before.time), "since": np.array(before.since)}
+    loaded["streams"] = np.array(before.streams)
+    for _ in range(2):
+        rollout.restore(dataclasses.replace(before, **loaded))
+        assert type(rollout.frame) is int
+        np.testing.assert_array_equal(latents(rollout, 2), want)
 
 
 def test_a_fork_can_be_used_again(rollout: Rollout) -> None:
