@@ -58,7 +58,7 @@ class _World:
             )
         try:
             clips = np.array(contexts)  # the caller's may change
-        except ValueError as error:
+        except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
             raise InputError(f"contexts: expected clips of one size ({error})") from None
         if clips.ndim != 5 or not len(clips):
             raise InputError(

@@ -526,7 +526,10 @@ class Rollout:
         self, latent: Float32, action: Float32 | Sequence[float] | None = None
     ) -> None:
         """Like `observe`, for normalised latents (B, N, C) float32 of your own."""
-        array = np.asarray(latent)
+        try:
+            array = np.asarray(latent)
+        except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
+            raise InputError(f"latent: expected an array of float32 ({error})") from None
         c = self.config
         shape = (len(self._streams), c.tokens, c.autoencoder.latent_channels)
         if array.dtype != np.float32 or array.shape != shape:
@@ -844,7 +847,7 @@ def _is_row(values: Any, count: int) -> bool:
 def _pixels(what: str, frames: Any) -> Array:
     try:
         return np.asarray(frames)
-    except (ValueError, RuntimeError) as error:  # the latter of tensors that want gradients
+    except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
         raise InputError(f"{what}: expected an array of frames of one size ({error})") from None
 
 

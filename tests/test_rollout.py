@@ -582,6 +582,13 @@ class Policy:
         raise RuntimeError("Can't call numpy() on Tensor that requires grad.")
 
 
+class Half:
+    """What NumPy finds of a tensor that it has no numbers for, or that is on a GPU."""
+
+    def __array__(self, *_: object, **__: object) -> np.ndarray:
+        raise TypeError("Got unsupported ScalarType BFloat16")
+
+
 def test_other_things_than_were_asked_for_are_one_clear_error(
     rollout: Rollout, predictor: Predictor, clip: np.ndarray
 ) -> None:
@@ -604,6 +611,9 @@ def test_other_things_than_were_asked_for_are_one_clear_error(
         (lambda: rollout.step(["0.1"] * 4), InputError, "action: expected numbers"),
         (lambda: rollout.step(np.full(4, 1e300)), InputError, "not finite"),
         (lambda: rollout.step(Policy()), InputError, "action: expected numbers .*requires grad"),
+        (lambda: rollout.observe_latent(Policy()), InputError, "latent: .*requires grad"),
+        (lambda: rollout.observe_latent([[0.0], []]), InputError, "latent: expected an array"),
+        (lambda: rollout.observe(Half()), InputError, "frames: .*BFloat16"),
         (lambda: canvasmar_rt.load("toytable-int8", device="gpu"), EngineError, "no device 'gpu'"),
         (lambda: canvasmar_rt.load("toytable", device=other), EngineError, "no device None"),
     ]  # type: ignore[arg-type]
