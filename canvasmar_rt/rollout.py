@@ -11,7 +11,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, NoReturn, ParamSpec, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -234,6 +234,13 @@ class Rollout:
         self._program = predictor.engine.program(batch=len(streams), sampling=sampling)
         self._noise = NoiseAhead(self._program.noise)
         self._program.since[:] = self._time
+
+    def __reduce__(self) -> NoReturn:
+        """Raises `StateError`: `copy.copy` would share the arrays, and no file holds the engine."""
+        raise StateError(
+            "a rollout is neither copied nor pickled; fork() makes another one, and state() gives "
+            "what restore() takes, also in another process"
+        )
 
     # -- starting
 

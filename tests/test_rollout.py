@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import json
 import pickle
@@ -587,6 +588,12 @@ class Half:
 
     def __array__(self, *_: object, **__: object) -> np.ndarray:
         raise TypeError("Got unsupported ScalarType BFloat16")
+
+
+@pytest.mark.parametrize("make", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_rollout_is_copied_by_fork_alone(rollout: Rollout, make: Callable[..., Any]) -> None:
+    with pytest.raises(StateError, match=r"fork\(\) makes another one"):
+        make(rollout)
 
 
 def test_other_things_than_were_asked_for_are_one_clear_error(
