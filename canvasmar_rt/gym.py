@@ -201,10 +201,11 @@ class WorldEnv(Env[UInt8, Float32]):
         told = self._world.clip(action)
         frames = self._rollout.step(told).frames[0]
         self._steps += 1
-        self._newest = frames[-1]
+        self._newest = frames[-1].copy()  # `reward` and `terminated` may alter theirs
+        value = float(self._reward(frames, told))
         over = self._terminated is not None and bool(self._terminated(frames, told))
         cut = self._limit is not None and self._steps >= self._limit
-        return self._newest.copy(), float(self._reward(frames, told)), over, cut, {}
+        return self._newest.copy(), value, over, cut, {}
 
     def render(self) -> UInt8 | None:
         """The newest frame, uint8 (H, W, 3), in mode `rgb_array`."""

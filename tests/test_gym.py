@@ -131,6 +131,31 @@ def test_a_vector_of_one_is_the_environment(
         assert a[1] == b[1][0]
 
 
+@pytest.mark.parametrize("vector", [False, True])
+def test_what_a_reward_does_to_its_frames_is_not_seen(
+    predictor: canvasmar_rt.Predictor, clips: tuple[np.ndarray, np.ndarray], vector: bool
+) -> None:
+    def spoil(frames: np.ndarray, action: np.ndarray) -> Any:
+        value = darkness(frames, action)
+        frames[:] = 0
+        return value
+
+    def make(reward: Callable[..., Any], **options: Any) -> WorldEnv | WorldVectorEnv:
+        options |= {"render_mode": "rgb_array"}
+        if vector:
+            return WorldVectorEnv(predictor, clips[0], reward, num_envs=1, **options)
+        return WorldEnv(predictor, clips[0], reward, **options)
+
+    plain = make(darkness)
+    spoilt = make(spoil, terminated=lambda frames, action: spoil(frames, action) < 0)
+    for (want, value, *_), (seen, got, *_) in zip(
+        play(plain, 3, 2)[1:], play(spoilt, 3, 2)[1:], strict=True
+    ):
+        np.testing.assert_array_equal(seen, want)
+        assert got == value
+    np.testing.assert_array_equal(spoilt.render(), plain.render())
+
+
 def test_a_row_that_ends_begins_anew_and_leaves_the_others_alone(
     clips: tuple[np.ndarray, np.ndarray],
 ) -> None:
