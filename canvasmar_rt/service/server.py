@@ -12,6 +12,7 @@ import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.websockets.websockets_sansio_impl import WebSocketsSansIOProtocol
 from uvicorn.server import ServerState
+from websockets.frames import CloseCode, Frame
 
 from canvasmar_rt.errors import ConfigError
 from canvasmar_rt.rollout import Predictor
@@ -23,6 +24,10 @@ SEND_BUFFER = 32 << 10
 """Bytes the kernel keeps for a client that does not read: pictures that wait there grow old."""
 SLACK = 16
 """A message this many times too large is not even read to its end."""
+READ_BYTES = 4 << 10
+"""Read of a connection at a time."""
+MOST_PARTS = 64
+"""Of a message."""
 GRACE_S = 1
 """Seconds that connections have to end when the server does."""
 BACKLOG = 128
@@ -46,7 +51,28 @@ class _Connection(WebSocketsSansIOProtocol):
         connection = cast(socket.socket, transport.get_extra_info("socket"))
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
         cast(asyncio.Transport, transport).set_write_buffer_limits(high=0)
+        # of many small frames, no more at once than leaves the other sessions their turn
+        cast(Any, transport).max_size = READ_BYTES
         super().connection_made(transport)
+
+    def handle_ping(self) -> None:
+        if self.writable.is_set():
+            super().handle_ping()
+        else:
+            self.conn.data_to_send()  # who does not take the answers would have them pile up
+
+    def handle_cont(self, event: Frame) -> None:
+        super().handle_cont(event)
+        if (
+            len(self.frames) > MOST_PARTS and not self.close_sent
+        ):  # empty ones add nothing to the size
+            self.conn.fail(CloseCode.MESSAGE_TOO_BIG, "a message in too many parts")
+            self.handle_parser_exception()
+
+    def keepalive_timeout(self) -> None:
+        super().keepalive_timeout()
+        if not self.writable.is_set():  # closing would wait until the rest is taken
+            self.transport.abort()
 
 
 class Server(uvicorn.Server):

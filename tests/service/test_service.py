@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 import urllib.error
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -290,6 +290,69 @@ def test_a_stalled_client_is_closed_and_the_others_notice_nothing(
     assert left.transport.get_write_buffer_limits() == (0, 0)
     assert running.metric("canvasmar_sessions") == 1
     stalled.socket.socket.close()
+
+
+@contextlib.contextmanager
+def flood(running: Running, frame: bytes, first: bytes = b"") -> Iterator[threading.Thread]:
+    """A session that sends a frame over and over and reads nothing; the thread ends with it."""
+    request = (
+        "GET /ws HTTP/1.1\r\nHost: x\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
+        "Sec-WebSocket-Key: MDAwMDAwMDAwMDAwMDAwMA==\r\nSec-WebSocket-Version: 13\r\n\r\n"
+    )
+    with socket.create_connection(("127.0.0.1", running.port)) as raw:
+        raw.sendall(request.encode())
+        assert raw.recv(64).startswith(b"HTTP/1.1 101")
+
+        def send() -> None:
+            with contextlib.suppress(OSError):
+                raw.sendall(first)
+                while True:
+                    raw.sendall(frame * 2000)
+
+        thread = threading.Thread(target=send, daemon=True)
+        thread.start()
+        yield thread
+        with contextlib.suppress(OSError):
+            raw.shutdown(socket.SHUT_RDWR)
+        thread.join(5)
+
+
+def masked(opcode: int, payload: bytes = b"", *, last: bool = True) -> bytes:
+    """A client's frame."""
+    return bytes([128 * last + opcode, 128 + len(payload), 0, 0, 0, 0]) + payload
+
+
+@pytest.mark.parametrize("payload", [b"", b"x" * 125])
+def test_pings_are_no_burden(serve: Serve, fake: FakePredictor, payload: bytes) -> None:
+    """Nor if nobody takes the answers: they do not pile up, and the connection can be ended."""
+    running = serve(fake, slots=1)
+    good = running.connect()
+    good.hello()
+    good.picture()
+    with flood(running, masked(9, payload)) as flooding:
+        connections = running.server.server_state.connections
+        sockets = [c for c in connections if isinstance(c, WebSocketsSansIOProtocol)]
+        (bad,) = (c for c in sockets if c.client != good.socket.local_address)
+        running.wait_for(lambda: not bad.writable.is_set())
+        begun, seen = time.monotonic(), 0
+        while time.monotonic() < begun + 2:
+            seen += len(frames_of(good, 1))
+        assert seen > 15, "the others have their turn"
+        assert bad.transport.get_write_buffer_size() < 1 << 16
+        assert running.metric("canvasmar_sessions") == 2
+        bad.loop.call_soon_threadsafe(bad.keepalive_timeout)
+        flooding.join(5)
+        assert not flooding.is_alive()
+        running.wait_for(lambda: running.metric("canvasmar_sessions") == 1)
+
+
+def test_a_message_has_an_end(serve: Serve, fake: FakePredictor) -> None:
+    running = serve(fake)
+    with flood(running, masked(0, last=False), masked(1, last=False)) as flooding:
+        flooding.join(5)
+        assert not flooding.is_alive()
+    ended = 'canvasmar_session_ends_total{reason="oversized"}'
+    running.wait_for(lambda: running.metric(ended) == 1)
 
 
 def test_a_slow_client_gets_the_newest(serve: Serve, fake: FakePredictor) -> None:
