@@ -128,5 +128,8 @@ def test_arrow_keys_move_the_arm_in_a_browser(running: Running) -> None:
         page.evaluate("socket.close(4000)")
         page.click("text=Connect again")
         wait_for_frame(2)
+        page.evaluate("for (let i = 0; i < 3; i += 1) connect()")  # clicks while none answers
+        page.wait_for_function("$('note').textContent === ''")
+        running.wait_for(lambda: running.metric("canvasmar_sessions") == 1)
         assert errors == []
         browser.close()
