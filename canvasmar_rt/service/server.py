@@ -63,9 +63,7 @@ class _Connection(WebSocketsSansIOProtocol):
 
     def handle_cont(self, event: Frame) -> None:
         super().handle_cont(event)
-        if (
-            len(self.frames) > MOST_PARTS and not self.close_sent
-        ):  # empty ones add nothing to the size
+        if len(self.frames) > MOST_PARTS and not self.close_sent:  # empty ones add no size
             self.conn.fail(CloseCode.MESSAGE_TOO_BIG, "a message in too many parts")
             self.handle_parser_exception()
 

@@ -97,12 +97,12 @@ def test_tests_that_are_stopped_leave_what_they_found(
         f"def test_slow(): time.sleep({600 if hangs else 0})\n"
     )
     monkeypatch.chdir(tmp_path)
-    found = gpu.gpu_tests(seconds=12 if hangs else 300)
+    found = gpu.gpu_tests(seconds=25 if hangs else 300)
     assert found["passed"] == (1 if hangs else 2)
     assert found["failed"] == 1
     assert found["did_not_pass"] == ["tests/test_some.py::test_bad"]
     assert "test_bad" in found["output"]
-    assert found.get("stopped_after_seconds") == (12 if hangs else None)
+    assert found.get("stopped_after_seconds") == (25 if hangs else None)
     assert found.get("exit_status") == (None if hangs else 1)
 
 
