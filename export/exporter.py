@@ -60,7 +60,7 @@ from canvasmar_rt.files import refusals, replacing
 from canvasmar_rt.models.canvasmar import FrameModel
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
-from canvasmar_rt.schedule import flow_plan
+from canvasmar_rt.schedule import flow_plan, set_sizes
 from canvasmar_rt.verify import failures
 
 DTYPES: dict[str, tuple[DTypeName, torch.dtype]] = {
@@ -154,12 +154,16 @@ def export_bundle(
         BundleError: if something is at `output` (but for an empty folder, and with `force` a
             bundle), at the start or at the end, or a graph holds an operator
             TensorRT does not take.
-        ConfigError: if options do not go together, or nothing is large enough for int8.
+        ConfigError: if options do not go together or ask for more AR steps than a frame has tokens,
+            or nothing is large enough for int8.
         InputError: if it cannot be written.
         ParityError: if a component or a rollout is further from PyTorch than the tolerance.
     """
     _check_free(output, force)
-    evaluations = {len(flow_plan(s).time) for s in (sampling, options.fast) if s is not None}
+    profiles = [s for s in (sampling, options.fast) if s is not None]
+    for profile in profiles:  # more steps than tokens are refused before anything is traced
+        set_sizes(model.config.tokens, profile.ar_steps)
+    evaluations = {len(flow_plan(profile).time) for profile in profiles}
     if options.unroll and len(evaluations) > 1:
         raise ConfigError(
             "unroll fixes the evaluations of the flow head: the fast profile needs the solver and "

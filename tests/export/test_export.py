@@ -304,6 +304,18 @@ def test_fast_takes_as_many_evaluations_as_are_unrolled(model: CanvasMAR, tmp_pa
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("profile", ["default", "fast"])
+def test_more_steps_than_tokens_are_refused_before_tracing(
+    model: CanvasMAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, profile: str
+) -> None:
+    monkeypatch.setattr(exporter, "trace", lambda *_: pytest.fail("was traced"))
+    many = dataclasses.replace(SAMPLING, ar_steps=LEAST.tokens + 1)
+    sampling, fast = (many, None) if profile == "default" else (SAMPLING, many)
+    with pytest.raises(ConfigError, match=r"ar_steps must lie in 1\.\.16"):
+        export_bundle(model, sampling, tmp_path / "b", ExportOptions(fast=fast), source="test")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_model_too_small_for_int8_is_refused(
     model: CanvasMAR, traced_once: None, tmp_path: Path
 ) -> None:
