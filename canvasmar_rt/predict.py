@@ -279,10 +279,10 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> Late
     if row_frames == 1:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
     if rows.shape[1] != size:
-        raise InputError(
-            f"{source}: actions have shape {found}, expected at least ({latents}, {size}) or "
-            f"({latents * t}, {size / t:g})"
-        )
+        wanted = f"({latents}, {size})"
+        if t > 1 and size % t == 0:  # else no row of a pixel frame makes up that of a latent frame
+            wanted += f" or ({latents * t}, {size // t})"
+        raise InputError(f"{source}: actions have shape {found}, expected at least {wanted}")
     if len(rows) < latents:
         raise InputError(
             f"{source}: its actions lead to {1 + t * len(rows)} frames, context and prediction "

@@ -15,7 +15,12 @@ import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.config import preset
 from canvasmar_rt.errors import InputError
-from canvasmar_rt.predict import PredictOptions, predict_clip, video_names
+from canvasmar_rt.predict import (
+    PredictOptions,
+    predict_clip,
+    read_latent_actions,
+    video_names,
+)
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.video import read_clip, write_clip
 
@@ -136,6 +141,18 @@ def test_rows_of_actions_that_are_not_of_a_frame_are_told(tmp_path: Path) -> Non
         made = predict_clip(predictor, clip, tmp_path / "b.mp4", options)
         assert made["notes"] == told
         assert (made["bundle"], made["ar_steps"], made["flow_steps"]) == ("toytable-int8", 1, 4)
+
+
+@pytest.mark.parametrize(("action_dim", "wanted"), [(4, r"\(3, 4\) or \(6, 2\)"), (3, r"\(3, 3\)")])
+def test_actions_of_another_size_are_told_what_fits(
+    tmp_path: Path, action_dim: int, wanted: str
+) -> None:
+    """An odd action is of no two pixel frames."""
+    frames = np.zeros((7, 64, 64, 3), np.uint8)
+    np.savez(tmp_path / "a.npz", frames=frames, actions=np.zeros((6, 5), np.float32))
+    config = dataclasses.replace(TOYTABLE, action_dim=action_dim)
+    with pytest.raises(InputError, match=rf"shape \(6, 5\), expected at least {wanted}$"):
+        read_latent_actions(tmp_path / "a.npz", config, 3)
 
 
 def test_one_step_without_actions_is_said_to_blur(tmp_path: Path) -> None:
