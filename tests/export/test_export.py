@@ -8,6 +8,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +39,7 @@ from canvasmar_rt.export import compose, exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import MOVES, ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
-from canvasmar_rt.verify import difference, failures, verify
+from canvasmar_rt.verify import compare_component, difference, failures, verify
 from tests.conftest import least_config
 
 LEAST = least_config()
@@ -442,6 +443,34 @@ def test_an_order_that_does_not_follow_the_staticness_is_caught(
     monkeypatch.setattr(compose, "_order", wrong)
     with pytest.raises(ParityError, match="frame differs by"):
         export_bundle(model, SAMPLING, tmp_path / "w", ExportOptions(), source="test")
+
+
+@pytest.mark.parametrize(
+    ("changes", "first", "last"),
+    [
+        ({}, False, False),
+        ({"order": "maskgit"}, False, True),
+        ({"temperature": 0.0}, True, True),
+    ],
+)
+def test_ties_in_a_set_that_no_noise_ranks_are_no_difference(
+    changes: dict, first: bool, last: bool, bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    golden = load_file(bundle.path / "golden" / "frame.safetensors")
+    outputs = {k.removeprefix("out."): v for k, v in golden.items() if k.startswith("out.")}
+    sampling = dataclasses.replace(SAMPLING, **changes)
+    engine = SimpleNamespace(
+        bundle=SimpleNamespace(manifest=dataclasses.replace(bundle.manifest, sampling=sampling))
+    )
+
+    def same(*places: int) -> bool:
+        """Whether nothing differs after an exchange of two places in the order."""
+        swapped = {**outputs, "order": outputs["order"].copy()}
+        swapped["order"][:, places] = swapped["order"][:, places[::-1]]
+        monkeypatch.setattr(canvasmar_rt.verify, "run_component", lambda *_: swapped)
+        return compare_component(engine, "frame", {}, outputs).relative == 0
+
+    assert (same(0, 1), same(-2, -1), same(0, -1)) == (first, last, False)
 
 
 @pytest.mark.parametrize("parameter", ["bos", "no_action"])
