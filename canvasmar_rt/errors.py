@@ -31,6 +31,10 @@ class EngineError(CanvasMarError):
     """An engine or device was asked for that this machine or bundle cannot give."""
 
 
+class NotFiniteError(EngineError):
+    """An engine returned values that are not finite."""
+
+
 class ParityError(CanvasMarError):
     """An engine's outputs are further from the reference than the stated tolerance."""
 

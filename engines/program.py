@@ -18,7 +18,7 @@ import numpy.typing as npt
 from canvasmar_rt.components import MASKED, autoencoder_states, components
 from canvasmar_rt.config import ModelConfig, SamplingConfig
 from canvasmar_rt.engines.memory import Array, Index
-from canvasmar_rt.errors import EngineError
+from canvasmar_rt.errors import NotFiniteError
 from canvasmar_rt.noise import Purpose, fill_gumbel, fill_normal
 from canvasmar_rt.schedule import flow_temperature, time_rotation
 
@@ -278,10 +278,10 @@ def state_shapes(config: ModelConfig, batch: int) -> Shapes:
 def require_finite(engine: str, component: str, values: Float32) -> None:
     """
     Raises:
-        EngineError: if a value is not finite.
+        NotFiniteError: if a value is not finite.
     """
     if not np.isfinite(values).all():
-        raise EngineError(
+        raise NotFiniteError(
             f"{component}: engine {engine} returned values that are not finite; unless actions or "
             "latents far outside the model's were given, run 'canvasmar-rt verify' on this bundle "
             "and engine; go back with restore(state) or reset()"

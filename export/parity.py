@@ -13,6 +13,7 @@ from canvasmar_rt.bundle import Bundle, Difference, Parity
 from canvasmar_rt.components import MASKED, TensorSpec, components
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines import create
+from canvasmar_rt.errors import NotFiniteError, ParityError
 from canvasmar_rt.files import replacing
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import FrameModel
@@ -101,7 +102,15 @@ def measure(
     golden = rollout_golden(reference, bundle, seed=seed, frames=frames, progress=progress)
     _save(golden, bundle, ROLLOUT)
     written.append(ROLLOUT)
-    drift, flipped = compare_rollout(engine, golden, progress)
+    try:
+        drift, flipped = compare_rollout(engine, golden, progress)
+    except NotFiniteError:  # whose advice is for those who have a bundle
+        advice = "look at the weights and at the guidance"
+        if manifest.weights_dtype == "float16":
+            advice = "float16 ends at 65504; export in fp32, or with --dtype bf16 for a GPU"
+        raise ParityError(
+            f"export refused: a rollout from nothing gives values that are not finite: {advice}"
+        ) from None
     return Parity(
         engine=engine.name,
         tolerance=tolerance,

@@ -33,6 +33,7 @@ from canvasmar_rt.bundle import (
 )
 from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
+from canvasmar_rt.engines.program import require_finite
 from canvasmar_rt.engines.torch_engine import load_model
 from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
 from canvasmar_rt.export import compose, exporter, parity, tensorrt_ops
@@ -335,6 +336,30 @@ def test_a_rollout_that_is_not_finite_is_refused(bundle: Bundle, frame: int) -> 
     change_golden(bundle, "rollout", golden)
     with pytest.raises(ParityError, match="the rollout drifts by nan"):
         verify(bundle.path)
+
+
+@pytest.mark.parametrize(
+    ("weights", "advice"), [("", "look at the weights"), ("fp16", "float16 ends at 65504")]
+)
+def test_an_export_that_overflows_says_what_to_do(
+    weights: str,
+    advice: str,
+    model: CanvasMAR,
+    traced_once: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody has a bundle yet to verify, or a rollout to reset."""
+
+    def overflow(*_: object) -> None:
+        require_finite("onnxruntime", "flow", np.array([np.inf], np.float32))
+
+    monkeypatch.setattr(parity, "compare_rollout", overflow)
+    with pytest.raises(ParityError, match=f"not finite: {advice}"):
+        export_bundle(
+            model, SAMPLING, tmp_path / "b", ExportOptions(weights=weights), source="test"
+        )
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("order", [1, -1])
