@@ -85,7 +85,8 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
     """A float32 model in evaluation mode with the given weights.
 
     Raises:
-        BundleError: naming the tensor that is missing, unknown, of the wrong shape or not finite.
+        BundleError: naming the tensor that is missing, unknown, of the wrong shape, not finite or,
+            of the latents' standard deviation, not above 0.
     """
     with torch.device("meta"):  # no memory is asked for before the shapes fit
         want = FAMILIES[config.family](config).state_dict()
@@ -109,6 +110,11 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
             raise BundleError(
                 f"{where}: tensor {name} holds values that are not finite: its training diverged, "
                 "or the file is damaged; take an earlier checkpoint or another copy"
+            )
+        if name == "autoencoder.latent_std" and not (tensor > 0).all():  # latents are divided by it
+            raise BundleError(
+                f"{where}: tensor {name} must be above 0 in every channel, its least is "
+                f"{float(tensor.min()):g}; a channel that never changes may have 1"
             )
     model = build(config)
     model.load_state_dict({k: v.float() for k, v in state.items()})

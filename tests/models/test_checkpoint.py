@@ -184,6 +184,10 @@ def test_an_autoencoder_s_run_holds_no_whole_model(saved: Path) -> None:
             lambda s: s.update({TENSOR: torch.ones(16).to(torch.float8_e4m3fn)}),
             [f"tensor {TENSOR} is float8_e4m3fn"],
         ),
+        (
+            lambda s: s["autoencoder.latent_std"][1].zero_(),
+            ["tensor autoencoder.latent_std must be above 0", "its least is 0"],
+        ),
     ],
     ids=[
         "missing",
@@ -195,6 +199,7 @@ def test_an_autoencoder_s_run_holds_no_whole_model(saved: Path) -> None:
         "too large",
         "int8",
         "float8",
+        "deviation",
     ],
 )
 def test_wrong_tensors_are_named(saved: Path, change: Any, words: list[str]) -> None:
