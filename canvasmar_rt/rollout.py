@@ -557,7 +557,10 @@ class Rollout:
                 "observe on the parent, or start a new rollout"
             )
         if self._unobserved and action is not None:
-            raise InputError("observe: the step being replaced already had its action")
+            raise InputError(
+                "observe: the action of the step being replaced was told with that step, or not at "
+                "all; leave it out here"
+            )
         if self.config.group > 1 and action is not None:
             raise InputError(
                 f"observe: {self.config.name} is told the actions of a group of latent frames by "

@@ -153,7 +153,7 @@ def test_observe_after_several_predictions_is_refused(rollout: Rollout, clip: np
 
 def test_observe_refuses_a_second_action(rollout: Rollout, clip: np.ndarray) -> None:
     rollout.step()
-    with pytest.raises(InputError, match="already had its action"):
+    with pytest.raises(InputError, match="told with that step, or not at all; leave it out"):
         rollout.observe(clip[:2], np.zeros(4, np.float32))
     rollout.observe(clip[:2])  # and nothing was lost
 
