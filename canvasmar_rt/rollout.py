@@ -766,7 +766,7 @@ class Rollout:
 
         Args:
             deadlines: also measure what frames take with ever fewer steps (`latency`), for steps
-                with a budget. Takes as long as some hundred frames.
+                with a budget. Takes as long as 200 frames or more.
 
         Raises:
             StateError: if an earlier step or observation did not complete, or there is no latent
