@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain, dropwhile, repeat
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import av
 import numpy as np
@@ -37,6 +37,10 @@ _REORDER = 4  # frames whose time stamps may be out of order (packed B-frames in
 _SEEK_FROM_S, _SEEK_MARGIN_S = 8.0, 3.0
 # Demuxers that read no video of their own: text art by file name, and lists of other files.
 _NOT_VIDEO = frozenset({"tty", "hls", "dash", "concat", "bin", "xbin", "idf", "adf", "rawvideo"})
+# Of metadata that is not UTF-8. PyAV 19 reads it without being asked, and has no such option.
+_TOLERANT: dict[str, Any] = (
+    {"metadata_errors": "ignore"} if int(av.__version__.split(".")[0]) < 19 else {}
+)
 _PLAYLIST = (b"#EXTM3U", b"ffconcat", b"<?xml", b"<MPD")
 
 
@@ -99,8 +103,8 @@ def _container(source: Path) -> Iterator[InputContainer]:
     # but local files, so that no header can send the reader to a network.
     with av.open(
         str(source.resolve()),
-        metadata_errors="ignore",
         container_options={"protocol_whitelist": "file"},
+        **_TOLERANT,
     ) as container:
         if _NOT_VIDEO & set(container.format.name.split(",")):
             raise VideoError(

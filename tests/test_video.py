@@ -311,7 +311,7 @@ def test_a_rate_that_is_not_stated_is_taken_from_the_frames(tmp_path: Path) -> N
     size = whole[at + 3] & 0x7F
     path.write_bytes(whole[:at] + bytes([0xEC, 0x80 | (2 + size)]) + whole[at + 2 :])  # Void
     with av.open(str(path)) as container:
-        assert container.streams.video[0].average_rate is None
+        assert not container.streams.video[0].average_rate
     assert read_clip(path).fps == pytest.approx(30, rel=0.03)
 
 
@@ -1084,8 +1084,12 @@ def test_phone_video_is_upright() -> None:
 @needs_clips
 def test_metadata_that_is_not_utf8() -> None:
     path = CLIPS / "hmdb51_cartwheel_nonutf8meta.avi"
-    with pytest.raises(UnicodeDecodeError):
-        av.open(str(path))
+    try:
+        with av.open(str(path)) as container:  # PyAV 19 keeps the bytes
+            metadata = {**container.metadata, **container.streams.video[0].metadata}
+            assert any("\udc80" <= letter <= "\udcff" for letter in "".join(metadata.values()))
+    except UnicodeDecodeError:  # PyAV 18
+        pass
     in_order = read_clip(path, size=(60, 80)).frames
     # Packed B-frames: time stamps come as 1 4 3 6 5 .. 84, one of 84 frames is missing (2).
     by_time = read_clip(path, size=(60, 80), fps=30).frames
@@ -1101,8 +1105,8 @@ def test_variable_rate_by_time_and_by_index() -> None:
         stamps = sorted(
             packet.pts / 12800 for packet in container.demux(stream) if packet.pts is not None
         )
+        assert stream.time_base == Fraction(1, 12800)
     times = np.array(stamps) - stamps[0]
-    assert stream.time_base == Fraction(1, 12800)
     assert times[288] == pytest.approx(11.52)
     assert np.diff(times)[[0, -1]] == pytest.approx([0.04, 0.08])
     by_index = thumbnails(name).frames
