@@ -143,7 +143,7 @@ class Predictor:
         seed: int = 0,
         batch: int | None = None,
         stream: int = 0,
-        actions: Float32 | None = None,
+        actions: npt.ArrayLike | None = None,
         sampling: SamplingConfig | None = None,
         clock: int = 0,
     ) -> Rollout:
@@ -154,7 +154,8 @@ class Predictor:
             seed, stream: row b of the batch draws its noise from (seed, stream + b).
             batch: videos predicted at once; a single context is shared by all of them. By default
                 as many as the context holds.
-            actions: float32 (B, n, A) or (n, A), the actions between the context's latent frames.
+            actions: numbers (B, n, A) or (n, A), taken as float32: the actions between the
+                context's latent frames.
             sampling: replaces the predictor's.
             clock: number of the first latent frame. Only differences of times enter the model, so
                 it may be chosen for `Rollout.seat`.
@@ -244,7 +245,7 @@ class Rollout:
 
     # -- starting
 
-    def _begin(self, context: UInt8 | None, actions: Float32 | None) -> None:
+    def _begin(self, context: UInt8 | None, actions: npt.ArrayLike | None) -> None:
         t = self.config.autoencoder.temporal_compression
         if context is not None:
             clip = self._checked_frames("context", context, None)
@@ -295,7 +296,7 @@ class Rollout:
             )
         return array
 
-    def _checked_actions(self, actions: Float32 | None, count: int) -> Float32 | None:
+    def _checked_actions(self, actions: npt.ArrayLike | None, count: int) -> Float32 | None:
         a, b = self.config.action_dim, len(self._streams)
         if actions is None:
             return None
@@ -326,7 +327,7 @@ class Rollout:
     @_exclusive
     def step(
         self,
-        action: Float32 | Sequence[float] | None = None,
+        action: npt.ArrayLike | None = None,
         *,
         decode_canvas: bool = False,
         on_canvas: Callable[[UInt8], None] | None = None,
@@ -335,9 +336,9 @@ class Rollout:
         """Predict the next latent frame, or the next group of them.
 
         Args:
-            action: (A,) or (B, A), the action taken between the latest frame and this one (the
-                actions of all frames of a group); None if it is not known (the model was trained
-                for both).
+            action: numbers (A,) or (B, A), taken as float32: the action between the latest frame
+                and this one (the actions of all frames of a group); None if it is not known (the
+                model was trained for both).
             decode_canvas: also decode the canvas to pixels (one more decoder run).
             on_canvas: called with them, uint8 (B, t, H, W, 3) of its own, as soon as they are
                 there: before the AR steps. What it takes counts. Not called where there is none.
@@ -356,7 +357,7 @@ class Rollout:
 
     def _step(
         self,
-        action: Float32 | Sequence[float] | None,
+        action: npt.ArrayLike | None,
         *,
         decode_canvas: bool = False,
         on_canvas: Callable[[UInt8], None] | None = None,
@@ -486,7 +487,7 @@ class Rollout:
                 "holds half of it; go back with restore(state) or reset()"
             )
 
-    def _checked_action(self, action: Float32 | Sequence[float] | None) -> Float32 | None:
+    def _checked_action(self, action: npt.ArrayLike | None) -> Float32 | None:
         if action is None:
             return None
         a, b = self.config.action_dim, len(self._streams)
@@ -500,7 +501,7 @@ class Rollout:
     # -- what really happened
 
     @_exclusive
-    def observe(self, frames: UInt8, action: Float32 | Sequence[float] | None = None) -> Float32:
+    def observe(self, frames: UInt8, action: npt.ArrayLike | None = None) -> Float32:
         """Tell the rollout what really happened.
 
         After a `step`, the real frames take the place of that prediction (its action stands);
@@ -529,9 +530,7 @@ class Rollout:
         return self._program.latent()
 
     @_exclusive
-    def observe_latent(
-        self, latent: Float32, action: Float32 | Sequence[float] | None = None
-    ) -> None:
+    def observe_latent(self, latent: Float32, action: npt.ArrayLike | None = None) -> None:
         """Like `observe`, for normalised latents (B, N, C) float32 of your own."""
         try:
             array = np.asarray(latent)
@@ -547,7 +546,7 @@ class Rollout:
         self._encoder_current = False
         self._after_observation(again=again)
 
-    def _before_observation(self, action: Float32 | Sequence[float] | None) -> bool:
+    def _before_observation(self, action: npt.ArrayLike | None) -> bool:
         """Whether the observation replaces a prediction, which was decoded already."""
         self._require_whole()
         if self._unobserved > 1:
