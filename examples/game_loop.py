@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
-from canvasmar_rt.errors import InputError
+from canvasmar_rt.errors import CanvasMarError, InputError
 from canvasmar_rt.files import check_writable
 from canvasmar_rt.video import write_clip, write_png
 
@@ -43,6 +43,8 @@ def main() -> None:
     options = parser.parse_args()
     if not options.budget > 0:
         parser.error("--budget must be above 0")
+    if options.frames is not None and options.frames < 1:
+        parser.error("--frames must be above 0")
     if options.out:
         if options.out.suffix.lower() not in (".mp4", ".gif", ".png"):
             parser.error(f"--out {options.out}: name an .mp4, a .gif or a .png")
@@ -61,7 +63,10 @@ def main() -> None:
 
     with np.load(DEMO_CLIP) as clip:
         context, told = clip["frames"][:CONTEXT], clip["actions"][: CONTEXT - 1]
-    predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    try:
+        predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    except CanvasMarError as error:
+        parser.error(str(error))
     if predictor.config.action_dim != 4:
         parser.error(f"--model: takes {predictor.config.action_dim} numbers of action, not 4")
     rollout = predictor.start(context, actions=told.reshape(-1, 4))

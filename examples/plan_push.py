@@ -29,6 +29,7 @@ import torch  # noqa: TID251 - the simulator is written in it
 
 import canvasmar_rt
 from canvasmar_rt.contact_sheet import contact_sheet
+from canvasmar_rt.errors import CanvasMarError
 from canvasmar_rt.video import write_clip, write_png
 from training import toytable
 from training.toytable import ToyTableConfig, WorldState
@@ -328,9 +329,14 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("runs/push"), help="without a suffix")
     options = parser.parse_args()
+    if options.tasks < 1 or options.ticks < 1 or options.first < 0:
+        parser.error("--tasks and --ticks must be above 0, --first not below")
 
     torch.set_num_threads(1)  # so small a world gains nothing from more
-    predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    try:
+        predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    except CanvasMarError as error:
+        parser.error(str(error))
     # Rough futures do as well here as fine ones: docs/planning.md.
     predictor = canvasmar_rt.Predictor(
         predictor.engine,

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
+from canvasmar_rt.errors import CanvasMarError
 
 Frames = npt.NDArray[np.uint8]
 Action = npt.NDArray[np.float32]
@@ -108,7 +109,12 @@ def main() -> None:
     options = parser.parse_args()
     if not (options.rate > 0 and options.budget > 0):
         parser.error("--rate and --budget must be above 0")
-    predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    if not 0 <= options.seconds * options.rate < 1e9:
+        parser.error("--seconds and --rate give no number of ticks")
+    try:
+        predictor = canvasmar_rt.load(options.model, threads=options.threads)
+    except CanvasMarError as error:
+        parser.error(str(error))
     if predictor.config.action_dim != 4:
         parser.error(f"--model: takes {predictor.config.action_dim} numbers of action, not 4")
 

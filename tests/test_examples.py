@@ -128,6 +128,13 @@ def test_the_game_loop_shows_the_arm_moving(tmp_path: Path) -> None:
     [
         ("robot_loop", "--rate", "0", "must be above 0"),
         ("game_loop", "--budget", "0", "must be above 0"),
+        ("robot_loop", "--seconds", "nan", "no number of ticks"),
+        ("robot_loop", "--rate", "inf", "no number of ticks"),
+        ("robot_loop", "--model", "nowhere", "no such bundle directory"),
+        ("game_loop", "--frames", "0", "must be above 0"),
+        ("game_loop", "--threads", "0", "threads must lie in"),
+        ("plan_push", "--tasks", "0", "must be above 0"),
+        ("plan_push", "--model", "nowhere", "no such bundle directory"),
         ("robot_loop", "--model", "toytable-next-2-int8", "takes 8 numbers of action, not 4"),
     ],
 )
