@@ -137,6 +137,24 @@ def test_opens(made: Path) -> None:
     assert Bundle.open(str(made)) == opened
 
 
+def test_the_fingerprint_is_of_contents_and_names(made: Path) -> None:
+    """Engines built for other weights of the same size must not pass for those of these."""
+    opened = Bundle.open(made)
+    assert Bundle.open(made).fingerprint == opened.fingerprint
+    files = opened.manifest.files
+
+    def other(files: dict[str, FileEntry]) -> str:
+        manifest = dataclasses.replace(opened.manifest, files=files)
+        return dataclasses.replace(opened, manifest=manifest).fingerprint
+
+    assert other(dict(reversed(files.items()))) == opened.fingerprint
+    entry = files["flow/model.onnx"]
+    changed = dataclasses.replace(entry, sha256="0" * 64)
+    assert other(files | {"flow/model.onnx": changed}) != opened.fingerprint
+    renamed = {"flow/other.onnx" if e is entry else n: e for n, e in files.items()}
+    assert other(renamed) != opened.fingerprint
+
+
 def test_manifest_round_trip(made: Path) -> None:
     manifest = dataclasses.replace(
         Bundle.open(made).manifest,
