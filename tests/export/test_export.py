@@ -40,6 +40,7 @@ from canvasmar_rt.export import compose, exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import MOVES, ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
 from canvasmar_rt.models.families import build
+from canvasmar_rt.schedule import solver_inputs
 from canvasmar_rt.verify import compare_component, difference, failures, verify
 from tests.conftest import least_config
 
@@ -170,6 +171,73 @@ def test_the_certificate_holds_what_was_measured(bundle: Bundle) -> None:
     assert max(certificate.drift) < 1e-3
     assert certificate.engine == "onnxruntime"
     assert "| flow |" in (bundle.path / "README.md").read_text()
+
+
+def test_the_certificate_holds_the_worst_of_two_batches(
+    model: CanvasMAR, traced_once: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A batch of one would not see what a graph mixes up between rows; and the manifest holds what
+    the options say."""
+    compare = parity.compare_component
+    seen = []
+
+    def measured(engine: Any, name: str, inputs: Any, outputs: Any) -> Difference:
+        found = compare(engine, name, inputs, outputs)
+        if name == "decoder":
+            seen.append(len(inputs["latent"]))
+            found = dataclasses.replace(found, relative=9e-5 if seen[-1] > 1 else 0.0)
+        return found
+
+    monkeypatch.setattr(parity, "compare_component", measured)
+    fast = dataclasses.replace(SAMPLING, ar_steps=1)
+    options = ExportOptions(seed=7, drift_frames=2, fast=fast)
+    bundle = export_bundle(model, SAMPLING, tmp_path / "b", options, source="test")
+    certificate = bundle.manifest.parity
+    assert certificate is not None
+    assert seen == [2, 1]
+    assert certificate.components["decoder"].relative == 9e-5
+    assert (certificate.tolerance, certificate.drift_tolerance) == (1e-4, 1e-3)
+    assert certificate.frame_tolerance is None
+    assert load_file(bundle.path / "golden" / "decoder.safetensors")["in.latent"].shape[0] == 1
+    assert load_file(bundle.path / "golden" / "rollout.safetensors")["seed"] == 7
+    assert bundle.manifest.fast == fast
+    assert "README.md" in bundle.manifest.files
+    beginnings = load_file(bundle.path / "golden" / "temporal.safetensors")
+    assert (beginnings["in.cache_bias"] < 0).any(), "a slot that may not be seen"
+
+
+@pytest.mark.parametrize("solver", ["heun", "ab2"])
+@pytest.mark.parametrize("unroll", [False, True], ids=["loop", "unrolled"])
+def test_every_solver_is_pytorchs(
+    solver: str,
+    unroll: bool,
+    model: CanvasMAR,
+    graphs: dict[str, onnx.ModelProto],
+    parts: list[onnx.ModelProto],
+) -> None:
+    """Euler's steps, all that the certificate of this bundle has seen, never look at the last
+    velocity."""
+    sampling = dataclasses.replace(SAMPLING, flow_steps=3, solver=solver)
+    plan = solver_inputs(sampling)
+    made = graphs["flow"]
+    if unroll:
+        made = compose.flow(*parts[-2:], LEAST, "float32", 20, evaluations=len(plan["flow_time"]))
+    n, c = LEAST.tokens, LEAST.autoencoder.latent_channels
+    rng = np.random.default_rng(0)
+    inputs: dict[str, np.ndarray] = {
+        "z_tokens": rng.standard_normal((3, 2, 5, LEAST.dim), np.float32),
+        "branch_weight": np.array([2.0, -1.5, 0.5], np.float32),
+        "select_index": np.stack([rng.permutation(n)[:5] for _ in range(2)]),
+        "flow_noise": rng.standard_normal((2, n, c), np.float32),
+        **{name: plan[name] for name in ("flow_time", "step_new", "step_old")},
+        "partial": rng.standard_normal((2, n, c), np.float32),
+    }
+    assert plan["step_old"].any()
+    session = onnxruntime.InferenceSession(
+        made.SerializeToString(), providers=["CPUExecutionProvider"]
+    )
+    want = parity._run(model, "flow", inputs)["next_partial"]
+    np.testing.assert_allclose(session.run(None, inputs)[0], want, atol=1e-5)
 
 
 def test_a_card_joins_the_model_card(model: CanvasMAR, traced_once: None, tmp_path: Path) -> None:
@@ -551,11 +619,40 @@ def test_bfloat16_says_where_it_runs(model: CanvasMAR, tmp_path: Path) -> None:
         ({"dtype": "fp16", "opset": 23, "weights": "bf16"}, "fp16 under an fp32 graph"),
         ({"seed": -1}, "seed"),
         ({"seed": 2**63}, "seed"),
+        ({"drift_frames": 0}, "drift_frames"),
     ],
 )
 def test_options_are_checked(options: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         ExportOptions(**options)
+
+
+def test_the_opset_goes_by_the_dtype() -> None:
+    """Attention is one node where TensorRT takes it."""
+    assert [ExportOptions(dtype=d).opset for d in ("fp32", "fp16", "bf16")] == [20, 23, 23]
+    assert ExportOptions(quantize="int8").opset == 20
+
+
+def test_a_bundle_that_cannot_be_replaced_stays(
+    model: CanvasMAR, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The old one has made room by the time the new one fails to take its place."""
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / MANIFEST).write_text("the old one")
+    replace, calls = os.replace, iter(range(10))
+
+    def fails(*arguments: Any) -> None:
+        if next(calls) == 1:
+            raise OSError("Input/output error")
+        replace(*arguments)
+
+    monkeypatch.setattr(exporter, "_write", lambda *_: None)
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(InputError, match="Input/output error"):
+        export_bundle(model, SAMPLING, tmp_path / "b", ExportOptions(), source="test", force=True)
+    assert next(calls) == 3
+    assert [p.name for p in tmp_path.rglob("*")] == ["b", MANIFEST]
+    assert (tmp_path / "b" / MANIFEST).read_text() == "the old one"
 
 
 def test_force_replaces_only_bundles(model: CanvasMAR, traced_once: None, tmp_path: Path) -> None:
