@@ -235,7 +235,7 @@ def model(
             zero_outputs(network)
         else:
             before = load_weights(init, whole=True)[0]
-            _translated(before, network, held_out)
+            before = _translated(before, network, held_out, f"--init {init}")
             transfer(before, network, f"--init {init}")
         stage = stages.ModelStage(network, chosen.sampling, settings, held_out)
         if source is None:
@@ -361,19 +361,35 @@ def _check_latents(
         )
 
 
-def _translated(given: FrameModel, network: FrameModel, held_out: ClipSource) -> None:
-    """Where the encoders differ, let `given` read and write the latents of `network`'s."""
+def _translated(
+    given: FrameModel, network: FrameModel, held_out: ClipSource, where: str
+) -> FrameModel:
+    """`given`; where the encoders differ, on the grid of `network`, whose latents it then reads and
+    writes.
+
+    Raises:
+        ConfigError: if a latent token of theirs does not stand for as many pixels and frames.
+    """
     old, new = given.config.autoencoder, network.config.autoencoder
-    shapes = [
-        (ae.height, ae.width, ae.temporal_compression, ae.latent_height, ae.latent_width)
-        for ae in (old, new)
-    ]
     encoders = [stages.weights_id(m.autoencoder.encoder) for m in (given, network)]
-    if shapes[0] != shapes[1] or encoders[0] == encoders[1]:
-        return
+    if encoders[0] == encoders[1]:
+        return given
+    had, has = ((ae.temporal_compression, ae.spatial_compression) for ae in (old, new))
+    if had != has:
+        raise ConfigError(
+            f"{where}: its latents stand for {had[0]} frames of {had[1]}x{had[1]} pixels, the "
+            f"model's for {has[0]} of {has[1]}x{has[1]}; no map leads from those to these: start "
+            "without --init"
+        )
+    if (old.height, old.width) != (new.height, new.width):
+        size = dataclasses.replace(old, height=new.height, width=new.width)
+        resized = build(dataclasses.replace(given.config, autoencoder=size))
+        transfer(given, resized, where, autoencoder=True)
+        given = resized
     told = held_out.clips(0, FITTED_CLIPS)
     assert isinstance(told, Clips)
     translate(given, *(stages.encode_clips(m, told.frames) for m in (given, network)))
+    return given
 
 
 def _with_autoencoder(config: ModelConfig, trained: FrameModel, seed: int) -> FrameModel:

@@ -3,6 +3,7 @@ in one line."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -23,11 +24,12 @@ from canvasmar_rt.command import run_command
 from canvasmar_rt.models import sampler
 from canvasmar_rt.models.canvasmar import CanvasMAR, FrameModel
 from canvasmar_rt.models.checkpoint import load_checkpoint
+from canvasmar_rt.models.families import build
 from training.__main__ import app
 from training.clips import LatentSource, ToyTableSource
 from training.config import recipe
 from training.losses import rotations
-from training.stages import weights_id
+from training.stages import encode_clips, weights_id
 from training.trainer import latest_checkpoint, load_weights
 from training.transfer import READERS, WRITERS
 
@@ -210,6 +212,35 @@ def test_a_model_can_start_from_one_of_other_latents(autoencoder: Path, tmp_path
     for name, tensor in learnt.items():
         if not name.startswith(("autoencoder.", *WRITERS)) and given[name].shape == tensor.shape:
             torch.testing.assert_close(tensor, given[name], msg=name)
+
+
+def test_latents_of_another_picture_size_are_fitted_too(autoencoder: Path, tmp_path: Path) -> None:
+    first, other, second = tmp_path / "first", tmp_path / "other", tmp_path / "second"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    size = ["--set-model", "autoencoder.height=32", "--set-model", "autoencoder.width=32"]
+    run(*AUTOENCODER, *size, "-o", other, "--set", "seed=1")
+    run(*TRAIN, *size, "-o", second, "--autoencoder", other, "--init", first, "--until", 1,
+        "--set", "learning_rate=1e-12")  # fmt: skip
+    (given, _), (learnt, _) = (load_weights(d) for d in (first, second))
+    pixels = ToyTableSource(frames=5, size=32, seed=1).clips(0, 64).frames
+    resized = build(dataclasses.replace(given.config, autoencoder=learnt.config.autoencoder))
+    resized.autoencoder.load_state_dict(given.autoencoder.state_dict())
+    old, new = (encode_clips(m, pixels).flatten(0, 2).double() for m in (resized, learnt))
+    read = torch.linalg.lstsq(new, old).solution.T.float()
+    torch.testing.assert_close(
+        learnt.flow.embed.weight, given.flow.embed.weight @ read, atol=1e-4, rtol=1e-3
+    )
+
+
+def test_latents_of_other_pieces_of_video_have_no_map(
+    autoencoder: Path, fails: Callable[..., str], tmp_path: Path
+) -> None:
+    first, other = tmp_path / "first", tmp_path / "other"
+    run(*TRAIN, "-o", first, "--autoencoder", autoencoder)
+    finer = ["--set-model", "autoencoder.widths=[8]"]
+    run(*AUTOENCODER, *finer, "-o", other, "--until", 1)
+    line = fails(*TRAIN, *finer, "-o", tmp_path / "second", "--autoencoder", other, "--init", first)
+    assert "2 frames of 8x8 pixels, the model's for 2 of 4x4" in line
 
 
 def test_a_model_can_start_from_one_of_a_coarser_temporal_patch(
