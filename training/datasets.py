@@ -379,6 +379,7 @@ def kinetics600(
     file = root / f"{split}.csv" if table is None else table
     rows = csv.DictReader(io.StringIO(_text(file), newline=""))
     wanted: list[tuple[str, Path | None]] = []
+    others: set[str] = set()
     try:
         columns = set(rows.fieldnames or ())
         if table is not None and "split" not in columns:
@@ -404,7 +405,8 @@ def kinetics600(
                     f"{file}: line {rows.line_num} has no split; it would be trained on and held "
                     "out"
                 )
-            if (own or split) != split:
+            if own and own != split:
+                others.add(own)
                 continue
             if "path" in columns:
                 path = root / (row["path"] or "?")
@@ -418,6 +420,11 @@ def kinetics600(
             wanted.append((str(root / stem), at_hand.get(stem)))
     except csv.Error as error:
         raise InputError(f"{file}: line {rows.line_num} is no CSV ({error})") from error
+    if others and not wanted:
+        raise InputError(
+            f"{file}: its column split has {', '.join(map(repr, sorted(others)[:4]))} and no row "
+            f"of {split!r}; rename the split there, or drop the column from a table of one split"
+        )
     return _listed(wanted, file, f"the videos lie below {root}", options)
 
 

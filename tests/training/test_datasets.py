@@ -535,8 +535,11 @@ def test_kinetics_follows_its_table(film: tuple[Path, Frames], tmp_path: Path) -
     assert all(place(frames, whole) >= 0 for frames in source.clips(0, 4).frames)
     table = tmp_path / "train.csv"
     assert len(make_source("kinetics600", tmp_path, split="validate", table=table, **SMALL)) == 1
-    with pytest.raises(InputError, match="expected a list of videos, found none"):
+    with pytest.raises(InputError, match="has 'train', 'validate' and no row of 'test'; rename"):
         make_source("kinetics600", tmp_path, split="test", table=table, **SMALL)
+    table.write_text("path,split\n")
+    with pytest.raises(InputError, match="expected a list of videos, found none"):
+        make_source("kinetics600", tmp_path, **SMALL)
     table.write_text("path,split\na.mp4,train\nb.mp4,\n")
     with pytest.raises(InputError, match=r"line 3 has no split; it would be trained on and held"):
         make_source("kinetics600", tmp_path, split="train", table=table, **SMALL)
