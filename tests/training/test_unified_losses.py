@@ -157,6 +157,7 @@ def test_a_hidden_token_tells_later_frames_only_by_its_clean_copy(
     teacher: Teacher, leaks: bool
 ) -> None:
     loss = unified_loss(SILENT, teacher=teacher, **NEVER)
+    nn.init.normal_(loss.temporal.embed.bias)  # as after some training
     teach, draw = Calls(loss.temporal, "teach"), Calls(loss.temporal, "draw_tokens")
     j = 2
 
@@ -175,6 +176,25 @@ def test_a_hidden_token_tells_later_frames_only_by_its_clean_copy(
     assert not difference[0, : j + 1].any()
     later = difference[0, j + 1 :]
     assert later.min() > 1e-5 if leaks else later.max() < 1e-6
+
+
+@pytest.mark.parametrize("teacher", TEACHERS)
+def test_history_is_dropped_alone_and_with_what_has_no_canvas_to_drop(teacher: Teacher) -> None:
+    """A unified model has no canvas: both dropped is its history dropped."""
+    loss = unified_loss(SILENT, teacher=teacher, temporal_drop=0.1, both_drop=0.2, canvas_drop=0.4)
+
+    def nothing(history: Tensor, drawn: Tensor, *others: Any) -> Tensor:
+        return torch.zeros_like(drawn)
+
+    teach = Calls(loss.temporal, "teach", nothing)
+    kept = []
+    for step in range(300):
+        with torch.no_grad():
+            loss(LATENTS[:, :2], None, draws(step))
+        kept += teach.inputs[4].flatten().tolist()
+    assert set(kept) == {0.0, 1.0}
+    chance = stats.binomtest(kept.count(0.0), len(kept), 0.3)
+    assert chance.pvalue > 1e-3
 
 
 # -- what is taught
