@@ -23,6 +23,7 @@ from tests.models import test_spatial
 from tests.models.test_spatial import N, config, every_kind, make, random
 from tests.training.small_runs import Waves
 from tests.training.test_losses import NEVER, Calls, Given, draws, training
+from training import losses
 from training.clips import Clips, latent_actions
 from training.losses import CanvasMarLoss, told_history
 from training.stages import ModelStage, continue_clips, group_actions
@@ -337,6 +338,33 @@ def test_canvas_losses_are_of_groups_with_a_frame_before_them(step: int) -> None
                 misses.append((still[:, m, j] - torch.exp(-errors[-1])) ** 2)
     torch.testing.assert_close(terms["canvas"], torch.stack(errors).mean() / 4)
     torch.testing.assert_close(terms["static"], torch.stack(misses).mean())
+
+
+@pytest.mark.parametrize("step", BEGINS)
+def test_a_residual_group_learns_what_changes_from_the_frame_before_it(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All its frames from the same one, also where that one is the model's own."""
+    assert FAMILIES["next-group"].residual
+    loss, taught = group_loss(mask_all=1.0), []
+    spatial = Calls(loss.spatial)
+
+    def kept(flow: Any, z: Tensor, target: Tensor, *others: Any) -> Tensor:
+        taught.append(target)
+        return target.sum()
+
+    monkeypatch.setattr(losses, "flow_loss", kept)
+    latents, actions = clip_of(loss.model_config)
+    history = random(B, T, 16, 4, seed=9)
+    with torch.no_grad():
+        loss(latents, actions, draws(step), history)
+    starts = range(begin_of(step), T - J + 1, J)
+    before = [history[:, start - 1] if start else torch.zeros(B, 16, 4) for start in starts]
+    want = torch.stack(
+        [latents[:, s + j] - b for s, b in zip(starts, before, strict=True) for j in range(J)], 1
+    ).flatten(0, 1)
+    hidden = spatial.inputs[2][..., None].expand_as(want)
+    assert torch.equal(taught[0], want.gather(1, hidden))
 
 
 @pytest.mark.parametrize("begin", range(J))
