@@ -328,8 +328,9 @@ def _check_told(data: DataSet, config: ModelConfig) -> None:
     if isinstance(told, int) and told and not config.action_dim:
         ae = config.autoencoder
         raise ConfigError(
-            f"--set-data action_dim={told}: model {config.name} takes no actions; add --set-model "
-            f"action_dim={told * ae.temporal_compression * config.group}, those of a step"
+            f"data with action_dim={told}: model {config.name} takes no actions; add --set-model "
+            f"action_dim={told * ae.temporal_compression * config.group}, those of a step, or "
+            "--set-data action_dim=0 to leave them out"
         )
 
 

@@ -533,6 +533,19 @@ def test_own_recordings_with_actions_from_the_first_stage_to_the_last(
                "--autoencoder", autoencoder]  # fmt: skip
     run(*command, "-o", tmp_path / "on-latents", "--latents", latents)
     run(*command, "-o", tmp_path / "run", *data)
+    blind = [
+        *command,
+        "--set-model",
+        "action_dim=0",
+        "-o",
+        tmp_path / "blind",
+        "--latents",
+        latents,
+    ]
+    line = fails(*blind)  # nobody gave --set-data
+    assert "data with action_dim=3: model toytable takes no actions" in line
+    assert "or --set-data action_dim=0 to leave them out" in line
+    run(*blind, "--set-data", "action_dim=0")
     described = json.loads((tmp_path / "run" / "run.json").read_text())
     root = str(tmp_path / "data")
     assert described["data"] == {"name": "videos", "root": root, "options": {"action_dim": 3}}
