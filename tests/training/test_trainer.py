@@ -194,6 +194,21 @@ def test_memory_does_not_grow(tmp_path: Path) -> None:
     assert tensors() <= before + 5
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_gradients_are_clipped_together(name: str, tmp_path: Path) -> None:
+    """Before the optimizers see them; the log tells how large they were."""
+    run, seen = trainer(STAGES[name](clip_norm=1e-3), tmp_path), []
+
+    def look(*_: Any) -> None:
+        grads = [p.grad for p in run.stage.loss.parameters() if p.grad is not None]
+        seen.append(float(torch.cat([g.flatten() for g in grads]).norm()))
+
+    run.optimizers["adamw"].register_step_pre_hook(look)
+    run.run(3)
+    np.testing.assert_allclose(seen, 1e-3, rtol=1e-3)
+    assert all(line["gradient_norm"] > 1e-2 for line in logged(tmp_path))
+
+
 def test_histories_are_carried_as_long_as_their_clips_stay(tmp_path: Path) -> None:
     """Every pass starts from what the last one gave; a clip that comes is seen as it is."""
     stage = history_stage(steps=5)
