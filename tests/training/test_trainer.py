@@ -209,6 +209,17 @@ def test_gradients_are_clipped_together(name: str, tmp_path: Path) -> None:
     assert all(line["gradient_norm"] > 1e-2 for line in logged(tmp_path))
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_networks_run_in_the_precision_asked_for(precision: str, tmp_path: Path) -> None:
+    """In the step, and where it predicts histories; the weights stay float32."""
+    run, seen = trainer(history_stage(precision=precision), tmp_path), []
+    block = run.stage.loss.get_submodule("temporal.blocks.0.attn.qkv")
+    block.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    run.run(1)
+    assert seen == [torch.bfloat16 if precision == "bf16" else torch.float32] * 2
+    assert {p.dtype for p in run.stage.loss.parameters()} == {torch.float32}
+
+
 def test_histories_are_carried_as_long_as_their_clips_stay(tmp_path: Path) -> None:
     """Every pass starts from what the last one gave; a clip that comes is seen as it is."""
     stage = history_stage(steps=5)
