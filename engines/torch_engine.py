@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
@@ -17,7 +18,12 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.memory import Buffer, HostMemory, Memory, Run
-from canvasmar_rt.engines.torch_program import TorchProgram, exact_float32, memory_told
+from canvasmar_rt.engines.torch_program import (
+    TorchProgram,
+    exact_float32,
+    memory_told,
+    require_process,
+)
 from canvasmar_rt.errors import BundleError, EngineError
 from canvasmar_rt.models.canvasmar import FrameModel, SpatialBlock
 from canvasmar_rt.models.checkpoint import load_state
@@ -169,6 +175,7 @@ class TorchEngine:
         self._threads, self._compile, self._cuda_graph = threads, compile, cuda_graph
         self._graphs: dict[str, Graph] = {}
         self._lock = threading.Lock()
+        self._process = os.getpid()
 
     def like(self, bundle: Bundle) -> TorchEngine:
         """Another bundle on an engine with this one's device and options."""
@@ -195,6 +202,7 @@ class TorchEngine:
 
     @memory_told()
     def program(self, *, batch: int, sampling: SamplingConfig) -> TorchProgram:
+        require_process(self._process)
         return TorchProgram(
             self.model,
             self.component,

@@ -7,6 +7,7 @@ included, and everything it gives comes back in one. In between nothing waits fo
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -53,6 +54,19 @@ if TYPE_CHECKING:
     from canvasmar_rt.engines.flow_kernel import FlowKernel, Mode
 
 ALIGNMENT = 64
+
+
+def require_process(process: int) -> None:
+    """PyTorch's threads do not survive a fork: a frame in the child would wait for them for good.
+
+    Raises:
+        EngineError: if this is not the process of that number.
+    """
+    if os.getpid() != process:
+        raise EngineError(
+            "the torch engine was loaded before this process was forked off, without PyTorch's "
+            "threads; load it in this process, or start processes by 'spawn'"
+        )
 
 
 @contextmanager
@@ -210,6 +224,7 @@ class TorchProgram:
         self.since = np.zeros(batch, np.int64)
         self._device = model.device
         self._capture = graphs and self._device.type == "cuda"
+        self._process = os.getpid()
         self._stream: Any = None
         if self._device.type == "cuda":
             self._stream = own_stream(lambda: torch.cuda.Stream(self._device))
@@ -438,6 +453,7 @@ class TorchProgram:
     def _do(self, *work: Callable[[], object], meanwhile: Callable[[], None] | None = None) -> None:
         """Run on the program's stream and wait; `meanwhile` is called in between, if the stream is
         one of a GPU."""
+        require_process(self._process)
         with torch.inference_mode(), torch.cuda.stream(self._stream):
             for each in work:
                 each()

@@ -30,6 +30,7 @@ import torch  # noqa: TID251 - the simulator is written in it
 import canvasmar_rt
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import CanvasMarError
+from canvasmar_rt.files import check_writable
 from canvasmar_rt.video import write_clip, write_png
 from training import toytable
 from training.toytable import ToyTableConfig, WorldState
@@ -331,10 +332,11 @@ def main() -> None:
     options = parser.parse_args()
     if options.tasks < 1 or options.ticks < 1 or options.first < 0:
         parser.error("--tasks and --ticks must be above 0, --first not below")
-
     torch.set_num_threads(1)  # so small a world gains nothing from more
     try:
         predictor = canvasmar_rt.load(options.model, threads=options.threads)
+        for suffix in (".json", ".png", ".gif"):
+            check_writable(options.out.with_suffix(suffix))
     except CanvasMarError as error:
         parser.error(str(error))
     # Rough futures do as well here as fine ones: docs/planning.md.
@@ -365,7 +367,6 @@ def main() -> None:
             flush=True,
         )
 
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     start_px = 64 * float(np.mean([e.distances[0] for e in played["random"]]))
     whole = {
         "first": options.first,

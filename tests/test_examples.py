@@ -135,6 +135,7 @@ def test_the_game_loop_shows_the_arm_moving(tmp_path: Path) -> None:
         ("game_loop", "--threads", "0", "threads must lie in"),
         ("plan_push", "--tasks", "0", "must be above 0"),
         ("plan_push", "--model", "nowhere", "no such bundle directory"),
+        ("plan_push", "--out", "/dev/null/push", "/dev/null"),
         ("robot_loop", "--model", "toytable-next-2-int8", "takes 8 numbers of action, not 4"),
     ],
 )

@@ -89,7 +89,7 @@ SetModel = Annotated[
     list[str] | None,
     typer.Option("--set-model", help="Override a model option, e.g. flow.modulation=additive."),
 ]
-Until = Annotated[int | None, typer.Option(help="Stop after this step; resume later.")]
+Until = Annotated[int | None, typer.Option(min=1, help="Stop after this step; resume later.")]
 Device = Annotated[str, typer.Option(help="cuda, cpu; by default a GPU where there is one.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads of this process.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print nothing but errors.")]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import subprocess
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
@@ -313,3 +315,29 @@ def test_compiled_and_captured_frames_are_those_of_the_cpu(
     got, want = (p.start(clip, seed=4) for p in (fast, canvasmar_rt.load(path, engine="torch")))
     for _ in range(3):
         np.testing.assert_allclose(got.step().latent, want.step().latent, rtol=0, atol=1e-4)
+
+
+def test_a_forked_process_is_refused_instead_of_waiting_for_good(
+    bundles: Callable[[str], Bundle],
+) -> None:
+    """A frame there would wait for threads that only the parent has."""
+    code = f"""
+import os, canvasmar_rt
+predictor = canvasmar_rt.load({str(bundles("expert").path)!r}, engine="torch")
+rollout = predictor.start()
+rollout.step()
+if os.fork():
+    os.wait()
+else:
+    for frame in rollout.step, lambda: predictor.start().step():
+        try:
+            frame()
+        except canvasmar_rt.CanvasMarError as error:
+            print("refused:", error, flush=True)
+    os._exit(0)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert done.stdout.count("refused: the torch engine was loaded before") == 2
+    assert "spawn" in done.stdout
