@@ -38,17 +38,23 @@ UNDISTURBED = threading.RLock()
 """Held while work is captured as a CUDA graph, and by what must not happen meanwhile on any thread:
 another capture, or allocating and freeing device memory."""
 
-LOADING = threading.RLock()
-"""Held while a library loads a model on a GPU, allocating all along, and while work is captured:
-ONNX Runtime captures in CUDA's global mode, in which any thread's allocation fails and ends the
-capture. What was captured before runs on meanwhile. Taken before `UNDISTURBED`."""
+_LOADING = threading.RLock()
+
+
+@contextmanager
+def loading() -> Iterator[None]:
+    """Load a model on a GPU inside, which allocates all along: not while work is captured, since
+    ONNX Runtime captures in CUDA's global mode, in which any thread's allocation fails and ends the
+    capture. What was captured before runs on meanwhile."""
+    with _LOADING:
+        yield
 
 
 @contextmanager
 def capturing() -> Iterator[None]:
     """Capture a CUDA graph inside: alone in the process, and with no garbage collected, since what
     is freed during a capture ends it."""
-    with LOADING, UNDISTURBED:
+    with _LOADING, UNDISTURBED:  # always in this order
         was_on = gc.isenabled()
         gc.disable()
         try:

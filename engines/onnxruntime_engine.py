@@ -19,7 +19,6 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.component_program import ComponentProgram
 from canvasmar_rt.engines.memory import (
-    LOADING,
     STORAGE,
     UNDISTURBED,
     Buffer,
@@ -27,6 +26,7 @@ from canvasmar_rt.engines.memory import (
     Memory,
     Run,
     capturing,
+    loading,
 )
 from canvasmar_rt.errors import BundleError, EngineError
 
@@ -141,7 +141,7 @@ class OnnxRuntimeEngine:
         if self._cuda is None:
             session = self._open(component, {})
         else:
-            with LOADING:
+            with loading():
                 session = self._open(component, self._settings(component))
             session.stream = self._cuda  # it frees memory on it when it ends
         self._check_tensors(component, session)

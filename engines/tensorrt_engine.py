@@ -15,7 +15,7 @@ from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.base import check_buffers, cuda_index
 from canvasmar_rt.engines.component_program import ComponentProgram
 from canvasmar_rt.engines.cuda_memory import ALIGNMENT, CudaMemory, gpu
-from canvasmar_rt.engines.memory import LOADING, Buffer, Memory, Run
+from canvasmar_rt.engines.memory import Buffer, Memory, Run, loading
 from canvasmar_rt.engines.tensorrt_build import OPTIONAL, check_dtypes, profiles
 from canvasmar_rt.engines.tensorrt_cache import (
     EngineMetadata,
@@ -109,6 +109,7 @@ class TensorRTEngine:
             self._memories.add(memory)
         return memory
 
+    @loading()
     def bind(
         self,
         component: str,
@@ -118,16 +119,6 @@ class TensorRTEngine:
     ) -> Run:
         check_buffers(self.bundle, component, inputs, outputs)
         assert isinstance(memory, CudaMemory), "this engine's memory() makes it"
-        with LOADING:
-            return self._bound(component, inputs, outputs, memory)
-
-    def _bound(
-        self,
-        component: str,
-        inputs: Mapping[str, Buffer],
-        outputs: Mapping[str, Buffer],
-        memory: CudaMemory,
-    ) -> Run:
         memory.activate()
         engine, metadata = self._engine(component)
         self._check_shapes(component, inputs, metadata.source.profiles)
