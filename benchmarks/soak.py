@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import subprocess
 import sys
 import time
@@ -38,7 +39,9 @@ from canvasmar_rt.video import read_clip, write_png
 CANVAS = "canvas"
 SKIPPED = "skipped"
 CONTEXT_FRAMES = 5
-BUSY = "while True: pass"
+BUSY = """import os, sys
+while os.getppid() == int(sys.argv[1]):  # a parent that was killed cannot end it
+    for _ in range(100_000): pass"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,7 +104,8 @@ def summary(ticks: Sequence[Tick], resident: tuple[int, int]) -> dict[str, Any]:
 @contextlib.contextmanager
 def busy(count: int) -> Iterator[None]:
     """So many processes that compute for nothing."""
-    processes = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(count)]
+    command = [sys.executable, "-c", BUSY, str(os.getpid())]
+    processes = [subprocess.Popen(command) for _ in range(count)]
     try:
         yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -102,6 +103,17 @@ def test_busy_processes_end_with_the_phase(monkeypatch: pytest.MonkeyPatch) -> N
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert all(process.returncode for process in made)
+
+
+def test_busy_processes_end_with_a_process_that_is_killed() -> None:
+    code = """import os
+from canvasmar_rt.benchmarks.soak import busy
+with busy(2):
+    os.kill(os.getpid(), 9)"""
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
+    assert parent.stdout is not None
+    parent.communicate(timeout=60)  # its children hold the pipe as long as they live
+    assert parent.returncode == -9
 
 
 def test_the_command_writes_its_figures(bundles: Callable[[str], Bundle], tmp_path: Path) -> None:
