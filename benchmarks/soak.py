@@ -226,6 +226,8 @@ def main(
     budget = period if budget_ms is None else budget_ms / 1e3
     if not (math.isfinite(seconds * hz) and period > 0 and budget > 0 and seconds * hz >= 20):
         raise ConfigError("soak: need --hz and --budget-ms above 0 and at least 20 ticks")
+    if budget > seconds:  # neither JSON nor a picture takes an infinite one
+        raise ConfigError(f"soak: --budget-ms {budget_ms:g} is longer than the {seconds:g} seconds")
     count = int(seconds * hz)
     for path in (output, plot, sheet):
         if path is not None:

@@ -145,5 +145,10 @@ def test_every_rung_is_shown() -> None:
 
 
 def test_a_loop_needs_ticks() -> None:
-    refused = CliRunner().invoke(soak.app, ["--hz", "0"])
-    assert isinstance(refused.exception, ConfigError)
+    for arguments in (
+        ["--hz", "0"],
+        ["--budget-ms", "inf"],
+        ["--seconds", "2", "--budget-ms", "2001"],
+    ):
+        refused = CliRunner().invoke(soak.app, arguments)
+        assert isinstance(refused.exception, ConfigError)
