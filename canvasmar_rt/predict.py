@@ -121,6 +121,8 @@ def predict_clip(
     pixels = options.frames * options.batch * ae.height * ae.width * 3
     if options.frames > MAX_CLIP_FRAMES or pixels > MAX_CLIP_BYTES:
         raise InputError(f"frames: {options.frames} at batch {options.batch} are too many to hold")
+    if options.context > MAX_CLIP_FRAMES:
+        raise InputError(f"context: {options.context} frames are too many to hold")
     length = context_length(config, options.context)
     rate = config.fps if options.fps is None else options.fps
     output, sheet = _targets(source, output, length + options.frames, rate)

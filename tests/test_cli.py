@@ -138,6 +138,7 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "99", "--actions"], "actions"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--flow-steps", "1001"], r"1\.\.1000"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--frames", "100001"], "too many"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--context", "1" + 19 * "0"], "too many"),
         (["predict", DEMO_CLIP, "-o", f"{DEMO_CLIP}/x.mp4"], "not a folder"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--actions", "--fps", "5"], "leave out start, fps"),
         (["bench", "--json", f"{DEMO_CLIP}/x.json"], "cannot be written"),
