@@ -51,6 +51,9 @@ SETTLE = 1.0
 """Seconds. A clip shorter than this is played untimed once before it is timed: threads of the one
 before spin on for a while, and caches are cold."""
 
+MAX_CONTEXT = 1024
+"""Latent frames: as many as the largest window. They are made and encoded at once."""
+
 SOAK_FROM = 100
 """Resident memory at the end of a soak is compared with that at this frame."""
 
@@ -75,6 +78,10 @@ class BenchOptions:
             raise ConfigError("bench: need a batch, iterations >= 1, warmup >= 0 and soak >= 0")
         if self.context < 1 or (self.frames is not None and self.frames < 1):
             raise ConfigError("bench: context and frames must be at least 1 latent frame")
+        if self.context > MAX_CONTEXT:
+            raise ConfigError(
+                f"bench: a context has at most {MAX_CONTEXT} latent frames, got {self.context}"
+            )
         if self.soak and self.soak <= SOAK_FROM:
             raise ConfigError(f"bench: a soak must be longer than {SOAK_FROM} frames")
 

@@ -295,6 +295,8 @@ def test_a_context_must_leave_a_frame(predictor: Predictor) -> None:
         full.predicted(predictor.config)
     with pytest.raises(ConfigError, match="at least 1"):
         BenchOptions(context=0)
+    with pytest.raises(ConfigError, match="at most 1024"):
+        BenchOptions(context=10**30)
 
 
 def test_throughput_counts_the_frames_of_all_videos(
