@@ -620,7 +620,7 @@ def main(
             )
     if not guidance:
         sampling = dataclasses.replace(sampling, temporal_guidance=1.0, canvas_guidance=1.0)
-    dtype = dtype or "fp32"
+    dtype = "fp32" if dtype is None else dtype
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPE_BYTES)}, got {dtype!r}")
     batches = _batches(batch)

@@ -175,7 +175,7 @@ class Manifest:
             ConfigError: if this bundle has no such profile.
         """
         have = {"default": self.sampling} | ({} if self.fast is None else {"fast": self.fast})
-        name = name or list(have)[-1]
+        name = list(have)[-1] if name is None else name
         if name not in have:
             raise ConfigError(
                 f"{self.model.name}: no profile {name!r}; this bundle has {', '.join(have)}"

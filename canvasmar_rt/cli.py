@@ -126,7 +126,9 @@ def _named(base: SamplingConfig, given: list[str] | None) -> SamplingConfig | No
 
 
 def _model(given: str | None, device: str) -> str:
-    return given or (DEFAULT_MODEL if device == "cpu" else GPU_MODEL)
+    if given is not None:  # "", as of a variable that is not set, is no name
+        return given
+    return DEFAULT_MODEL if device == "cpu" else GPU_MODEL
 
 
 def _version(value: bool) -> None:

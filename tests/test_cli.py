@@ -154,6 +154,8 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["bench", "--batch", "many"], "1,8,32"),
         (["bench", "--baseline", "dream"], "eager, "),
         (["bench", "--profile", "slow"], "default, fast"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--model", ""], "not a bundle directory"),
+        (["predict", DEMO_CLIP, "-o", "x.mp4", "--profile", ""], "default, fast"),
         (["bench", "--scale", "2"], "--preset"),
         (["export", "toytable", "-o", "x", "--fast", "speed=2"], "speed"),
     ],

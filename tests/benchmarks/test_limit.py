@@ -393,6 +393,7 @@ def test_command(tmp_path: Path) -> None:
         (["bair", "--machine", "h200,abacus"], "abacus"),
         (["bair", "--machine", "h200,a100", "--measured", "bench.json"], "one machine"),
         (["bair", "--dtype", "fp64"], "fp64"),
+        (["bair", "--dtype", ""], "must be one of fp32"),
         (["bair", "--batch", "1,none"], "1,none"),
         (["bair", "--measured", "nowhere.json"], "nowhere.json"),
     ],
