@@ -228,7 +228,11 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
         raise InputError(f"{output}: the output is an .mp4, a .gif, or a .png for numbered frames")
     sheet = output.with_name(f"{output.stem}_sheet.png")
     for path in (output, sheet):
-        if path.is_dir():
+        try:
+            taken = path.is_dir()
+        except OSError as error:  # of a folder of clips one name may be too long, with its ending
+            raise InputError(f"{path}: cannot be written ({error.strerror})") from None
+        if taken:
             raise InputError(f"{path}: is a directory; name a file in it")
         if path.exists() and path.resolve() == source.resolve():
             raise InputError(f"{path}: is the clip itself; give another output")

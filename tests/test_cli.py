@@ -111,12 +111,14 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
     for name in ("a.npz", "b.npz"):
         shutil.copy(DEMO_CLIP, folder / name)
     (folder / "broken.mp4").write_bytes(b"not a video")
+    shutil.copy(DEMO_CLIP, folder / f"{'a' * 251}.npz")  # its sheet has no name
     done = run("predict", folder, "-o", "out", "--frames", 2, "--quiet", cwd=tmp_path, code=1)
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "a.mp4", "a_sheet.png", "b.mp4", "b_sheet.png"
     }  # fmt: skip
     assert "broken.mp4" in done.stderr
-    assert "1 of 3 clips failed" in done.stderr
+    assert "File name too long" in done.stderr
+    assert "2 of 4 clips failed" in done.stderr
 
 
 @pytest.mark.parametrize(
