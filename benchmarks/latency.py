@@ -76,6 +76,8 @@ class BenchOptions:
     def __post_init__(self) -> None:
         if not self.batches or self.iterations < 1 or self.warmup < 0 or self.soak < 0:
             raise ConfigError("bench: need a batch, iterations >= 1, warmup >= 0 and soak >= 0")
+        if len(set(self.batches)) < len(self.batches):  # rows of the CSV could not be told apart
+            raise ConfigError(f"bench: a batch size is given twice in {self.batches}")
         if self.context < 1 or (self.frames is not None and self.frames < 1):
             raise ConfigError("bench: context and frames must be at least 1 latent frame")
         if self.context > MAX_CONTEXT:

@@ -299,6 +299,11 @@ def test_a_context_must_leave_a_frame(predictor: Predictor) -> None:
         BenchOptions(context=10**30)
 
 
+def test_a_batch_size_is_measured_once() -> None:
+    with pytest.raises(ConfigError, match=r"twice in \(2, 1, 1\)"):
+        BenchOptions(batches=(2, 1, 1))
+
+
 def test_throughput_counts_the_frames_of_all_videos(
     predictor: Predictor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
