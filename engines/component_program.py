@@ -433,7 +433,7 @@ class ComponentProgram:
         meanwhile: Callable[[], None],
         clock: Clock,
     ) -> Drawn:
-        has_canvas = self._config.canvas and time > self.since.max()
+        has_canvas = self._config.canvas and bool(time > self.since.max())
         slot = self._tell(time, action)
         self._front(slot, has_canvas)(clock)
         staticness = canvas = None

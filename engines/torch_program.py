@@ -498,7 +498,7 @@ class TorchProgram:
         clock: Clock,
     ) -> Drawn:
         """One captured graph, or two where the canvas is wanted in between."""
-        has_canvas = self._config.canvas and time > self.since.max()
+        has_canvas = self._config.canvas and bool(time > self.since.max())
         self._tell(time, action)
         self._in.host["own_order"].fill(float(order is None))
         if order is not None:
