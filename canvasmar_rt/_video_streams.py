@@ -15,6 +15,7 @@ from typing import Any, cast
 import av
 import numpy as np
 from av.buffer import Buffer
+from av.codec.context import ThreadType
 from av.container import InputContainer
 from av.stream import Disposition
 from av.video.frame import VideoFrame
@@ -123,6 +124,9 @@ def _video_stream(source: Path, container: InputContainer) -> VideoStream:
     if stream.codec_context is None:
         raise VideoError(f"{source}: this PyAV build has no decoder for its video; re-encode it")
     check_side(source, stream.height, stream.width)
+    # In slice threads, PyAV's default, FFmpeg's H.264 decoder neither mends nor marks a damaged
+    # frame: what it could not decode is whatever lay in memory.
+    stream.codec_context.thread_type = ThreadType.NONE
     return stream
 
 
