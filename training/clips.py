@@ -449,3 +449,7 @@ def write_latents(
             "seed": seed,
         }
         write_file(listing, json.dumps(about, indent=2) + "\n")
+        with refusals(directory):
+            for left in directory.glob(f"latents_{'[0-9]' * 5}.safetensors"):  # of a larger set
+                if left.name not in names:
+                    left.unlink()

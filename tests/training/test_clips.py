@@ -301,6 +301,17 @@ def test_encoding_stops_with_the_shard_that_was_begun_in_time(tmp_path: Path) ->
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+def test_a_smaller_set_leaves_nothing_of_the_one_before(tmp_path: Path) -> None:
+    write(tmp_path)
+    (tmp_path / "latents_mine.safetensors").write_bytes(b"its user's")
+    write(tmp_path, clips=5)
+    names = ["latents_00000.safetensors", "latents_00001.safetensors"]
+    assert LatentSource(tmp_path).about["shards"] == names
+    assert sorted(p.name for p in tmp_path.glob("latents_*")) == [
+        *names, "latents_mine.safetensors",
+    ]  # fmt: skip
+
+
 def cut(directory: Path) -> None:
     shard = directory / "latents_00001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-8])
