@@ -558,6 +558,7 @@ def _load(
     assignments: list[str] | None,
     *,
     whole: bool = True,
+    regridded: bool = False,
 ) -> tuple[FrameModel, SamplingConfig]:
     """Model and sampling options; what hours of work would end in is checked first."""
     check_writable(output)
@@ -565,7 +566,8 @@ def _load(
         torch.set_num_threads(threads)
     model, sampling = load_weights(checkpoint, whole=whole)
     sampling = override(sampling, assignments)
-    set_sizes(model.config.tokens, sampling.ar_steps)
+    if not regridded:  # its caller counts the tokens of the new grid
+        set_sizes(model.config.tokens, sampling.ar_steps)
     try:
         return model.to(torch.device(device)), sampling
     except (RuntimeError, AssertionError) as error:  # the latter of a torch without CUDA
@@ -583,7 +585,10 @@ def _load_toytable(
     *,
     whole: bool = True,
 ) -> tuple[FrameModel, SamplingConfig]:
-    model, sampling = _load(checkpoint, output, device, threads, assignments, whole=whole)
+    model, sampling = _load(
+        checkpoint, output, device, threads, assignments, whole=whole,
+        regridded=bool(model_assignments),
+    )  # fmt: skip
     ae, actions = model.config.autoencoder, model.config.action_dim // model.config.group
     if {ae.height, ae.width} != {METRIC_SIZE} or actions not in (0, 2 * ae.temporal_compression):
         raise ConfigError(

@@ -369,7 +369,12 @@ def test_weights_on_another_grid_and_window(command: Run, runs: Path, tmp_path: 
     # the same world, seen larger: readings are in pixels of 64
     assert abs(true["frozen_gripper_px"] - own["frozen_gripper_px"]) < 0.1
     assert true["frechet"] != own["frechet"]
+    many = ("--set", "flow_steps=1", "--set")  # AR steps are checked against the new grid's tokens
+    report = measured(command, tmp_path / "out.json", *options, *wide, *many, "ar_steps=99")
+    assert report["sampling"]["ar_steps"] == 99
     output = tmp_path / "refused.json"
+    line = refused(command, output, *options, *wide, *many, "ar_steps=145")
+    assert "ar_steps must lie in 1..144" in line
     line = refused(command, output, *options, *wide[:2])
     assert "ToyTable is square" in line
     line = refused(command, output, *options, *wide, "--engine", "onnxruntime")
