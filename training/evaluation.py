@@ -29,7 +29,7 @@ from canvasmar_rt.command import print_error, run_command
 from canvasmar_rt.config import SamplingConfig, to_dict
 from canvasmar_rt.contact_sheet import contact_sheet
 from canvasmar_rt.errors import ConfigError, EngineError, InputError
-from canvasmar_rt.files import check_writable, write_file
+from canvasmar_rt.files import check_writable, is_stream, write_file
 from canvasmar_rt.rollout import Predictor
 from canvasmar_rt.schedule import set_sizes
 
@@ -385,6 +385,7 @@ def plot(
     output: Picture,
 ) -> None:
     """Draw the paper's Figure 3 from what `ablations` measured, or the curves of `compare`."""
+    _check_png(output)
     check_writable(output)
     report = _read_ablations(measured)
     draw = draw_comparison if report["what"] == "compare" else draw_ablations
@@ -407,6 +408,7 @@ def sheet(
     threads: Threads = None,
 ) -> None:
     """Held-out clips above their continuations."""
+    _check_png(output)
     model, sampling = _load_toytable(checkpoint, output, device, threads, set_, set_model)
     check_predicted(model, frames)
     given = given_frames(model, context)
@@ -415,6 +417,11 @@ def sheet(
         model, sampling, drawn, context=context, seed=seed, first_stream=first
     ).frames
     write_file(output, _pairs(drawn.frames, shown, given, every, first))
+
+
+def _check_png(output: Path) -> None:
+    if output.suffix.lower() != ".png" and not is_stream(output):
+        raise InputError(f"{output}: expected a name ending in .png, got {output.suffix!r}")
 
 
 def _pairs(real: Tensor, shown: Tensor, given: int, every: int, first: int = 0) -> bytes:

@@ -527,6 +527,17 @@ def test_sheet(command: Run, runs: Path, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [picture]
 
 
+def test_pictures_are_png_by_their_names(command: Run, runs: Path, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    measured = tmp_path / "in" / "out.json"
+    measured.write_text("{}")
+    for arguments in (("sheet", runs / "model"), ("plot", measured)):
+        for name in ("out.jpg", "out"):
+            line = refused(command, tmp_path / name, *arguments)
+            assert f"{name}: expected a name ending in .png, got" in line
+    assert "not written by" in refused(command, tmp_path / "out.PNG", "plot", measured)
+
+
 def test_as_a_program(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "training.evaluation", "long", str(tmp_path), "-o", "out.json"],
@@ -912,7 +923,8 @@ def test_mistakes_are_one_line(
     )
     places = {name: runs / name for name in ("model", "plain", "small", "none")} | {"cut": cut}
     filled = [str(argument).format(**places) for argument in arguments]
-    line = refused(command, tmp_path / "out.json", *filled, *_few(filled[0]))
+    output = tmp_path / ("out.png" if filled[0] == "sheet" else "out.json")
+    line = refused(command, output, *filled, *_few(filled[0]))
     assert re.search(reason, line), line
     assert list(tmp_path.iterdir()) == [cut]
 
