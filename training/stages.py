@@ -121,7 +121,11 @@ def decode_clips(model: FrameModel, latents: Tensor) -> Tensor:
 
 
 def decode_by(predictor: Predictor, latents: Tensor) -> Tensor:
-    """`decode_clips` by the decoder of the predictor's engine, a latent frame at a time."""
+    """`decode_clips` by the decoder of the predictor's engine, a latent frame at a time and as many
+    clips as the bundle takes at once."""
+    most = predictor.bundle.manifest.batch.maximum
+    if len(latents) > most:
+        return torch.cat([decode_by(predictor, part) for part in latents.split(most)])
     component = components(predictor.config)["decoder"]
     inputs, outputs = (
         {s.name: (len(latents), *map(int, s.dims[1:])) for s in specs}

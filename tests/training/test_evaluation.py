@@ -278,6 +278,11 @@ def test_an_engine_continues_clips_as_the_sampler_does(
             assert (a.shape, a.dtype) == (b.shape, b.dtype)
             assert (a.int() - b.int()).abs().max() <= 1
         assert (ours.frames[:, :3] == clips.frames[:, :3]).all()
+    latents = stages.encode_clips(load_model(bundle), clips.frames)
+    decoded = stages.decode_by(predictor, latents)
+    expected = stages.decode_clips(load_model(bundle), latents)
+    assert decoded.shape == expected.shape == clips.frames.shape
+    assert (decoded.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(
