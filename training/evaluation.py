@@ -481,7 +481,7 @@ def recordings(
         "split": split, "seed": seed, "recordings": len(source),
         "skipped_recordings": len(source.skipped),
     }  # fmt: skip
-    write_file(picture, _pairs(real[:4], shown[:4], given, max(1, frames // 8)))
+    write_file(picture, _pairs(real, shown, given, max(1, frames // 8)))
     _write(output, "recordings", model, sampling, result, quiet, engine)
     if model.config.action_dim and not source.action_dim and not quiet:
         typer.echo("measured without actions: --set-data action_dim=A gives A a frame", err=True)

@@ -369,6 +369,10 @@ def _returns(share: Tensor) -> bool:
     return bool(share[-1] > SHOWN and away and (before > SHOWN).any())
 
 
+SHOWN_CLIPS = 4
+"""Recordings that the sheet beside their figures shows."""
+
+
 @torch.inference_mode()
 def measure_recordings(
     model: FrameModel,
@@ -387,7 +391,7 @@ def measure_recordings(
     squared error over clips. With actions where model and data have some, and then without, too.
 
     Returns:
-        The figures; of the first batch the clips and their predictions, uint8 (B, T, H, W, 3).
+        The figures; the first `SHOWN_CLIPS` and their predictions, uint8 (B, T, H, W, 3).
 
     Raises:
         InputError: if the context leaves nothing to predict, or frames are under 11 pixels a side.
@@ -395,7 +399,7 @@ def measure_recordings(
     given, count = given_frames(model, context), source.frames
     told = bool(model.config.action_dim and source.action_dim)
     sides: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    first_batch = None
+    pictures: list[tuple[Tensor, Tensor]] = []
     for first in range(0, clips, batch):
         drawn = source.clips(first, min(batch, clips - first))
         assert isinstance(drawn, Clips)
@@ -408,7 +412,8 @@ def measure_recordings(
             ).frames  # fmt: skip
 
         shown = predicted()
-        first_batch = first_batch or (drawn.frames, shown)
+        if first < SHOWN_CLIPS:
+            pictures.append((drawn.frames, shown))
         made = {
             "prediction": shown[:, given:],
             "copy": held(drawn.frames, given, count - given),
@@ -419,7 +424,6 @@ def measure_recordings(
         for name, side in made.items():
             sides.setdefault(name, []).append((psnr(real, side), ssim(real, side)))
         tick(len(real))
-    assert first_batch is not None
     figures = {}
     for name, parts in sides.items():
         each, likeness = (torch.cat(column) for column in zip(*parts, strict=True))
@@ -430,7 +434,8 @@ def measure_recordings(
             "ssim_by_frame": likeness.mean(0).tolist(),
         }
     about = {"clips": clips, "context": context, "frames": count - given, "actions": told}
-    return about | figures, *first_batch
+    real, shown = (torch.cat(column)[:SHOWN_CLIPS] for column in zip(*pictures, strict=True))
+    return about | figures, real, shown
 
 
 ABLATIONS: dict[str, dict[str, Any]] = {
