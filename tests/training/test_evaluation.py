@@ -39,7 +39,7 @@ from canvasmar_rt.rollout import Predictor
 from tests.training.small_runs import Waves
 from tests.training.test_metrics import Distance, StandIn, save_scripted
 from training import evaluation, measures, protocols, stages
-from training.clips import Clips
+from training.clips import Clips, ToyTableSource
 from training.config import ModelTraining
 from training.datasets import RecordedClips, make_source
 from training.evaluation import app
@@ -50,6 +50,8 @@ from training.measures import (
     measure_ablations,
     measure_losses,
     measure_one_step,
+    measure_recall,
+    measure_recordings,
     measure_rollouts,
     still_patches,
 )
@@ -774,6 +776,38 @@ def test_a_clip_is_predicted_alike_in_every_batch(
     assert float((seeded - whole)[:, 3:].abs().float().mean()) > 1
 
 
+def test_every_clip_has_its_own_noise_of_the_seed_asked_for(
+    model: CanvasMAR, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measures, "reconstruct", lambda model, frames: frames)
+    rows: list[int] = []
+
+    def spying(
+        network: CanvasMAR, sampling: SamplingConfig, clips: Clips, **options: Any
+    ) -> Continuation:
+        first, (count, length) = options["first_stream"], clips.frames.shape[:2]
+        assert options["seed"] == 9
+        assert torch.equal(clips.frames, held_out(first, count, length, 64).frames)
+        rows.extend(range(first, first + count))
+        return predicting(perfect)(network, sampling, clips, **options)
+
+    monkeypatch.setattr(measures, "continue_clips", spying)
+    options: dict[str, Any] = {"seed": 9, "tick": no_tick}
+    few = options | {"clips": 3, "context": 2, "batch": 2}
+    recorded = ToyTableSource(frames=7, seed=stages.HELD_OUT_SEED)
+    for measure in (
+        lambda: measure_one_step(model, SAMPLING, **few),
+        lambda: measure_rollouts(model, SAMPLING, frames=4, **few),
+        lambda: measure_recordings(model, SAMPLING, recorded, **few),
+    ):
+        rows.clear()
+        measure()
+        assert sorted(set(rows)) == [0, 1, 2]
+    rows.clear()
+    measure_recall(model, SAMPLING, clips=6, frames=33, **options)
+    assert max(rows) > 0
+
+
 def test_ablations_compare_the_same_clips(
     model: CanvasMAR, plain: CanvasMAR, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1118,6 +1152,31 @@ def test_protocol_of_a_perfect_model_and_of_a_copy(
     source.skipped["test/7"] = "missing"  # as a list names recordings that are not there
     result = measure_protocol(model, SAMPLING, protocol, source, colours, batch=5)
     assert not result["whole_protocol"]
+
+
+def test_figures_of_a_protocol_are_by_place_and_at_its_size(
+    model: CanvasMAR, folders: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    protocol = dataclasses.replace(BAIR, samples=3, resolution=32)
+    seeds, sizes = set(), set()
+    predict = brightening(lambda s: 10 * (s % 3 + 1) if s >= 3 else 0)  # place 0 is right
+
+    def continued(*arguments: Any, **options: Any) -> Continuation:
+        seeds.add(options["seed"])
+        return predict(*arguments, **options)
+
+    def distance(real: Tensor, made: Tensor) -> Tensor:
+        sizes.add(tuple(real.shape[2:4]))
+        return (real.float() - made.float()).abs().mean((-1, -2, -3))
+
+    monkeypatch.setattr(protocols, "continue_clips", continued)
+    result = measure_protocol(
+        model, SAMPLING, protocol, source_of(protocol, folders), colours,
+        lpips=distance, batch=5, seed=7,  # type: ignore[arg-type]
+    )  # fmt: skip
+    assert (seeds, sizes) == ({7}, {(32, 32)})
+    want = {"mean": 15.0, "best": 7.5}  # of four places, one of them right
+    assert result["lpips"] == pytest.approx(want, rel=1e-3)
 
 
 def test_random_places_are_windows_of_the_recordings(

@@ -147,7 +147,8 @@ class StandIn(nn.Module):
 
 class Distance(nn.Module):
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
-        return (a - b).abs().mean((1, 2, 3)).reshape(-1, 1, 1, 1)
+        colours = (a - b).abs().mean((2, 3)) * torch.tensor([0.5, 1.0, 1.5])
+        return colours.mean(1).reshape(-1, 1, 1, 1)
 
 
 def save_scripted(module: nn.Module, path: Path) -> Path:
@@ -192,7 +193,8 @@ def test_weights_that_are_not_there_or_no_torchscript(
 def test_lpips_is_called_with_pictures_in_minus_one_to_one(tmp_path: Path) -> None:
     lpips = Lpips(save_scripted(Distance(), tmp_path / "lpips.pt"), chunk=4)
     a, b = random_frames(2, 3, 8, 8), random_frames(2, 3, 8, 8, seed=1)
-    expected = (a.float() - b.float()).abs().mean((-1, -2, -3)) / 127.5
+    colours = (a.float() - b.float()).abs().mean((-2, -3)) / 127.5
+    expected = (colours * torch.tensor([0.5, 1.0, 1.5])).mean(-1)  # red, green, blue
     np.testing.assert_allclose(lpips(a, b), expected, rtol=1e-5)
     with pytest.raises(InputError, match="one shape"):
         lpips(a, b[:1])
@@ -273,6 +275,7 @@ def test_the_papers_numbers() -> None:
         assert places * protocol.samples == fake
         assert (protocol.conditioning, protocol.predicted) == (conditioning, 16)
     assert [p.resolution for p in (BAIR, UCF101, KINETICS600)] == [64, 256, 64]
+    assert [p.name for p in PROTOCOLS.values() if p.start == "first"] == ["bair"]
 
 
 SMALL = Protocol(

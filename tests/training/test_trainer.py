@@ -713,6 +713,27 @@ def test_event_files_hold_curves_and_pictures(name: str, tmp_path: Path) -> None
         assert 0 < events.Scalars("autoencoder/held_out_psnr")[-1].value < 60
 
 
+def test_curves_and_pictures_of_steps_taken_again_are_drawn_once(tmp_path: Path) -> None:
+    options = {"steps": 4, "checkpoint_every": 2, "sample_every": 1}
+    killed = trainer(model_stage(**options), tmp_path)
+    advance = killed.stage.advance
+
+    def kill(*given: Any) -> None:
+        advance(*given)
+        if killed.step == 3:  # three steps are in the log, two in the checkpoint
+            raise MemoryError
+
+    killed.stage.advance = kill  # type: ignore[method-assign]
+    with pytest.raises(MemoryError):
+        killed.run()
+    again = trainer(model_stage(**options), tmp_path)
+    assert again.step == 2
+    again.run()
+    events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
+    for points in (events.Scalars("model/loss"), events.Images("model/samples")):
+        assert [p.step for p in points] == [1, 2, 3, 4]
+
+
 def test_progress_is_lines_where_there_is_no_terminal(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
