@@ -325,6 +325,45 @@ def test_report_of_true_clips_and_of_failures(long: Simulated) -> None:
     assert max(r for r in grey.colour_ratio_by_frame if r is not None) == 0
 
 
+def test_report_is_what_its_fields_say() -> None:
+    """Means over clips and frames of a mixture, whatever the batches."""
+    clips = generate(CONFIG, batch=12, frames=9, seed=6)
+    context, real, actions = clips.frames[:, :3], clips.frames[:, 3:], clips.actions[:, 2:]
+    assert actions is not None
+    predicted = real.clone()
+    predicted[:4] = context[:4, -1:]
+    predicted[4:6, 2:], predicted[6:7] = greyed(real[4:6, 2:]), greyed(real[6:7])
+    predicted[7:9] = blurred(real[7:9], 2.0)
+    evaluator = ToyTableEvaluator()
+    for rows in (slice(0, 5), slice(5, 6), slice(6, 12)):
+        evaluator.update(context[rows], predicted[rows], real[rows], actions[rows])
+    report = asdict(evaluator.report())
+
+    errors, toys = gripper_errors(context, predicted, actions), toys_kept(context, predicted)
+    ahead = [torch.cat([context[:, -1:], frames], dim=1) for frames in (real, predicted)]
+    assert 0 < float(errors.isnan().float().mean()) < 1
+    assert len(set(toys.share.tolist())) > 2
+    want = {
+        "frechet": toytable_frechet(ahead[0], ahead[1]),
+        "gripper_px": float(errors.nanmean()),
+        "gripper_penalised_px": float(errors.nan_to_num(32).mean()),
+        "gripper_missing": float(errors.isnan().float().mean()),
+        "gripper_px_by_frame": tuple(errors.nanmean(0).tolist()),
+        "frozen_gripper_px": float(actions.cumsum(1).norm(dim=-1).mean()) * 64,
+        "toys_kept": float(toys.share.nanmean()),
+        "all_toys_kept": float(toys.all_kept.float().mean()),
+        "extra_toys": float(toys.extra.sum()) / 12,
+        "colour_ratio_by_frame": tuple(
+            (colourfulness(predicted).mean(0) / colourfulness(real).mean(0)).tolist()
+        ),
+        "sharpness_ratio_by_frame": tuple(
+            (sharpness(predicted).mean(0) / sharpness(real).mean(0)).tolist()
+        ),
+    }
+    for name, value in want.items():
+        assert report[name] == pytest.approx(value, rel=1e-4), name
+
+
 def test_evaluator_refuses_what_does_not_fit(long: Simulated) -> None:
     context, real, actions = long.frames[:2, :5], long.frames[:2, 5:9], long.actions[:2, 4:8]
     evaluator = ToyTableEvaluator()
