@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -550,12 +550,17 @@ def write_graphs(
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents
     int8: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight transposed, scales
+    read = _large_digests(graphs.values()) if quantized else set()
     for name, tensor in state.items():
         known = keys[home_of[name]]
-        known.setdefault(_digest(tensor), name)
+        as_is = {_digest(tensor): name}
         if tensor.ndim == 2:
-            known.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
-        if tensor.ndim in (2, 4) and quantized:
+            as_is.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
+        for digest, key in as_is.items():
+            known.setdefault(digest, key)
+        # in 8 bits and in their scales all weights that are all zero are alike: one that a graph
+        # reads in floating point stays so
+        if tensor.ndim in (2, 4) and quantized and not as_is.keys() & read:
             x = tensor.numpy()
             weight, scale = quantize_weight(as_product(x) if x.ndim == 4 else x.T.copy())
             known.setdefault(_digest(torch.from_numpy(weight)), name + TRANSPOSED)
@@ -655,6 +660,16 @@ def _places(work: Path, path: str) -> dict[str, Place]:
         begin, end = entry["data_offsets"]
         places[name] = Place(path, 8 + size + begin, end - begin, entry["dtype"])
     return places
+
+
+def _large_digests(graphs: Iterable[ModelProto]) -> set[bytes]:
+    """Digests of the initializers that graphs may read from weight files."""
+    return {
+        _digest_raw(tensor.data_type, tensor.dims, tensor.raw_data)
+        for proto in graphs
+        for tensor in proto.graph.initializer
+        if len(tensor.raw_data) >= EXTERNAL_BYTES
+    }
 
 
 def _digest(tensor: Tensor) -> bytes:

@@ -395,6 +395,54 @@ def test_unrolled_and_with_the_rest_in_half_precision(export: Export, bundle: Bu
     np.testing.assert_allclose(latents[0], latents[1], atol=1e-5)
 
 
+@pytest.mark.parametrize("in_float", ["flow.time.2.weight", "flow.embed.weight"])
+def test_weights_that_are_all_zero_are_not_taken_for_each_other(
+    in_float: str, tmp_path: Path
+) -> None:
+    """One stays in float, one runs in int8, where they have the same codes or the same scales."""
+    config = least_config("zeros", flow=FlowConfig(width=256, blocks=1))
+    model, in_int8 = build(config), "flow.mlps.0.2.weight"
+    weights = model.state_dict()
+    for name in (in_float, in_int8):
+        weights[name].zero_()
+    narrow, scale = quantize_weight(weights[in_int8].numpy().T.copy())
+    nodes = [
+        helper.make_node("Gemm", ["x", "v"], ["y"], transB=1),
+        helper.make_node("MatMulInteger", ["q", "w"], ["p"]),
+        helper.make_node("Mul", ["t", "s"], ["u"]),
+    ]
+    tensors = {
+        "x": (TensorProto.FLOAT, weights[in_float].shape[1]),
+        "q": (TensorProto.UINT8, 256),
+        "t": (TensorProto.FLOAT, 1),
+        "y": (TensorProto.FLOAT, 256),
+        "p": (TensorProto.INT32, 256),
+        "u": (TensorProto.FLOAT, 256),
+    }
+    values = [
+        helper.make_tensor_value_info(name, element, ["B", size])
+        for name, (element, size) in tensors.items()
+    ]
+    constants = {"v": weights[in_float].numpy(), "w": narrow, "s": scale}
+    graph = helper.make_graph(
+        nodes,
+        "zeros",
+        values[:3],
+        values[3:],
+        [numpy_helper.from_array(v, k) for k, v in constants.items()],
+    )
+    made = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+    exporter.write_graphs({"flow": made}, model, tmp_path, halve=False, quantized=True, cut=False)
+    kept = load_file(tmp_path / "flow/model.safetensors")
+    assert (kept[in_float] == 0).all()
+    session = ort.InferenceSession(tmp_path / "flow/model.onnx", providers=["CPUExecutionProvider"])
+    given = {i.name: np.ones((1, tensors[i.name][1]), np.float32) for i in session.get_inputs()}
+    y, p, u = session.run(None, given | {"q": np.ones((1, 256), np.uint8)})
+    assert not y.any()
+    assert not p.any()
+    np.testing.assert_array_equal(u, scale[None])
+
+
 def test_options_that_contradict_are_refused() -> None:
     with pytest.raises(ConfigError, match="none, int8, got 'int4'"):
         ExportOptions(quantize="int4")
