@@ -68,6 +68,12 @@ def load_model(bundle: Bundle) -> FrameModel:
                     value = tensor.permute(3, 2, 0, 1) if tensor.ndim == 4 else tensor.T
                 scale = scales.get(plain + SCALE)
                 if scale is not None:
+                    if scale.shape != value.shape[:1]:
+                        raise BundleError(
+                            f"{bundle.path}: tensor {plain}{SCALE} has shape "
+                            f"{tuple(scale.shape)}, expected {tuple(value.shape[:1])}; export or "
+                            "copy it again"
+                        )
                     value = value * scale.view(-1, *[1] * (value.ndim - 1))
                 state[plain] = value.contiguous()
     for first in [name for name in state if name.endswith(f"{PART}0")]:

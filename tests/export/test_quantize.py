@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import onnxruntime as ort
 import pytest
 import torch
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
 import canvasmar_rt
 from canvasmar_rt.bundle import Bundle
@@ -21,7 +22,7 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import FlowConfig, SamplingConfig
 from canvasmar_rt.engines import create
 from canvasmar_rt.engines.torch_engine import load_model
-from canvasmar_rt.errors import ConfigError, EngineError
+from canvasmar_rt.errors import BundleError, ConfigError, EngineError
 from canvasmar_rt.export import exporter
 from canvasmar_rt.export.exporter import ExportOptions, export_bundle
 from canvasmar_rt.export.quantize import (
@@ -370,6 +371,20 @@ def test_it_is_a_checkpoint_of_the_weights_it_computes_with(
         like = "spatial_first" if name == "unconditional" else name
         most = 1.1 * bundle.manifest.parity.components[like].relative + 1e-6
         assert found["relative"] < most, name
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_scales_that_do_not_fit_their_weight_are_refused(count: int, tmp_path: Path) -> None:
+    name = "flow/model.safetensors"
+    (tmp_path / "flow").mkdir()
+    tensors = {
+        "flow.out.weight^T": np.ones((16, 2), np.int8),
+        "flow.out.weight^scale": np.ones(count, np.float32),
+    }
+    save_file(tensors, tmp_path / name)
+    manifest: Any = SimpleNamespace(files={name: None}, model=least_config())
+    with pytest.raises(BundleError, match=rf"out.weight\^scale has shape \({count},\), expected"):
+        load_model(Bundle(tmp_path, manifest))
 
 
 @pytest.mark.parametrize("engine", ["onnxruntime", "torch", "tensorrt"])
