@@ -274,7 +274,11 @@ def copy(tmp_path: Path) -> Path:
         (lambda b: options(b, flow_temperature=[1, 0.5]), "flow_temperature must be [1, 1]"),
         (lambda b: options(b, frame_noise=-1), "frame_noise must be a number from 0 to 1, got -1"),
         (lambda b: options(b, canvas_guidance=1e5), "canvas_guidance must be a number from 0 to"),
-        (lambda b: dims(b, "flow", "flow_noise", ["B", 128, 32]), "flow_noise is not the canvas's"),
+        (lambda b: dims(b, "flow", "flow_noise", ["B", 128, 32]), "tensors of flow are not its"),
+        (lambda b: dims(b, "temporal", "time", [2, 2**40]), "tensors of temporal are not its"),
+        (lambda b: unlist(b, "canvas", "staticness"), "tensors of canvas are not its graph's"),
+        (lambda b: unlist(b, "temporal", "new_key_0"), "tensors of temporal are not its graph's"),
+        (lambda b: unlist(b, "frame", "new_key_0", fast=None), "tensors of frame are not its"),
         (lambda b: edit(b, '"dtype": "float32"', '"dtype": "float64"', 1), "float32 or float16"),
         (lambda b: dims(b, "encoder", "frames", ["B"]), "shape of encoder's frames makes no sense"),
         (lambda b: dims(b, "flow", "flow_noise", ["B"]), "shape of flow's flow_noise"),
@@ -308,6 +312,14 @@ def dims(bundle: Path, component: str, name: str, wanted: list[object]) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     inputs = manifest["components"][component]["inputs"]
     next(entry for entry in inputs if entry["name"] == name)["dims"] = wanted
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+
+
+def unlist(bundle: Path, component: str, name: str, **changed: object) -> None:
+    """An output that is not listed."""
+    manifest = json.loads((bundle / MANIFEST).read_text()) | changed
+    outputs = manifest["components"][component]["outputs"]
+    outputs.remove(next(entry for entry in outputs if entry["name"] == name))
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 

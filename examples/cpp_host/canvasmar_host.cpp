@@ -253,7 +253,7 @@ class Rollout {
     height = bundle_.dim("encoder", "frames", 2, 5);
     width = bundle_.dim("encoder", "frames", 3, 5);
     action_size = bundle_.manifest.at("model").at("action_dim").get<std::size_t>();
-    tokens_ = static_cast<int>(bundle_.dim("flow", "flow_noise", 1, 3));
+    tokens_ = static_cast<int>(bundle_.dim(fused_ ? "frame" : "flow", "flow_noise", 1, 3));
     if (sampling_.ar_steps > tokens_)
       throw Failure("manifest: ar_steps must be at most the tokens of a frame, " +
                     std::to_string(tokens_) + ", got " + std::to_string(sampling_.ar_steps));
@@ -264,11 +264,6 @@ class Rollout {
     if (dtype != "float16" && dtype != "float32")
       throw Failure("manifest: dtype must be float32 or float16, got " + dtype);
     hidden_ = dtype == "float16" ? kHalf : kFloat;
-    values_["latent"] = zeros(bundle_.shape("decoder", "latent"), kFloat);
-    add_zero_states("temporal", "cache_", values_);
-    add_zero_states("encoder", "state_", encoder_);
-    add_zero_states("decoder", "state_", decoder_);
-    add_constants();
     Ort::SessionOptions options;
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
     options.SetIntraOpNumThreads(threads);
@@ -279,7 +274,13 @@ class Rollout {
       if (!always && fused_ != (name == "frame")) continue;
       const fs::path file = bundle_.root / entry.at("file").get<std::string>();
       sessions_.try_emplace(name, environment_, file.c_str(), options);
+      check_tensors(name, entry);
     }
+    values_["latent"] = zeros(bundle_.shape("decoder", "latent"), kFloat);
+    add_zero_states("temporal", "cache_", values_);
+    add_zero_states("encoder", "state_", encoder_);
+    add_zero_states("decoder", "state_", decoder_);
+    add_constants();
   }
 
   // One latent frame of what really happened, from `compression` pictures, or one for the first.
@@ -321,6 +322,33 @@ class Rollout {
   std::size_t action_size = 0;
 
  private:
+  // Refuses a graph whose inputs and outputs are not those that the manifest lists.
+  void check_tensors(const std::string& component, const json& entry) const {
+    const Ort::Session& session = sessions_.at(component);
+    Ort::AllocatorWithDefaultOptions allocator;
+    const json &inputs = entry.at("inputs"), &outputs = entry.at("outputs");
+    bool same = inputs.size() == session.GetInputCount() &&
+                outputs.size() == session.GetOutputCount();
+    for (std::size_t i = 0; same && i < inputs.size(); ++i)
+      same = lists(inputs.at(i), session.GetInputNameAllocated(i, allocator).get(),
+                   session.GetInputTypeInfo(i));
+    for (std::size_t i = 0; same && i < outputs.size(); ++i)
+      same = lists(outputs.at(i), session.GetOutputNameAllocated(i, allocator).get(),
+                   session.GetOutputTypeInfo(i));
+    if (!same)
+      throw Failure("manifest: the tensors of " + component +
+                    " are not its graph's; copy or export the bundle again");
+  }
+
+  static bool lists(const json& entry, const std::string& name, const Ort::TypeInfo& type) {
+    const Shape shape = type.GetTensorTypeAndShapeInfo().GetShape();
+    const json& dims = entry.at("dims");
+    if (entry.at("name") != name || dims.size() != shape.size()) return false;
+    for (std::size_t i = 0; i < shape.size(); ++i)  // what is no number, such as B, is free
+      if (dims.at(i).is_number() && dims.at(i) != shape[i]) return false;
+    return true;
+  }
+
   // Runs a graph over named values: inputs are read from `values`, outputs are put there.
   void run(const std::string& component, Values& values) {
     const json& entry = bundle_.manifest.at("components").at(component);
@@ -404,7 +432,7 @@ class Rollout {
   void draw_noise(std::uint64_t frame) {
     const auto normals = [&](const char* component, const char* input, noise::Purpose purpose,
                              double level) {
-      const Shape shape = bundle_.shape(component, input);
+      const Shape shape = bundle_.shape(fused_ ? "frame" : component, input);
       std::size_t count = 1;
       for (std::int64_t dim : shape) count *= static_cast<std::size_t>(dim);
       std::vector<float> drawn(level > 0 ? 0 : count);
