@@ -350,6 +350,7 @@ def flip(path: Path) -> None:
         (("--frames", str(2**64 - 1), "--actions", "actions.txt"), "2 for the context and 1844"),
         (("--frames", "1", "--actions", "endless.txt"), "endless.txt: line 2 should hold 4"),
         (("--frames", "1", "--actions", "words.txt"), "words.txt: line 1 should hold 4"),
+        (("--frames", "1", "--actions", "nul.txt"), "nul.txt: line 1 should hold 4"),
         (("--frames", "1", "--actions", "gap.txt"), "gap.txt: line 2 should hold 4"),
     ],
 )
@@ -361,6 +362,7 @@ def test_a_mistake_is_named(
     Path("actions.txt").write_text("0 0 0 0\n")
     Path("endless.txt").write_text("0 0 0 0\n0 0 0 1e999\n0 0 0 0\n")
     Path("words.txt").write_text("0 0 0 0 -\n" * 3)
+    Path("nul.txt").write_text("0 0 0 \0\n" * 3)
     Path("gap.txt").write_text("0 0 0 0\n\n0 0 0 0\n0 0 0 0\n")
     Path("out.ppm").write_text("before")
     done = host(PACKAGED / BUNDLE, context, "out.ppm", *change)

@@ -576,7 +576,8 @@ std::vector<std::vector<float>> read_actions(const std::string& path, std::size_
     for (std::string word; words >> word;) {
       char* end = nullptr;
       action.push_back(std::strtof(word.c_str(), &end));
-      numbers = numbers && *end == '\0' && std::isfinite(action.back());
+      const bool whole = end == word.c_str() + word.size();  // a NUL ends what strtof reads
+      numbers = numbers && whole && std::isfinite(action.back());
     }
     if (action.empty()) {  // only at the end
       blank = true;
