@@ -556,8 +556,8 @@ def write_graphs(
         as_is = {_digest(tensor): name}
         if tensor.ndim == 2:
             as_is.setdefault(_digest(tensor.T.contiguous()), name + TRANSPOSED)
-        for digest, key in as_is.items():
-            known.setdefault(digest, key)
+        for digest, own in as_is.items():
+            known.setdefault(digest, own)
         # in 8 bits and in their scales all weights that are all zero are alike: one that a graph
         # reads in floating point stays so
         if tensor.ndim in (2, 4) and quantized and not as_is.keys() & read:

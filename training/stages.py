@@ -125,7 +125,7 @@ def decode_by(predictor: Predictor, latents: Tensor) -> Tensor:
     clips as the bundle takes at once."""
     most = predictor.bundle.manifest.batch.maximum
     if len(latents) > most:
-        return torch.cat([decode_by(predictor, part) for part in latents.split(most)])
+        return torch.cat([decode_by(predictor, part) for part in torch.split(latents, most)])
     component = components(predictor.config)["decoder"]
     inputs, outputs = (
         {s.name: (len(latents), *map(int, s.dims[1:])) for s in specs}
