@@ -16,7 +16,7 @@ import numpy.typing as npt
 from canvasmar_rt.config import TOYTABLE_SPEED
 from canvasmar_rt.engines.program import Float32, UInt8
 from canvasmar_rt.errors import ConfigError, InputError, StateError
-from canvasmar_rt.rollout import Predictor, Rollout, finite_numbers
+from canvasmar_rt.rollout import Predictor, Rollout, as_array, finite_numbers
 
 try:
     from gymnasium import Env
@@ -56,10 +56,8 @@ class _World:
                 f"gym: model {config.name} takes no actions, so there is nothing to do in its "
                 "world; use a model with action_dim > 0"
             )
-        try:
-            clips = np.array(contexts)  # the caller's may change
-        except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
-            raise InputError(f"contexts: expected clips of one size ({error})") from None
+        # copied, as the caller's may change
+        clips = as_array("contexts", contexts, "clips of one size").copy()
         if clips.ndim != 5 or not len(clips):
             raise InputError(
                 f"contexts: expected uint8 (M, 1 + n*{ae.temporal_compression}, {ae.height}, "

@@ -39,6 +39,7 @@ R = TypeVar("R")
 
 MEASURED_FRAMES = 40
 """Of each rung of the ladder, at warm-up."""
+FRAMES = "an array of frames of one size"
 LATEST = 2**40
 """Of a clock: frames may be counted on from it in 64 bits."""
 
@@ -165,7 +166,7 @@ class Predictor:
             ConfigError: sampling options the model cannot run.
         """
         if batch is None:
-            array = None if context is None else _pixels("context", context)
+            array = None if context is None else as_array("context", context, FRAMES)
             batch = len(array) if array is not None and array.ndim == 5 else 1
         self.bundle.manifest.batch.require(batch)
         (first,) = _keys("stream", stream)
@@ -277,7 +278,7 @@ class Rollout:
         """
         ae, b = self.config.autoencoder, len(self._streams)
         wanted = f"uint8 ({count or 'T'}, {ae.height}, {ae.width}, 3)"
-        array = _pixels(what, frames)
+        array = as_array(what, frames, FRAMES)
         if array.dtype != np.uint8:
             raise InputError(f"{what}: expected {wanted}, got dtype {array.dtype}")
         if array.ndim == 4:
@@ -532,10 +533,7 @@ class Rollout:
     @_exclusive
     def observe_latent(self, latent: Float32, action: npt.ArrayLike | None = None) -> None:
         """Like `observe`, for normalised latents (B, N, C) float32 of your own."""
-        try:
-            array = np.asarray(latent)
-        except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
-            raise InputError(f"latent: expected an array of float32 ({error})") from None
+        array = as_array("latent", latent, "an array of float32")
         c = self.config
         shape = (len(self._streams), c.tokens, c.autoencoder.latent_channels)
         if array.dtype != np.float32 or array.shape != shape:
@@ -853,11 +851,12 @@ def _is_row(values: Any, count: int) -> bool:
         return False
 
 
-def _pixels(what: str, frames: Any) -> Array:
+def as_array(what: str, values: Any, wanted: str) -> Array:
+    """The values as an array; `InputError` that says what is `wanted` where NumPy takes none."""
     try:
-        return np.asarray(frames)
+        return np.asarray(values)
     except (ValueError, TypeError, RuntimeError) as error:  # the others of PyTorch's tensors
-        raise InputError(f"{what}: expected an array of frames of one size ({error})") from None
+        raise InputError(f"{what}: expected {wanted} ({error})") from None
 
 
 def finite_numbers(what: str, values: Any) -> Float32:

@@ -485,7 +485,6 @@ class TorchProgram:
 
         self._do(*([rewind] if again else []), self._decode)
 
-    @memory_told()
     def predict(
         self,
         time: int,
@@ -552,6 +551,7 @@ class TorchProgram:
         replay: Callable[[], None] = self._graphs[part, *how].replay
         return replay
 
+    @memory_told()
     def _capture_graph(self, work: Callable[[], None]) -> Any:
         graph = torch.cuda.CUDAGraph()
         # of a group, frames after the first leave z_temporal behind
@@ -598,10 +598,10 @@ class TorchProgram:
 
         self._do(run)
 
-    @memory_told()
     def warmup(self) -> None:
         kept = self.snapshot()
-        with torch.inference_mode(), torch.cuda.stream(self._stream):
+
+        def run() -> None:
             for has_canvas in {False, self._config.canvas}:
                 self._tell(int(has_canvas), None)
                 self._in.upload()
@@ -613,6 +613,8 @@ class TorchProgram:
                     if has_canvas and self._capture:
                         self._captured("_front", has_canvas)()
                         self._captured("_back", has_canvas, which)()
+
+        self._do(run)
         self.load(kept)
 
 

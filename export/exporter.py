@@ -16,7 +16,7 @@ import shutil
 import tempfile
 import typing
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -550,7 +550,15 @@ def write_graphs(
     home_of = {k: h for h, prefixes in homes.items() for k in state if k.startswith(prefixes)}
     keys: dict[str, dict[bytes, str]] = {home: {} for home in homes}  # by home and contents
     int8: dict[str, tuple[Tensor, Tensor]] = {}  # by name: weight transposed, scales
-    read = _large_digests(graphs.values()) if quantized else set()
+    large = {
+        label: [
+            (tensor, _digest_raw(tensor.data_type, tensor.dims, tensor.raw_data))
+            for tensor in proto.graph.initializer
+            if len(tensor.raw_data) >= EXTERNAL_BYTES
+        ]
+        for label, proto in graphs.items()
+    }
+    read = {digest for tensors in large.values() for _, digest in tensors}
     for name, tensor in state.items():
         known = keys[home_of[name]]
         as_is = {_digest(tensor): name}
@@ -571,13 +579,10 @@ def write_graphs(
     uses: dict[str, dict[str, list[str]]] = {}  # graph -> key -> initializers
     stored: set[str] = set()
     narrow: set[str] = set()  # of those, what is read in int8
-    for label, proto in graphs.items():
+    for label, initializers in large.items():
         directory = Path(table[label].file).parent.name
         within = [keys[directory]] if directory else list(keys.values())
-        for tensor in proto.graph.initializer:
-            if len(tensor.raw_data) < EXTERNAL_BYTES:
-                continue
-            digest = _digest_raw(tensor.data_type, tensor.dims, tensor.raw_data)
+        for tensor, digest in initializers:
             key = next((known[digest] for known in within if digest in known), None)
             if key is not None:
                 uses.setdefault(label, {}).setdefault(key, []).append(tensor.name)
@@ -660,16 +665,6 @@ def _places(work: Path, path: str) -> dict[str, Place]:
         begin, end = entry["data_offsets"]
         places[name] = Place(path, 8 + size + begin, end - begin, entry["dtype"])
     return places
-
-
-def _large_digests(graphs: Iterable[ModelProto]) -> set[bytes]:
-    """Digests of the initializers that graphs may read from weight files."""
-    return {
-        _digest_raw(tensor.data_type, tensor.dims, tensor.raw_data)
-        for proto in graphs
-        for tensor in proto.graph.initializer
-        if len(tensor.raw_data) >= EXTERNAL_BYTES
-    }
 
 
 def _digest(tensor: Tensor) -> bytes:
