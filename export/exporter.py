@@ -157,7 +157,8 @@ def export_bundle(
         ConfigError: if options do not go together or ask for more AR steps than a frame has tokens,
             or nothing is large enough for int8.
         InputError: if it cannot be written.
-        ParityError: if a component or a rollout is further from PyTorch than the tolerance.
+        ParityError: if a component or a rollout is further from PyTorch than the tolerance, or a
+            weight or a rollout is not finite.
     """
     _check_free(output, force)
     profiles = [s for s in (sampling, options.fast) if s is not None]
@@ -225,6 +226,12 @@ def _write(
         reference = cast(cast(copy.deepcopy(model), torch.float16), torch.float32)
     narrowed = dtype != torch.float32
     cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
+    weights_dtype: DTypeName = "float16" if halved else dtype_name
+    for name, tensor in cast_model.state_dict().items():  # before minutes go into tracing
+        if not torch.stack(tensor.aminmax()).isfinite().all():
+            raise parity.not_finite(
+                f"weight {name} is not finite in {weights_dtype}", weights_dtype
+            )
     graphs = trace(cast_model, sampling, options, progress)
     if options.quantize != "none" and not any(map(computes_in_int8, graphs.values())):
         raise ConfigError(
@@ -256,7 +263,7 @@ def _write(
         model=config,
         sampling=sampling,
         dtype=dtype_name,
-        weights_dtype="float16" if halved else dtype_name,
+        weights_dtype=weights_dtype,
         opset=options.opset,
         batch=options.batch,
         latent_mean=tuple(ae.latent_mean.tolist()),

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.numpy import save_file
 
-from canvasmar_rt.bundle import Bundle, Difference, Parity
+from canvasmar_rt.bundle import Bundle, Difference, DTypeName, Parity
 from canvasmar_rt.components import MASKED, TensorSpec, components
 from canvasmar_rt.config import ModelConfig
 from canvasmar_rt.engines import create
@@ -105,12 +105,8 @@ def measure(
     try:
         drift, flipped = compare_rollout(engine, golden, progress)
     except NotFiniteError:  # whose advice is for those who have a bundle
-        advice = "look at the weights and at the guidance"
-        if manifest.weights_dtype == "float16":
-            advice = "float16 ends at 65504; export in fp32, or with --dtype bf16 for a GPU"
-        raise ParityError(
-            f"export refused: a rollout from nothing gives values that are not finite: {advice}"
-        ) from None
+        what = "a rollout from nothing gives values that are not finite"
+        raise not_finite(what, manifest.weights_dtype) from None
     return Parity(
         engine=engine.name,
         tolerance=tolerance,
@@ -120,6 +116,14 @@ def measure(
         drift=drift,
         flipped_orders=flipped,
     ), written
+
+
+def not_finite(what: str, weights_dtype: DTypeName) -> ParityError:
+    """What refuses an export for infinities and NaN."""
+    advice = "look at the weights and at the guidance"
+    if weights_dtype == "float16":
+        advice = "float16 ends at 65504; export in fp32, or with --dtype bf16 for a GPU"
+    return ParityError(f"export refused: {what}: {advice}")
 
 
 def _save(tensors: Mapping[str, Array], bundle: Bundle, name: str) -> None:

@@ -409,6 +409,27 @@ def test_a_rollout_that_is_not_finite_is_refused(bundle: Bundle, frame: int) -> 
 @pytest.mark.parametrize(
     ("weights", "advice"), [("", "look at the weights"), ("fp16", "float16 ends at 65504")]
 )
+def test_a_weight_that_is_not_finite_is_named_before_tracing(
+    weights: str,
+    advice: str,
+    model: CanvasMAR,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(exporter, "trace", lambda *_: pytest.fail("it was traced"))
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.flow.out.bias[0] = 1e5 if weights else torch.nan
+    with pytest.raises(ParityError, match=rf"weight flow\.out\.bias is not finite.*{advice}"):
+        export_bundle(
+            broken, SAMPLING, tmp_path / "b", ExportOptions(weights=weights), source="test"
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("weights", "advice"), [("", "look at the weights"), ("fp16", "float16 ends at 65504")]
+)
 def test_an_export_that_overflows_says_what_to_do(
     weights: str,
     advice: str,
