@@ -42,6 +42,12 @@ PROVIDERS = {
     "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 
+WORK = frozenset(
+    "Attention AveragePool Conv DepthToSpace Gelu Gemm LayerNormalization Loop MatMul Resize Scan "
+    "Sigmoid Softmax TopK Transpose".split()
+)
+"""Operators whose inputs are never shapes alone. On a GPU no such node may be left to the CPU."""
+
 
 class OnnxRuntimeEngine:
     """Sessions are shared by all rollouts.
@@ -130,7 +136,8 @@ class OnnxRuntimeEngine:
         """The session of a component.
 
         Raises:
-            EngineError: if ONNX Runtime refuses the graph.
+            EngineError: if ONNX Runtime refuses the graph, or leaves work to the CPU that was
+                asked of a GPU.
         """
         with self._lock:
             if component not in self._sessions:
@@ -144,6 +151,13 @@ class OnnxRuntimeEngine:
             with loading():
                 session = self._open(component, self._settings(component))
             session.stream = self._cuda  # it frees memory on it when it ends
+            if left := left_to_the_cpu(session):
+                raise EngineError(
+                    f"{self.bundle.path}: {component}: {self._provider} has no kernels for "
+                    f"{', '.join(left)} of this bundle ({self.bundle.manifest.dtype}) and leaves "
+                    "them to the CPU; take the torch or tensorrt engine, or export with another "
+                    "--dtype"
+                )
         self._check_tensors(component, session)
         return session
 
@@ -177,7 +191,9 @@ class OnnxRuntimeEngine:
         # Sessions of one frame run in turn: a pool that spins after its run takes the cores from
         # the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
-        if component == "frame" and self._cuda is None:
+        if self._cuda is not None:
+            options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+        elif component == "frame":
             # every AR step is a copy of the same nodes, and each would pack the weights for itself
             options.add_session_config_entry("session.disable_prepacking", "1")
         chosen: dict[str, Any] = {"providers": [(self._provider, dict(settings))]}
@@ -256,6 +272,15 @@ class OnnxRuntimeEngine:
             captured.done = True
 
         return run_in_turn
+
+
+def left_to_the_cpu(session: ort.InferenceSession) -> list[str]:
+    """Operators among `WORK` that a session made with `record_ep_graph_assignment_info` runs on the
+    CPU, sorted. ONNX Runtime gives it what its provider has no kernel for without a word, and keeps
+    arithmetic on shapes there on purpose."""
+    parts = session.get_provider_graph_assignment_info()
+    there = (part for part in parts if part.ep_name == PROVIDERS["cpu"])
+    return sorted(WORK & {node.op_type for part in there for node in part.get_nodes()})
 
 
 def preload() -> None:

@@ -56,6 +56,9 @@ class Session:
     def get_providers(self) -> list[str]:
         return ["CUDAExecutionProvider"]
 
+    def get_provider_graph_assignment_info(self) -> list[Any]:
+        return []
+
     def get_inputs(self) -> list[Any]:
         return self._inputs
 
@@ -145,3 +148,28 @@ def test_captured_work_runs_while_sessions_are_made(monkeypatch: pytest.MonkeyPa
     thread.join()
     assert free
     UNDISTURBED.release()
+
+
+def test_work_that_is_left_to_the_cpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shapes are counted on the CPU by every provider."""
+
+    def part(provider: str, *operators: str) -> Any:
+        nodes = [SimpleNamespace(op_type=o) for o in operators]
+        return SimpleNamespace(ep_name=provider, get_nodes=lambda: nodes)
+
+    there = [part("CUDAExecutionProvider", "MatMul"), part("CPUExecutionProvider", "Shape", "Mul")]
+    monkeypatch.setattr(Session, "get_provider_graph_assignment_info", lambda _: there)
+    OnnxRuntimeEngine(BUNDLE, device="cuda")
+    there.append(part("CPUExecutionProvider", "Resize", "Conv"))
+    with pytest.raises(EngineError, match=r"no kernels for Conv, Resize of .*\(float32\)"):
+        OnnxRuntimeEngine(BUNDLE, device="cuda")
+
+
+def test_onnxruntime_tells_where_nodes_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    options = ort.SessionOptions()
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    session = ort.InferenceSession(
+        BUNDLE.file("decoder"), options, providers=["CPUExecutionProvider"]
+    )
+    assert {"Conv", "Resize"} <= set(onnxruntime_engine.left_to_the_cpu(session))
