@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import os
+import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +231,19 @@ def test_odd_names_are_refused(name: str, monkeypatch: pytest.MonkeyPatch, tmp_p
 def test_packaged_bundles_are_as_they_were_exported(name: str) -> None:
     """Every file, the model card too, has the digest that `export` wrote down."""
     assert Bundle.open(name).manifest.files
+
+
+def test_git_changes_no_line_ending_of_a_packaged_bundle() -> None:
+    """As Git for Windows does, unless told not to: the hashes would be others."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        pytest.skip("no checkout, or no git")
+    bundles = root / "canvasmar_rt" / "data" / "bundles"
+    files = [str(path) for path in bundles.rglob("*") if path.is_file()]
+    assert files
+    command = ["git", "check-attr", "text", *files]
+    told = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout
+    assert [line for line in told.splitlines() if not line.endswith(": text: unset")] == []
 
 
 def test_packaged_names_are_found(
