@@ -587,3 +587,13 @@ def test_an_address_that_cannot_be_had() -> None:
         bind(*taken.getsockname())
     with pytest.raises(ConfigError, match=r"no\.such\.host\.invalid:80"):
         bind("no.such.host.invalid", 80)
+
+
+def test_an_address_is_not_shared_on_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where SO_REUSEADDR means sharing, another option keeps it; one that is harmless stands in."""
+    with bind("127.0.0.1", 0) as here:
+        assert here.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+    monkeypatch.setattr(socket, "SO_EXCLUSIVEADDRUSE", socket.SO_KEEPALIVE, raising=False)
+    with bind("127.0.0.1", 0) as there:
+        assert not there.getsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR)
+        assert there.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
