@@ -17,7 +17,7 @@ import tempfile
 import typing
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import onnx
@@ -625,7 +625,7 @@ def write_graphs(
         places |= _places(work, path)
     for label, proto in graphs.items():
         component = table[label]
-        folder = Path(component.file).parent
+        folder = PurePosixPath(component.file).parent
         for key, names in uses.get(label, {}).items():
             for name in names:
                 _externalise(proto, name, places[key], folder)
@@ -647,10 +647,10 @@ class Place:
     dtype: str
 
 
-def _externalise(proto: ModelProto, name: str, place: Place, folder: Path) -> None:
+def _externalise(proto: ModelProto, name: str, place: Place, folder: PurePosixPath) -> None:
     """Make an initializer of a graph in `folder` read its values from a weight file."""
-    location = os.path.relpath(place.path, folder)
-    assert not location.startswith(".."), location
+    # "/" on Windows, too: a backslash is part of a name elsewhere
+    location = str(PurePosixPath(place.path).relative_to(folder))
     tensor = next(t for t in proto.graph.initializer if t.name == name)
     set_external_data(tensor, location, place.offset, place.length)
     tensor.ClearField("raw_data")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import ntpath
 import os
 from collections.abc import Callable
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import SimpleNamespace
 from typing import Any
 
@@ -116,6 +117,18 @@ def test_graphs_open_by_themselves(bundle: Bundle) -> None:
             for a, b in zip(got, want, strict=True):
                 dims = [SAMPLING.ar_steps if d == "AR" else d for d in b.dims]
                 assert list(a.shape) == dims, (name, a.name)
+
+
+def test_graphs_name_their_weights_with_slashes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written on Windows, too: elsewhere a backslash is part of a file's name."""
+    monkeypatch.setattr(os.path, "relpath", ntpath.relpath)
+    place = exporter.Place("flow/model.safetensors", 8, 4, "F32")
+    for folder, location in (("", "flow/model.safetensors"), ("flow", "model.safetensors")):
+        weight = onnx.numpy_helper.from_array(np.ones(1, np.float32), "w")
+        proto = onnx.helper.make_model(onnx.helper.make_graph([], "g", [], [], [weight]))
+        exporter._externalise(proto, "w", place, PurePosixPath(folder))
+        told = {entry.key: entry.value for entry in proto.graph.initializer[0].external_data}
+        assert told == {"location": location, "offset": "8", "length": "4"}
 
 
 def test_weights_are_stored_once(bundle: Bundle, model: CanvasMAR) -> None:
