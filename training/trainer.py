@@ -572,7 +572,7 @@ class Trainer:
         carried = tensors.pop(CARRIED, None)
         if carried is not None:
             own = carried.chunk(self.ranks.world)[self.ranks.rank]
-            self.stage.carried = own.to(self.ranks.device)
+            self.stage.carried = own.to(self.ranks.device, copy=True)
         state: dict[str, dict[int, dict[str, Tensor]]] = {n: {} for n in self.optimizers}
         parameters = dict(self.stage.loss.named_parameters())
         wanted = {f"{kind}.{n}" for kind in ("weights", "average") for n in parameters}
@@ -583,7 +583,8 @@ class Trainer:
                 kind, _, name = key.partition(".")
                 if kind == "optimizer":
                     owner, index, field = name.split(".")
-                    state[owner].setdefault(int(index), {})[field] = tensor
+                    # a copy: the file would stay mapped, and Windows and NFS not let it go
+                    state[owner].setdefault(int(index), {})[field] = tensor.clone()
                 else:
                     place = parameters if kind == "weights" else self.average.shadow
                     place[name].copy_(tensor)

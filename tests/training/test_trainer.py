@@ -273,6 +273,15 @@ def test_a_resumed_run_is_the_straight_one(
     assert_same(whole, parts)
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="only Linux lists what is mapped")
+def test_a_resumed_run_lets_go_of_its_checkpoint(tmp_path: Path) -> None:
+    """Windows and NFS remove no file that is mapped, and the run would end where its turn comes."""
+    trainer(STAGES["history"](), tmp_path).run(3)
+    resumed = trainer(STAGES["history"](), tmp_path)
+    assert resumed.step == 3
+    assert str(tmp_path) not in Path("/proc/self/maps").read_text()
+
+
 def test_copies_of_checkpoints_are_left_alone(tmp_path: Path) -> None:
     options = {"checkpoint_every": 2, "keep_checkpoints": 1}
     trainer(model_stage(**options, steps=2), tmp_path).run()
