@@ -27,7 +27,15 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from canvasmar_rt.components import Component, components
-from canvasmar_rt.config import LARGEST, PRESETS, ModelConfig, SamplingConfig, from_dict, to_dict
+from canvasmar_rt.config import (
+    LARGEST,
+    PRESETS,
+    ModelConfig,
+    SamplingConfig,
+    from_dict,
+    shown,
+    to_dict,
+)
 from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError
 from canvasmar_rt.schedule import flow_plan, set_sizes
 
@@ -368,8 +376,8 @@ def _read_manifest(directory: Path) -> Manifest:
     version = data.get("schema_version") if isinstance(data, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
-            f"{path}: schema version {version!r}, this program reads {SCHEMA_VERSION}; export the "
-            "bundle again with this version of canvasmar-rt"
+            f"{path}: schema version {shown(version)}, this program reads {SCHEMA_VERSION}; export "
+            "the bundle again with this version of canvasmar-rt"
         )
     try:
         manifest = from_dict(Manifest, data, "manifest")
@@ -427,7 +435,7 @@ def _inside(directory: Path, name: str) -> Path:
     plain = plain and name.isprintable()
     if not plain or not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(directory)):
         raise BundleError(
-            f"{directory}: listed file {name!r} lies outside the bundle; refused: a link? "
+            f"{directory}: listed file {shown(name)} lies outside the bundle; refused: a link? "
             "copy the bundle with links followed (cp -rL), or get it again from a source you trust"
         )
     return path

@@ -338,7 +338,7 @@ def from_dict(cls: type[T], data: Mapping[str, Any], where: str = "") -> T:
     hints = typing.get_type_hints(cls)
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(data) - set(fields))
-    _require(not unknown, f"{where}: unknown keys {unknown}; known are {sorted(fields)}")
+    _require(not unknown, f"{where}: unknown keys {shown(unknown)}; known are {sorted(fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
@@ -374,12 +374,18 @@ def coerce_fields(options: Any, where: str = "") -> None:
         object.__setattr__(options, field.name, value)
 
 
+def shown(value: Any) -> str:
+    """What came, for a message: cut where it is long, as of a file that is something else."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:197]}.."
+
+
 def _coerce(hint: Any, value: Any, where: str) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_dict(hint, value, where)
     if origin is Literal:
-        _require(value in args, f"{where}: expected one of {args}, got {value!r}")
+        _require(value in args, f"{where}: expected one of {args}, got {shown(value)}")
         return value
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in args:
@@ -388,19 +394,21 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
             return value
         return _coerce(next(a for a in args if a is not type(None)), value, where)
     if origin is tuple:
-        _require(isinstance(value, (list, tuple)), f"{where}: expected a list, got {value!r}")
+        _require(isinstance(value, (list, tuple)), f"{where}: expected a list, got {shown(value)}")
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_coerce(args[0], v, f"{where}[{i}]") for i, v in enumerate(value))
-        _require(len(value) == len(args), f"{where}: expected {len(args)} entries, got {value!r}")
+        _require(
+            len(value) == len(args), f"{where}: expected {len(args)} entries, got {shown(value)}"
+        )
         return tuple(
             _coerce(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(args, value, strict=True))
         )
     if origin is dict:
-        _require(isinstance(value, dict), f"{where}: expected an object, got {value!r}")
+        _require(isinstance(value, dict), f"{where}: expected an object, got {shown(value)}")
         return {str(k): _coerce(args[1], v, f"{where}[{k!r}]") for k, v in value.items()}
     if hint is float:
         ok = isinstance(value, numbers.Real) and not isinstance(value, bool)
-        _require(ok, f"{where}: expected a number, got {value!r}")
+        _require(ok, f"{where}: expected a number, got {shown(value)}")
         try:
             return float(value)
         except OverflowError:
@@ -408,7 +416,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     if hint is int and not isinstance(value, bool) and isinstance(value, numbers.Integral):
         return int(value)  # also of NumPy
     ok = isinstance(value, hint) and hint is not int
-    _require(ok, f"{where}: expected {hint.__name__}, got {value!r}")
+    _require(ok, f"{where}: expected {hint.__name__}, got {shown(value)}")
     return value
 
 

@@ -310,6 +310,22 @@ def test_schema_versions_that_are_nearly_right(made: Path, version: Any) -> None
     assert "schema_version" in refused(made)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda m: m.update(dtype="x" * 10**5),
+        lambda m: m.update(latent_mean="x" * 10**5),
+        lambda m: m["model"].update(dim=[1] * 10**5),
+        lambda m: m.update({f"key {i}": 0 for i in range(10**4)}),
+        lambda m: m.update(schema_version="x" * 10**5),
+        lambda m: m["files"].update({"../" + "x" * 10**5: m["files"]["frame.onnx"]}),
+    ],
+)
+def test_a_message_does_not_repeat_a_whole_file(made: Path, change: Any) -> None:
+    edit(made, change)
+    assert len(refused(made)) < 1500
+
+
 def in_model(**changes: Any) -> Callable[[dict[str, Any]], None]:
     return lambda m: m["model"].update(changes)
 
