@@ -82,7 +82,10 @@ class AutoencoderConfig:
         )
         _require(self.temporal_compression >= 1, "autoencoder: temporal_compression must be >= 1")
         _require(self.latent_channels >= 1, "autoencoder: latent_channels must be >= 1")
-        _require(self.blocks >= 1, "autoencoder: blocks must be >= 1")
+        _require(
+            1 <= self.blocks <= 1024,
+            f"autoencoder: blocks must lie in 1..1024, got {self.blocks}",
+        )
         _require(self.temporal_kernel >= 1, "autoencoder: temporal_kernel must be >= 1")
         _require(
             self.encoder_kernel is None or self.encoder_kernel >= 1,
@@ -119,7 +122,8 @@ class FlowConfig:
 
     def __post_init__(self) -> None:
         _require_sizes(self, "flow")
-        _require(self.width >= 8 and self.blocks >= 1, "flow: width must be >= 8 and blocks >= 1")
+        _require(self.width >= 8, f"flow: width must be >= 8, got {self.width}")
+        _require(1 <= self.blocks <= 1024, f"flow: blocks must lie in 1..1024, got {self.blocks}")
         _require(
             self.modulation in typing.get_args(Modulation),
             f"flow: modulation must be one of {typing.get_args(Modulation)}, "

@@ -265,9 +265,11 @@ def test_not_an_object(data: Any) -> None:
         ("context_frames", 10**9, "context_frames"),
         ("dim", 12 * 2**40, "dim"),
         ("autoencoder.blocks", 10**9, "blocks"),
+        ("autoencoder.blocks", 1025, "blocks"),  # modules are made one by one, before weights fit
         ("autoencoder.widths", [8] * 17, "widths"),
         ("autoencoder.widths", [8, 2**40], "widths"),
         ("flow.blocks", 10**9, "blocks"),
+        ("flow.blocks", 1025, "blocks"),
         ("flow.width", 0, "width"),
         ("flow.blocks", 0, "blocks"),
     ],
