@@ -372,6 +372,7 @@ class Rollout:
             raise InputError(f"on_canvas: expected a function of the frames, got {on_canvas!r}")
         if budget_ms is not None:
             self._require_deadlines(budget_ms)
+            budget_ms = float(min(budget_ms, 1e9))  # an integer may be more than a float holds
         self._enter()
         frame = self._time
         from_nothing = not self._begun
@@ -467,7 +468,8 @@ class Rollout:
                 "step: a budget needs to know what frames take on this machine; call "
                 "warmup(deadlines=True) once before the loop"
             )
-        if not isinstance(budget_ms, (int, float, np.number)) or not budget_ms > 0:
+        real = isinstance(budget_ms, (int, float, np.integer, np.floating))
+        if not real or not budget_ms > 0:
             raise InputError(f"budget_ms: expected milliseconds > 0, got {budget_ms!r}")
 
     @property

@@ -153,8 +153,10 @@ def test_a_budget_needs_its_table(predictor: Predictor, clip: np.ndarray) -> Non
     rollout.warmup(deadlines=True)
     with pytest.raises(InputError, match="budget_ms"):
         rollout.step(budget_ms=0)
-    with pytest.raises(InputError, match="budget_ms"):
-        rollout.step(budget_ms="50")  # type: ignore[arg-type]
+    for wrong in ("50", np.complex128(50)):
+        with pytest.raises(InputError, match="budget_ms"):
+            rollout.step(budget_ms=wrong)  # type: ignore[arg-type]
+    assert rollout.step(budget_ms=10**400).deadline_met
 
 
 def test_a_model_without_canvas_goes_down_to_one_step(
