@@ -170,11 +170,14 @@ class Predictor:
             batch = len(array) if array is not None and array.ndim == 5 else 1
         self.bundle.manifest.batch.require(batch)
         (first,) = _keys("stream", stream)
+        batch = int(batch)
+        if first + batch > 2**64:
+            raise ConfigError(f"stream: {batch} videos from {first} on go past the last, 2**64 - 1")
         chosen = self.sampling if sampling is None else sampling
         if not isinstance(chosen, SamplingConfig):
             raise ConfigError(f"sampling must be a SamplingConfig, got {chosen!r}")
         self.bundle.manifest.require_flow(chosen)
-        streams = tuple(range(first, first + int(batch)))
+        streams = tuple(range(first, first + batch))
         rollout = Rollout(self, streams, seed, chosen, clock=clock)
         rollout._begin(context, actions)
         return rollout
@@ -722,7 +725,7 @@ class Rollout:
 
         Raises:
             InputError: if B*n is more than the bundle was exported for.
-            ConfigError: streams that are no 64-bit keys.
+            ConfigError: streams that are no 64-bit keys, or own ones so high that there are none.
             StateError: if `into` is of another bundle or batch size, or this rollout holds half a
                 frame.
         """
@@ -735,6 +738,11 @@ class Rollout:
         own = tuple(s + j * span for s in self._streams for j in range(n))
         if streams is not None and not _is_row(streams, b * n):
             raise InputError(f"fork: expected {b * n} streams, got {streams!r}")
+        if streams is None and max(own) >= 2**64:
+            raise ConfigError(
+                f"fork: the copies would draw from streams up to {max(own)}, the last is 2**64 - 1;"
+                " choose them by `streams`"
+            )
         chosen = _keys("fork: streams", *(own if streams is None else streams))
         if into is not None and not isinstance(into, Rollout):
             raise InputError(f"fork: `into` is an earlier fork, got {type(into).__name__}")

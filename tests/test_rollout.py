@@ -405,6 +405,12 @@ def test_no_two_futures_share_their_noise(predictor: Predictor, clip: np.ndarray
     streams = rollout.fork(3).state().streams
     assert streams == (0, 5, 10, 4, 9, 14, 2, 7, 12)
     assert len(set(streams)) == 9
+    last = predictor.start(clip, stream=2**64 - 1)
+    with pytest.raises(ConfigError, match=r"would draw from streams up to .* choose"):
+        last.fork(2)
+    assert last.fork(2, streams=[2**64 - 1, 0]).batch == 2
+    with pytest.raises(ConfigError, match="2 videos from 18446744073709551615 on go past"):
+        predictor.start(clip, batch=np.int64(2), stream=2**64 - 1)  # type: ignore[arg-type]
 
 
 def test_fork_and_restore_refuse_what_does_not_fit(rollout: Rollout, predictor: Predictor) -> None:
