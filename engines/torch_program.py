@@ -591,7 +591,8 @@ class TorchProgram:
                 target = self._state[name]
                 if row is not None:
                     target, values = target[row_index(name, row)], values[row_index(name, 0)]
-                given = torch.from_numpy(np.ascontiguousarray(values))
+                # PyTorch warns of what cannot be written to, as of a mapped file or from JAX
+                given = torch.from_numpy(np.require(values, requirements="CW"))
                 if target.dtype == torch.bfloat16:
                     given = given.view(torch.bfloat16)
                 target.copy_(given)

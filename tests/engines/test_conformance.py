@@ -194,6 +194,19 @@ def test_batch_rows_are_separate_videos(predictor: Predictor, clip: np.ndarray) 
     assert relative(batch.latent[0], batch.latent[1]) > 0.1
 
 
+def test_a_state_may_be_read_only(predictor: Predictor, clip: np.ndarray) -> None:
+    """As arrays of a mapped file or of another library are; warnings are errors here."""
+    rollout = predictor.start(clip)
+    state = rollout.state()
+    want = rollout.step().latent
+    for array in (*state.arrays.values(), want):
+        array.flags.writeable = False
+    rollout.restore(state)
+    np.testing.assert_array_equal(rollout.step().latent, want)
+    if predictor.config.group == 1:
+        rollout.observe_latent(want)
+
+
 @pytest.mark.parametrize("change", ["shape", "dtype", "name"])
 def test_arrays_are_checked_on_the_way_in(predictor: Predictor, change: str) -> None:
     component = predictor.bundle.manifest.components["decoder"]
