@@ -137,6 +137,13 @@ class Predictor:
         self.config = engine.bundle.manifest.model
         self.sampling = engine.bundle.manifest.sampling if sampling is None else sampling
 
+    def __reduce__(self) -> NoReturn:
+        """Raises `StateError`: no file holds the engine."""
+        raise StateError(
+            "a predictor is neither copied nor pickled; threads share it, and another process "
+            "calls load() itself"
+        )
+
     def start(
         self,
         context: UInt8 | None = None,

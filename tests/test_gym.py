@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import re
 from collections.abc import Callable
@@ -298,7 +297,7 @@ def test_rewards_are_one_a_row(
 def test_a_model_without_actions_has_no_environment(
     predictor: canvasmar_rt.Predictor, clips: tuple[np.ndarray, np.ndarray]
 ) -> None:
-    still = copy.copy(predictor)
+    still = canvasmar_rt.Predictor(predictor.engine)
     still.config = dataclasses.replace(predictor.config, action_dim=0)
     with pytest.raises(ConfigError, match="takes no actions"):
         WorldEnv(still, clips[0], darkness)

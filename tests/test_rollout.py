@@ -600,6 +600,8 @@ class Half:
 def test_a_rollout_is_copied_by_fork_alone(rollout: Rollout, make: Callable[..., Any]) -> None:
     with pytest.raises(StateError, match=r"fork\(\) makes another one"):
         make(rollout)
+    with pytest.raises(StateError, match=r"another process calls load\(\) itself"):
+        make(rollout.predictor)
 
 
 def test_other_things_than_were_asked_for_are_one_clear_error(
