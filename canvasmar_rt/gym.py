@@ -129,6 +129,19 @@ class _World:
         return clipped
 
 
+def _told(what: str, values: npt.ArrayLike, rows: tuple[int, ...], dtype: type) -> npt.NDArray[Any]:
+    """What a function of the user's gave: a number, or one for each of (B,) rows.
+
+    Raises:
+        InputError: something else, which NumPy might make a number of.
+    """
+    wanted = f"{rows} numbers" if rows else "one number"
+    array = as_array(what, values, wanted)
+    if array.shape != rows or array.dtype.kind not in "fiub":
+        raise InputError(f"{what}: expected {wanted}, got {array.dtype.name} {array.shape}")
+    return array.astype(dtype)
+
+
 def _seed(random: np.random.Generator) -> int:
     return int(random.integers(2**63))
 
@@ -192,7 +205,8 @@ class WorldEnv(Env[UInt8, Float32]):
 
         Raises:
             StateError: before the first reset.
-            InputError: an action of another shape, or not a number.
+            InputError: an action of another shape, or an action, reward or termination that is no
+                number.
         """
         if self._rollout is None:
             raise StateError("step: there is no episode; call reset() first")
@@ -200,8 +214,10 @@ class WorldEnv(Env[UInt8, Float32]):
         frames = self._rollout.step(told).frames[0]
         self._steps += 1
         self._newest = frames[-1].copy()  # `reward` and `terminated` may alter theirs
-        value = float(self._reward(frames, told))
-        over = self._terminated is not None and bool(self._terminated(frames, told))
+        value = float(_told("reward", self._reward(frames, told), (), np.float64))
+        over = False
+        if self._terminated is not None:
+            over = bool(_told("terminated", self._terminated(frames, told), (), np.bool_))
         cut = self._limit is not None and self._steps >= self._limit
         return self._newest.copy(), value, over, cut, {}
 
@@ -276,7 +292,7 @@ class WorldVectorEnv(VectorEnv[UInt8, Float32, npt.NDArray[Any]]):
 
         Raises:
             StateError: before the first reset.
-            InputError: actions, rewards or terminations of another shape.
+            InputError: actions, rewards or terminations of another shape, or no numbers.
         """
         if self._rollout is None:
             raise StateError("step: there is no episode; call reset() first")
@@ -284,10 +300,11 @@ class WorldVectorEnv(VectorEnv[UInt8, Float32, npt.NDArray[Any]]):
         frames = self._rollout.step(told).frames
         self._steps += 1
         self._newest = frames[:, -1].copy()
-        rewards = self._row_values("reward", self._reward(frames, told), np.float64)
-        over = np.zeros(self.num_envs, np.bool_)
+        rows = (self.num_envs,)
+        rewards = _told("reward", self._reward(frames, told), rows, np.float64)
+        over = np.zeros(rows, np.bool_)
         if self._terminated is not None:
-            over = self._row_values("terminated", self._terminated(frames, told), np.bool_)
+            over = _told("terminated", self._terminated(frames, told), rows, np.bool_)
         cut = np.zeros(self.num_envs, np.bool_)
         if self._limit is not None:
             cut = self._steps >= self._limit
@@ -308,12 +325,6 @@ class WorldVectorEnv(VectorEnv[UInt8, Float32, npt.NDArray[Any]]):
         self._episodes += 1
         self._steps[row] = 0
         self._newest[row] = self._world.first(picks)[0]
-
-    def _row_values(self, what: str, values: npt.ArrayLike, dtype: type) -> npt.NDArray[Any]:
-        array: npt.NDArray[Any] = np.array(values, dtype)
-        if array.shape != (self.num_envs,):
-            raise InputError(f"{what}: expected ({self.num_envs},) values, got {array.shape}")
-        return array
 
     def render(self) -> tuple[UInt8, ...] | None:
         """The newest frame of each row, uint8 (H, W, 3), in mode `rgb_array`."""

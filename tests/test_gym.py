@@ -285,12 +285,29 @@ def test_an_action_that_is_no_number(make: Callable[..., WorldEnv]) -> None:
         env.step(np.full(4, np.nan, np.float32))
 
 
-def test_rewards_are_one_a_row(
-    predictor: canvasmar_rt.Predictor, clips: tuple[np.ndarray, np.ndarray]
+@pytest.mark.parametrize("given", [0.0, None, [None, 1], ["1", "2"], [1j, 2], [[1], [2, 3]], [{}]])
+@pytest.mark.parametrize("what", ["reward", "terminated"])
+def test_rewards_and_ends_are_a_number_a_row(
+    predictor: canvasmar_rt.Predictor, clips: tuple[np.ndarray, np.ndarray], what: str, given: Any
 ) -> None:
-    env = WorldVectorEnv(predictor, clips[0], lambda frames, actions: 0.0, num_envs=2)
+    functions: dict[str, Any] = {"reward": lambda frames, actions: np.zeros(len(actions))}
+    functions[what] = lambda frames, actions: given
+    env = WorldVectorEnv(predictor, clips[0], num_envs=2, **functions)
     env.reset(seed=0)
-    with pytest.raises(InputError, match="reward"):
+    with pytest.raises(InputError, match=rf"{what}: expected \(2,\) numbers"):
+        env.step(env.action_space.sample())
+
+
+@pytest.mark.parametrize("given", [None, "1", 1j, np.ones(1), [1, [2]]])
+@pytest.mark.parametrize("what", ["reward", "terminated"])
+def test_a_reward_and_an_end_are_a_number(
+    predictor: canvasmar_rt.Predictor, clips: tuple[np.ndarray, np.ndarray], what: str, given: Any
+) -> None:
+    functions: dict[str, Any] = {"reward": lambda frames, action: 0}
+    functions[what] = lambda frames, action: given
+    env = WorldEnv(predictor, clips[0], **functions)
+    env.reset(seed=0)
+    with pytest.raises(InputError, match=f"{what}: expected one number"):
         env.step(env.action_space.sample())
 
 
