@@ -396,6 +396,8 @@ class Protocol:
     """Frames predicted, and compared."""
     resolution: int
     """Side of the frames compared, in pixels; larger ones are shrunk."""
+    recordings: int | None = None
+    """Test videos that the data set has, where no list of its own says which are missing."""
 
     def __post_init__(self) -> None:
         for name in ("places", "samples", "conditioning", "predicted", "resolution"):
@@ -410,6 +412,7 @@ class Protocol:
 BAIR = Protocol(
     name="bair",
     videos=None,
+    recordings=256,
     start="first",
     places=1,
     samples=100,
@@ -422,6 +425,7 @@ BAIR = Protocol(
 BAIR_DEBIASED = Protocol(
     name="bair-debiased",
     videos=None,
+    recordings=256,
     start="random",
     places=100,
     samples=1,
@@ -435,6 +439,7 @@ those that follow the frames drawn: 256 * 100 on each side."""
 BAIR_DEBIASED_ABLATION = Protocol(
     name="bair-debiased-ablation",
     videos=None,
+    recordings=256,
     start="random",
     places=20,
     samples=1,

@@ -178,6 +178,7 @@ def measure_protocol(
     )  # fmt: skip
     report = dataclasses.asdict(result) | {
         "whole_protocol": usual
+        and protocol.recordings in (None, len(source))
         and clips in (None, whole)
         and len(places) == whole
         and drawn == protocol.samples

@@ -1117,7 +1117,7 @@ def brightening(wrong_by: Callable[[int], int]) -> Callable[..., Continuation]:
 def test_protocol_of_a_perfect_model_and_of_a_copy(
     model: CanvasMAR, folders: Path, networks: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    protocol = dataclasses.replace(BAIR, samples=3)
+    protocol = dataclasses.replace(BAIR, samples=3, recordings=4)
     lpips = protocols.Lpips(networks / "lpips.pt")
     ticks: list[int] = []
 
@@ -1289,7 +1289,7 @@ def test_other_numbers_of_samples_are_no_whole_protocol(
     import shutil
 
     shutil.rmtree(folders / "test" / "2")
-    protocol = dataclasses.replace(BAIR, samples=3)
+    protocol = dataclasses.replace(BAIR, samples=3, recordings=4)
     monkeypatch.setattr(protocols, "continue_clips", brightening(lambda stream: 0))
 
     def whole(**options: Any) -> bool:
@@ -1302,3 +1302,5 @@ def test_other_numbers_of_samples_are_no_whole_protocol(
     assert not whole(samples=2)
     assert not whole(clips=3)
     assert not whole(usual=False)
+    protocol = dataclasses.replace(BAIR, samples=3)  # BAIR has 256, as folders of which 4 are here
+    assert not whole()
