@@ -460,6 +460,8 @@ UCF101 = Protocol(
     predicted=16,
     resolution=256,
 )
+"""Appendix A has 5,000 test videos, the official lists fewer (3,783 in the first): after one pass
+a second one draws other windows of the same videos."""
 
 KINETICS600 = Protocol(
     name="kinetics600",
