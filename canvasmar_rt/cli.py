@@ -409,8 +409,8 @@ PAPER_TOTALS = {
     "bair": (
         211e6,
         "Table 3 does not say what it counts. The layers it lists make the total without the "
-        "autoencoder; what is missing is of the size of a video autoencoder, and the paper's "
-        "(trained with the code of DFoT) is larger than the one here.",
+        "autoencoder; what is missing, 38M, is of the size of a video autoencoder (13.6M here). "
+        "What the paper's has is not said.",
     ),
     "ucf101": (
         733e6,
