@@ -124,7 +124,8 @@ def bench(
         JSON-ready: `config`, `metadata`, `timed_boundary`, and `metrics` for every batch size.
 
     Raises:
-        EngineError: if a contestant needs packages that are not installed.
+        EngineError: if a contestant needs packages that are not installed, or for a soak where
+            /proc is not to be had.
         ConfigError: if the options leave no frame to predict.
         InputError: for a batch size that the bundle does not take.
     """
@@ -132,6 +133,8 @@ def bench(
     frames = options.predicted(config)
     for batch in options.batches:
         predictor.bundle.manifest.batch.require(batch, "bench: ")
+    if options.soak:
+        resident_bytes()  # where it cannot be had, that is told before the minutes of the rest
     context = moving_clip(config, options.context)
 
     def ours(context: UInt8, batch: int) -> Contestant:
@@ -375,7 +378,7 @@ def resident_bytes() -> int:
     """
     resident = _status("VmRSS")
     if resident is None:
-        raise EngineError("a soak reads /proc/self/status, which is missing here")
+        raise EngineError("a soak reads /proc/self/status, which only Linux has; run it there")
     return resident
 
 

@@ -26,7 +26,7 @@ from rich.table import Table
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
-from canvasmar_rt.benchmarks.latency import machine
+from canvasmar_rt.benchmarks.latency import machine, resident_bytes
 from canvasmar_rt.command import run_command
 from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.files import check_writable, write_file
@@ -221,10 +221,11 @@ def soak(
 
     Raises:
         ConfigError: if no client is left that reads.
-        EngineError: if the server does not start.
+        EngineError: if the server does not start, or where /proc is not to be had.
     """
     if clients <= stalled:
         raise ConfigError(f"of {clients} clients at least one must read; {stalled} are to stall")
+    resident_bytes()  # where it cannot be had, nor can the server's
     config = load(model).config
     tick_s = settings.tick_s(config)
     report: dict[str, Any] = {

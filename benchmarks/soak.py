@@ -228,6 +228,7 @@ def main(
         raise ConfigError("soak: need --hz and --budget-ms above 0 and at least 20 ticks")
     if budget > seconds:  # neither JSON nor a picture takes an infinite one
         raise ConfigError(f"soak: --budget-ms {budget_ms:g} is longer than the {seconds:g} seconds")
+    resident_bytes()  # where it cannot be had, that is told before the first phase
     count = int(seconds * hz)
     for path in (output, plot, sheet):
         if path is not None:

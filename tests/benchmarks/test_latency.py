@@ -28,7 +28,7 @@ from canvasmar_rt.benchmarks.latency import (
 )
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.config import ModelConfig, preset
-from canvasmar_rt.errors import ConfigError, InputError
+from canvasmar_rt.errors import ConfigError, EngineError, InputError
 from canvasmar_rt.rollout import Predictor
 
 
@@ -322,7 +322,7 @@ def test_a_soak_compares_its_end_with_its_hundredth_frame(
 ) -> None:
     with pytest.raises(ConfigError, match="longer than 100 frames"):
         BenchOptions(soak=100)
-    resident = iter([200_000_000, 210_000_000])
+    resident = iter([1, 200_000_000, 210_000_000])  # the first is asked for before anything runs
     monkeypatch.setattr(latency, "resident_bytes", lambda: next(resident))
     timed: list[int] = []
     monkeypatch.setattr(latency, "percentiles", lambda s: timed.append(len(s)) or {"p50": 1.0})
@@ -338,6 +338,21 @@ def test_a_soak_compares_its_end_with_its_hundredth_frame(
     )
     assert timed[-1] == 3
     assert said == [1]  # an interrupted soak keeps what was measured before it
+
+
+def test_a_soak_where_memory_cannot_be_read_is_refused_first(
+    predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows and macOS; what is measured beside it is measured without."""
+    monkeypatch.setattr(latency, "_status", lambda field: None)
+    told: list[str] = []
+    options = BenchOptions(frames=1, iterations=1, warmup=0, soak=103)
+    with pytest.raises(EngineError, match="only Linux has; run it there"):
+        bench(predictor, options, {}, lambda what, done, total: told.append(what))
+    assert not told
+    made = bench(predictor, dataclasses.replace(options, soak=0), {})
+    assert "peak_host_mb" not in made["metrics"][0]["contestants"][OURS]
+    assert report.table(made).row_count == 1
 
 
 def test_percentiles_are_in_ms() -> None:

@@ -18,11 +18,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import canvasmar_rt
-from canvasmar_rt.benchmarks import soak
+from canvasmar_rt.benchmarks import latency, soak
 from canvasmar_rt.benchmarks.soak import SKIPPED, Tick, busy, picture, run_ticks, summary
 from canvasmar_rt.bundle import Bundle
 from canvasmar_rt.deadline import Rung, ladder
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.errors import ConfigError, EngineError
 
 
 class Sleeper:
@@ -142,6 +142,12 @@ def test_every_rung_is_shown() -> None:
     assert names == ["2x3", "1x3, unguided"]
     assert sheet.shape[0] > 5 * 64  # the real frame, and four rungs
     assert sheet.shape[1] < 4 * sheet.shape[0]
+
+
+def test_memory_that_cannot_be_read_is_told_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(latency, "_status", lambda field: None)
+    refused = CliRunner().invoke(soak.app, ["none"])
+    assert isinstance(refused.exception, EngineError)
 
 
 def test_a_loop_needs_ticks() -> None:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 
 import pytest
 
-from canvasmar_rt.benchmarks import service_soak
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.benchmarks import latency, service_soak
+from canvasmar_rt.errors import ConfigError, EngineError
 from canvasmar_rt.service.settings import Settings
 
 from .conftest import FakePredictor, Running
@@ -41,3 +41,11 @@ def test_a_reader_that_is_cut_off_loses_its_share() -> None:
 def test_somebody_must_read() -> None:
     with pytest.raises(ConfigError, match="at least one must read"):
         service_soak.soak("toytable-int8", Settings(), seconds=4, clients=2, stalled=2, garbage=0)
+
+
+def test_a_soak_where_memory_cannot_be_read_is_refused_first(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(latency, "_status", lambda field: None)
+    with pytest.raises(EngineError, match="only Linux has"):
+        service_soak.soak("none", Settings(), seconds=4, clients=2, stalled=1, garbage=0)
