@@ -76,16 +76,17 @@ def video_names(clips: Sequence[Path], output: Path) -> dict[Path, Path]:
             where the clips lie (a single one may lie there under another name).
     """
     _check_folder(output.absolute(), output)
-    stems = [clip.stem for clip in clips]
-    names = [clip.stem if stems.count(clip.stem) == 1 else clip.name for clip in clips]
-    if len(set(names)) < len(clips):
+    # without case, which Windows and macOS do not tell apart
+    stems = [clip.stem.casefold() for clip in clips]
+    names = [clip.stem if stems.count(clip.stem.casefold()) == 1 else clip.name for clip in clips]
+    if len({name.casefold() for name in names}) < len(clips):
         names = [clip.name for clip in clips]
     videos = {clip: output / f"{name}.mp4" for clip, name in zip(clips, names, strict=True)}
     given = {clip.resolve() for clip in clips}
-    folders = {folder for c in clips for folder in (c.parent.resolve(), c.resolve().parent)}
+    folders = {folder for c in clips for folder in (c.parent, c.resolve().parent)}
     if len(clips) > 1 and output.suffix.lower() in OUTPUT_SUFFIXES and not output.is_dir():
         raise InputError(f"{output}: {len(clips)} clips make as many videos; give -o a folder")
-    among = len(clips) > 1 and output.resolve() in folders
+    among = len(clips) > 1 and any(_same(output, folder) for folder in folders)
     if among or any(video.resolve() in given for video in videos.values()):
         raise InputError(f"{output}: the clips themselves lie there; give another folder")
     return videos
@@ -221,6 +222,12 @@ def _check_folder(folder: Path, output: Path) -> None:
         raise InputError(f"{output}: {there} is not a folder that can be written to")
 
 
+def _same(a: Path, b: Path) -> bool:
+    """Whether two paths are of one thing that is there. Their names do not tell: on Windows and
+    macOS they may differ in case."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
 def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, Path]:
     """Where the video of `count` frames and the sheet go, checked before anything is computed."""
     suffix = output.suffix.lower()
@@ -234,7 +241,7 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
             raise InputError(f"{path}: cannot be written ({error.strerror})") from None
         if taken:
             raise InputError(f"{path}: is a directory; name a file in it")
-        if path.exists() and path.resolve() == source.resolve():
+        if _same(path, source):
             raise InputError(f"{path}: is the clip itself; give another output")
     _check_folder(output.absolute().parent, output)
     if suffix == ".png":  # frames by themselves, so that the folder is a clip again
@@ -244,7 +251,7 @@ def _targets(source: Path, output: Path, count: int, fps: float) -> tuple[Path, 
         frames, numbered = source.parent, source.suffix.lower() in IMAGE_SUFFIXES
         pictures = [output] if numbered and suffix == ".png" else []
     for path in pictures:
-        if path.parent.resolve() == frames.resolve():
+        if _same(path.parent, frames):
             raise InputError(f"{path}: would lie among the clip's own frames; give another output")
     check_target(output, count, fps)
     return output, sheet

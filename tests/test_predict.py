@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import shutil
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 import canvasmar_rt
 from canvasmar_rt.bundle import DEMO_CLIP
 from canvasmar_rt.config import preset
-from canvasmar_rt.errors import InputError
+from canvasmar_rt.errors import InputError, VideoError
 from canvasmar_rt.predict import (
     PredictOptions,
     predict_clip,
@@ -78,6 +79,16 @@ def test_predictions_do_not_lie_among_the_frames_they_continue(
             predict_clip(idle, source, tmp_path / name, PredictOptions(frames=2, context=1))
 
 
+def test_a_clip_is_known_by_another_name(idle: Predictor, tmp_path: Path) -> None:
+    """A link stands in for a name in other letters, where case does not count."""
+    shutil.copy(DEMO_CLIP, tmp_path / "a.npz")
+    os.link(tmp_path / "a.npz", tmp_path / "A.mp4")
+    with pytest.raises(InputError, match=r"A\.mp4: is the clip itself"):
+        predict_clip(idle, tmp_path / "a.npz", tmp_path / "A.mp4", PredictOptions(frames=2))
+    with pytest.raises(VideoError, match="no such file"):
+        predict_clip(idle, tmp_path / "none", tmp_path / "A.mp4", PredictOptions(frames=2))
+
+
 def test_a_file_is_no_folder_for_many_clips(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for output in (tmp_path / "file", tmp_path / "file" / "within"):
@@ -91,6 +102,7 @@ def test_a_file_is_no_folder_for_many_clips(tmp_path: Path) -> None:
         (["a.mp4", "b.npz"], ["a.mp4", "b.mp4"]),
         (["a.mp4", "a.npz", "b.mp4"], ["a.mp4.mp4", "a.npz.mp4", "b.mp4"]),
         (["a.mp4", "a.npz", "a.npz.mp4"], ["a.mp4.mp4", "a.npz.mp4", "a.npz.mp4.mp4"]),
+        (["A.mov", "a.mp4", "b.mp4"], ["A.mov.mp4", "a.mp4.mp4", "b.mp4"]),
     ],
 )
 def test_every_clip_has_a_video_of_its_own(
