@@ -36,7 +36,7 @@ from canvasmar_rt.errors import EngineError
 try:
     import torch
 except ImportError:
-    print_error(EngineError("the GPU benchmarks need PyTorch: pip install 'canvasmar-rt[export]'"))
+    print_error(EngineError('the GPU benchmarks need PyTorch: pip install "canvasmar-rt[export]"'))
     sys.exit(2)
 
 from torch import Tensor

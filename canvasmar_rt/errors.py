@@ -47,7 +47,8 @@ def need(what: str, extra: str, *modules: str) -> None:
     """Raise `EngineError` if a module that `what` needs, and `extra` brings, is not installed."""
     missing = [module for module in modules if not _found(module)]
     if missing:
-        raise EngineError(f"{what} needs {', '.join(missing)}: pip install 'canvasmar-rt[{extra}]'")
+        lacking = ", ".join(missing)
+        raise EngineError(f'{what} needs {lacking}: pip install "canvasmar-rt[{extra}]"')
 
 
 def _found(module: str) -> bool:

@@ -25,7 +25,7 @@ try:
     from gymnasium.vector.utils import batch_space
 except ImportError as error:
     raise ImportError(
-        f"canvasmar_rt.gym needs Gymnasium ({error}): pip install 'canvasmar-rt[gym]'"
+        f'canvasmar_rt.gym needs Gymnasium ({error}): pip install "canvasmar-rt[gym]"'
     ) from None
 
 Float64 = npt.NDArray[np.float64]

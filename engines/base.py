@@ -76,7 +76,7 @@ def create(
             import torch  # noqa: F401
         except ImportError:
             raise EngineError(
-                "engine 'torch' needs PyTorch: pip install 'canvasmar-rt[export]'"
+                "engine 'torch' needs PyTorch: pip install \"canvasmar-rt[export]\""
             ) from None
         from canvasmar_rt.engines.torch_engine import TorchEngine
 

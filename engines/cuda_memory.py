@@ -291,7 +291,7 @@ def _runtime() -> Any:
     except ImportError as error:
         raise EngineError(
             f"the GPU is reached through cuda-python, which cannot be imported ({error}): "
-            "pip install 'cuda-python>=13'"
+            'pip install "cuda-python>=13"'
         ) from None
 
 

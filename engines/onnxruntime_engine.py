@@ -312,7 +312,7 @@ def _found(library: str) -> bool:
     return True
 
 
-GPU_COMMAND = "pip install 'canvasmar-rt[gpu]'"
+GPU_COMMAND = 'pip install "canvasmar-rt[gpu]"'
 
 
 def _advice() -> str:
@@ -345,7 +345,7 @@ def _rtx_device(index: int) -> Any:
     if tuple(map(int, ort.__version__.split(".")[:2])) < RTX_SINCE:
         raise EngineError(
             f"provider 'tensorrt-rtx' needs ONNX Runtime 1.30 or newer, this is {ort.__version__}: "
-            "pip install 'onnxruntime>=1.30'"
+            'pip install "onnxruntime>=1.30"'
         )
     name = PROVIDERS["tensorrt-rtx"]
 

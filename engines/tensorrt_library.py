@@ -21,7 +21,7 @@ try:
     import tensorrt as trt  # type: ignore[import-not-found, unused-ignore]
 except (ImportError, OSError) as error:
     raise EngineError(
-        f"TensorRT cannot be imported ({error}): pip install 'canvasmar-rt[tensorrt]'"
+        f'TensorRT cannot be imported ({error}): pip install "canvasmar-rt[tensorrt]"'
     ) from None
 
 __all__ = [

@@ -1,6 +1,6 @@
 """Push a toy to a goal by planning in imagination, and act it out in the real simulator.
 
-    pip install -e '.[train]'
+    pip install -e ".[train]"
     python -m examples.plan_push --tasks 24 --out runs/push
 
 Every tick the rollout is forked, candidate actions are tried on the fork as one batch, gripper and

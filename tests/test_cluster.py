@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-pytest.importorskip("ray.serve", reason="no Ray: pip install 'canvasmar-rt[cluster]'")
-pytest.importorskip("ray.data", reason="no Ray: pip install 'canvasmar-rt[cluster]'")
+pytest.importorskip("ray.serve", reason='no Ray: pip install "canvasmar-rt[cluster]"')
+pytest.importorskip("ray.data", reason='no Ray: pip install "canvasmar-rt[cluster]"')
 
 import ray
 import uvicorn

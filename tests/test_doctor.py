@@ -32,7 +32,7 @@ def test_libraries_that_are_missing_are_named(
     assert missing_libraries() == NEEDED
     gpu_build.update(NEEDED[:-1])
     found = doctor._cuda_onnxruntime(gpu=True)
-    assert (found.status, found.fix) == ("problem", "pip install 'canvasmar-rt[gpu]'")
+    assert (found.status, found.fix) == ("problem", 'pip install "canvasmar-rt[gpu]"')
     assert found.detail.endswith("but not libcudnn.so.9")
     assert "libcudnn.so.9 cannot be found: pip install" in onnxruntime_engine._advice()
     gpu_build.update(NEEDED)
@@ -45,3 +45,11 @@ def test_a_build_for_the_cpu_needs_none() -> None:
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this is a GPU build")
     assert missing_libraries() == []
+
+
+def test_fixes_can_be_pasted_into_any_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    """To cmd.exe a single quote is a letter, and > within two of them a redirection."""
+    monkeypatch.setattr(doctor, "_version", lambda distribution: None)
+    fixes = [finding.fix for finding in doctor.examine()]
+    assert 'pip install "canvasmar-rt[export]"' in fixes
+    assert not [fix for fix in fixes if "'" in fix]

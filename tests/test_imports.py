@@ -74,7 +74,7 @@ def test_training_says_what_it_needs() -> None:
         done = run(code, "--help", cwd=Path(__file__).resolve().parents[1])
         assert done.returncode == 2
         assert "torch is blocked" in done.stderr
-        assert "pip install -e '.[train]'" in done.stderr
+        assert 'pip install -e ".[train]"' in done.stderr
         assert "Traceback" not in done.stderr
 
 
@@ -106,5 +106,5 @@ def test_what_needs_ray_says_so(tmp_path: Path) -> None:
     done = run(code, "--help", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr.startswith("error: ")
-    assert "pip install 'canvasmar-rt[cluster]'" in done.stderr
+    assert 'pip install "canvasmar-rt[cluster]"' in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1

@@ -49,7 +49,7 @@ try:
     from training.transfer import transfer, translate
 except ImportError as missing:
     print_error(
-        EngineError(f"training needs PyTorch and more ({missing}): pip install -e '.[train]'")
+        EngineError(f'training needs PyTorch and more ({missing}): pip install -e ".[train]"')
     )
     sys.exit(2)
 

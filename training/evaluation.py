@@ -68,7 +68,7 @@ try:
     from training.transfer import transfer
 except ImportError as missing:
     print_error(
-        EngineError(f"evaluation needs PyTorch and more ({missing}): pip install -e '.[train]'")
+        EngineError(f'evaluation needs PyTorch and more ({missing}): pip install -e ".[train]"')
     )
     sys.exit(2)
 

@@ -59,7 +59,7 @@ def draw_ablations(result: Any, panels: _Panels = _PANELS) -> bytes:
         from matplotlib.layout_engine import ConstrainedLayoutEngine
         from matplotlib.ticker import LogLocator, NullFormatter, NullLocator, ScalarFormatter
     except ImportError:
-        raise ConfigError("plot needs matplotlib: pip install 'canvasmar-rt[train]'") from None
+        raise ConfigError('plot needs matplotlib: pip install "canvasmar-rt[train]"') from None
 
     size = 4.5 * len(panels) if len(panels) > 1 else 8.0  # one of many lines: beside its legend
     figure = Figure(figsize=(size, 4.0), dpi=200, layout=ConstrainedLayoutEngine(wspace=0.06))

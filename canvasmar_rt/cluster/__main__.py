@@ -29,7 +29,7 @@ try:
     from canvasmar_rt.cluster.proxy import ENVIRONMENT
     from canvasmar_rt.cluster.service import Replicas, application
 except ImportError as missing:
-    why = f"canvasmar_rt.cluster needs Ray ({missing}): pip install 'canvasmar-rt[cluster]'"
+    why = f'canvasmar_rt.cluster needs Ray ({missing}): pip install "canvasmar-rt[cluster]"'
     print_error(EngineError(why))
     sys.exit(2)
 

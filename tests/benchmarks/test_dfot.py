@@ -399,5 +399,5 @@ def test_without_pytorch_it_says_what_to_install(tmp_path: Path) -> None:
         cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert done.stdout.strip() == (
-        "the DFoT baseline needs torch: pip install 'canvasmar-rt[export]'"
+        'the DFoT baseline needs torch: pip install "canvasmar-rt[export]"'
     ), done.stderr

@@ -255,7 +255,7 @@ def test_no_gpu_no_driver_no_package(cuda: FakeCuda, monkeypatch: pytest.MonkeyP
         CudaMemory()
     monkeypatch.undo()
     monkeypatch.setitem(sys.modules, "cuda.bindings.runtime", None)
-    with pytest.raises(EngineError, match=r"pip install 'cuda-python"):
+    with pytest.raises(EngineError, match='pip install "cuda-python'):
         CudaMemory()
 
 

@@ -193,7 +193,7 @@ def test_a_file_is_no_folder_for_engines(bundle: Bundle, tmp_path: Path) -> None
 
 @pytest.mark.usefixtures("without_tensorrt")
 def test_building_without_tensorrt_names_the_command(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"pip install 'canvasmar-rt\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r'pip install "canvasmar-rt\[tensorrt\]"'):
         build_engines(bundle, tmp_path / "engines")
     assert not list(tmp_path.iterdir())
 

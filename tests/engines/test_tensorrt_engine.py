@@ -363,5 +363,5 @@ def test_without_tensorrt_the_command_is_named(
 ) -> None:
     monkeypatch.setitem(sys.modules, "tensorrt", None)
     monkeypatch.delitem(sys.modules, LIBRARY, raising=False)
-    with pytest.raises(EngineError, match=r"pip install 'canvasmar-rt\[tensorrt\]'"):
+    with pytest.raises(EngineError, match=r'pip install "canvasmar-rt\[tensorrt\]"'):
         TensorRTEngine(BUNDLE, engine_dir=tmp_path)
