@@ -104,21 +104,28 @@ def compare_rollout(
     Returns:
         Relative difference of the latents of every frame, and the number of frames whose own order
         would have differed: near ties of the staticness, or a mistake.
+
+    Raises:
+        ValueError: if a golden frame has another shape, or its order is none.
     """
     predictor = Predictor(engine)
     low = predictor.bundle.manifest.batch.minimum
-    rollout = predictor.start(seed=int(golden["seed"][0]), batch=low)
+    rollout = predictor.start(seed=int(golden["seed"].item()), batch=low)
     drift: list[float] = []
     flipped = 0
     for latent, order in zip(golden["latents"], golden["orders"], strict=True):
         progress(f"golden rollout on {engine.name}: frame {len(drift) + 1}")
         before = rollout.state()
         own = rollout.step()
+        places = np.sort(own.order[0])
+        if latent.shape != own.latent[0].shape or not np.array_equal(np.sort(order), places):
+            raise ValueError(f"latents or order of frame {len(drift) + 1} of the rollout")
         if (own.order[0] != order).any():
             flipped += 1
             rollout.restore(before)
             own = rollout._step(None, order=np.broadcast_to(order, own.order.shape))
-        drift.append(float(np.linalg.norm(own.latent[0] - latent) / np.linalg.norm(latent)))
+        norm = max(float(np.linalg.norm(latent)), 1e-12)
+        drift.append(float(np.linalg.norm(own.latent[0] - latent)) / norm)
     return tuple(drift), flipped
 
 

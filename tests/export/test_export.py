@@ -733,6 +733,34 @@ def test_a_golden_seed_that_is_no_number_is_one_error(bundle: Bundle) -> None:
         verify(bundle.path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("seed", lambda x: np.zeros((2, 2))),
+        ("latents", lambda x: x[:, :1]),
+        ("orders", lambda x: x + 1000),
+        ("orders", lambda x: np.zeros_like(x)),
+        ("orders", lambda x: x * np.nan),
+        ("orders", lambda x: x[:, :2]),
+    ],
+)
+def test_a_golden_rollout_that_is_none_is_one_error(
+    bundle: Bundle, name: str, change: Callable[[np.ndarray], np.ndarray]
+) -> None:
+    golden = load_file(bundle.path / "golden" / "rollout.safetensors")
+    change_golden(bundle, "rollout", golden | {name: change(golden[name])})
+    with pytest.raises(BundleError, match="golden tensors do not fit"):
+        verify(bundle.path)
+
+
+def test_golden_latents_of_nothing_are_one_error(bundle: Bundle) -> None:
+    """They have no norm to divide by."""
+    golden = load_file(bundle.path / "golden" / "rollout.safetensors")
+    change_golden(bundle, "rollout", golden | {"latents": np.zeros_like(golden["latents"])})
+    with pytest.raises(ParityError, match="rollout drifts"):
+        verify(bundle.path)
+
+
 def test_weights_that_are_no_safetensors_are_one_error(bundle: Bundle) -> None:
     (bundle.path / "flow" / "model.safetensors").write_bytes(b"garbage" * 9)
     with pytest.raises(BundleError, match=r"flow/model.safetensors cannot be read"):
