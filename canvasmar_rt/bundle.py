@@ -18,7 +18,7 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
@@ -410,20 +410,47 @@ def _check_files(directory: Path, manifest: Manifest, progress: Callable[[str], 
                 f"{directory}: {name} does not match its sha256: it was changed after export; "
                 "export or copy it again"
             )
+    listed = manifest.files
     for name, component in manifest.components.items():
         folder = PurePosixPath(component.file).parent
-        beside = [str(folder / "model.safetensors")]
-        if folder.parts and component.file in manifest.files:
-            # its graph may read whatever lies there
-            beside = [str(folder / e.name) for e in os.scandir(directory / folder)]
-        for used in (component.file, *sorted(beside)):
-            hidden = PurePosixPath(used).name.startswith(".")  # as file managers leave
-            present = used == component.file or os.path.exists(directory / used)
-            if used not in manifest.files and present and not hidden:
+        used = [component.file]
+        if component.file in listed:
+            used = [p for p in _within(directory, folder, listed) if p not in listed]
+        for path in sorted(used):
+            if path == component.file or _may_read(directory / component.file, folder, path):
                 raise BundleError(
-                    f"{directory}: {name}: {used} is not a listed file; remove it, or export or "
+                    f"{directory}: {name}: {path} is not a listed file; remove it, or export or "
                     "copy the bundle again"
                 )
+
+
+def _within(directory: Path, folder: PurePosixPath, listed: Collection[str]) -> Iterator[str]:
+    """What lies in a component's folder; for the bundle's own, whatever a path in it leads to."""
+
+    def beside(inside: PurePosixPath) -> Iterator[str]:
+        return (str(inside / entry.name) for entry in os.scandir(directory / inside))
+
+    if folder.parts:
+        yield from beside(folder)
+        return
+    for parent, within, files in os.walk(directory):
+        inside = PurePosixPath(Path(parent).relative_to(directory).as_posix())
+        yield from (str(inside / name) for name in files)
+        for name in within:
+            path = inside / name
+            if os.path.islink(directory / path):
+                parts = any(PurePosixPath(other).is_relative_to(path) for other in listed)
+                yield from beside(path) if parts else (str(path),)
+
+
+def _may_read(graph: Path, folder: PurePosixPath, path: str) -> bool:
+    """Whether a graph may read an unlisted file as weights. What file managers leave, or what lies
+    in other folders, it reads only if it names it."""
+    parts = PurePosixPath(path).relative_to(folder).parts
+    if folder.parts and not parts[-1].startswith("."):
+        return True
+    held = graph.read_bytes().lower()  # some file systems know no capitals
+    return all(os.fsencode(part.lower()) in held for part in parts)
 
 
 def _inside(directory: Path, name: str) -> Path:

@@ -460,6 +460,36 @@ def test_weights_that_are_not_listed(made: Path) -> None:
     assert "spatial/more.bin is not a listed file; remove it" in refused(made)
 
 
+@pytest.mark.parametrize(
+    ("graph", "name"),
+    [
+        ("spatial/model.onnx", "spatial/.DS_Store"),
+        ("spatial/model.onnx", "spatial/.X"),
+        ("frame.onnx", "notes.bin"),
+        ("frame.onnx", ".notes"),
+        ("frame.onnx", "golden/notes.bin"),
+    ],
+)
+def test_nobodys_business_is_one_once_a_graph_names_it(made: Path, graph: str, name: str) -> None:
+    """It would be read as weights without a hash."""
+    (made / name).parent.mkdir(exist_ok=True)
+    (made / name).write_bytes(b"weights")
+    Bundle.open(made)
+    path = made / graph
+    path.write_bytes(path.read_bytes() + b"location\x12" + name.rpartition("spatial/")[2].encode())
+    edit(made, lambda m: m["files"].update({graph: file_entry(path)}))
+    assert f"{name} is not a listed file; remove it" in refused(made)
+
+
+def test_folders_may_be_links_to_others_of_the_bundle(made: Path) -> None:
+    path = made / "frame.onnx"
+    path.write_bytes(path.read_bytes() + b"spatial/model.safetensors")
+    edit(made, lambda m: m["files"].update({"frame.onnx": file_entry(path)}))
+    (made / "spatial").rename(made / "moved")
+    (made / "spatial").symlink_to("moved")
+    Bundle.open(made)
+
+
 # -- files
 
 
