@@ -204,7 +204,7 @@ class OnnxRuntimeEngine:
         try:
             session = ort.InferenceSession(str(self.bundle.file(component)), options, **chosen)
         except Exception as error:  # onnxruntime's exceptions share no base class
-            told = " ".join(str(error).split())
+            told = _told(error)
             then = "copy or export the bundle again" if self._cuda is None else _advice()
             raise EngineError(
                 f"{self.bundle.path}: {component}: ONNX Runtime refused the graph: {told}; {then}"
@@ -223,8 +223,11 @@ class OnnxRuntimeEngine:
             (session.get_inputs(), entry.inputs),
             (session.get_outputs(), entry.outputs),
         ):
-            found = [(t.name, list(t.shape)) for t in got]
-            listed = [(t.name, [fixed.get(str(d), d) for d in t.dims]) for t in want]
+            found = [(t.name, t.type, list(t.shape)) for t in got]
+            listed = []
+            for t in want:
+                kind = "float" if t.dtype == "float32" else t.dtype
+                listed.append((t.name, f"tensor({kind})", [fixed.get(str(d), d) for d in t.dims]))
             if found != listed:
                 raise BundleError(
                     f"{self.bundle.path}: {component}: the graph's tensors are not those the "
@@ -260,7 +263,9 @@ class OnnxRuntimeEngine:
                 session.run_with_iobinding(binding, options)
             except Exception as error:  # onnxruntime's exceptions share no base class
                 then = "" if self._cuda is None else f"; {_advice()}"
-                raise EngineError(f"{component}: ONNX Runtime failed: {error}{then}") from None
+                raise EngineError(
+                    f"{component}: ONNX Runtime failed: {_told(error)}{then}"
+                ) from None
 
         if self._cuda is None:
             return run
@@ -281,6 +286,12 @@ def left_to_the_cpu(session: ort.InferenceSession) -> list[str]:
     parts = session.get_provider_graph_assignment_info()
     there = (part for part in parts if part.ep_name == PROVIDERS["cpu"])
     return sorted(WORK & {node.op_type for part in there for node in part.get_nodes()})
+
+
+def _told(error: Exception) -> str:
+    """What ONNX Runtime says, as one line; it repeats names of the graph, whatever is in them."""
+    line = " ".join(str(error).split())
+    return "".join(c if c.isprintable() else "?" for c in line)
 
 
 def preload() -> None:

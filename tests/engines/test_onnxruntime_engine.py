@@ -44,7 +44,14 @@ class Session:
         fixed = manifest.fixed_dims(name)
         entry = manifest.components[name]
         self._inputs, self._outputs = (
-            [SimpleNamespace(name=t.name, shape=[fixed.get(str(d), d) for d in t.dims]) for t in x]
+            [
+                SimpleNamespace(
+                    name=t.name,
+                    type=f"tensor({'float' if t.dtype == 'float32' else t.dtype})",
+                    shape=[fixed.get(str(d), d) for d in t.dims],
+                )
+                for t in x
+            ]
             for x in (entry.inputs, entry.outputs)
         )
 

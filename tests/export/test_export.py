@@ -36,7 +36,7 @@ from canvasmar_rt.components import components
 from canvasmar_rt.config import SamplingConfig
 from canvasmar_rt.engines.program import require_finite
 from canvasmar_rt.engines.torch_engine import load_model
-from canvasmar_rt.errors import BundleError, ConfigError, InputError, ParityError
+from canvasmar_rt.errors import BundleError, ConfigError, EngineError, InputError, ParityError
 from canvasmar_rt.export import compose, exporter, parity, tensorrt_ops
 from canvasmar_rt.export.exporter import MOVES, ExportOptions, export_bundle
 from canvasmar_rt.models.canvasmar import CanvasMAR
@@ -776,6 +776,41 @@ def test_a_manifest_of_another_model_is_refused(bundle: Bundle) -> None:
     write_manifest(bundle.path, changed)
     with pytest.raises(BundleError, match="temporal: the graph's tensors"):
         canvasmar_rt.load(bundle.path)
+
+
+def change_graph(bundle: Bundle, name: str, model: onnx.ModelProto) -> None:
+    """A graph with a manifest that knows it."""
+    path = bundle.path / name
+    path.write_bytes(model.SerializeToString())
+    entry = FileEntry(sha256=sha256(path), bytes=path.stat().st_size)
+    files = bundle.manifest.files | {name: entry}
+    write_manifest(bundle.path, dataclasses.replace(bundle.manifest, files=files))
+
+
+def test_a_graph_of_other_dtypes_is_refused(bundle: Bundle) -> None:
+    """When it is loaded, not at its first run."""
+    graph = onnx.load(bundle.path / "canvas" / "model.onnx", load_external_data=False)
+    output = graph.graph.output[0]
+    for node in graph.graph.node:
+        for i, name in enumerate(node.output):
+            if name == output.name:
+                node.output[i] = "as it was"
+    double = onnx.TensorProto.DOUBLE
+    cast = onnx.helper.make_node("Cast", ["as it was"], [output.name], to=double)
+    graph.graph.node.append(cast)
+    output.type.tensor_type.elem_type = double
+    change_graph(bundle, "canvas/model.onnx", graph)
+    with pytest.raises(BundleError, match="canvas: the graph's tensors"):
+        canvasmar_rt.load(bundle.path)
+
+
+def test_names_in_a_graph_do_not_reach_the_terminal_as_they_are(bundle: Bundle) -> None:
+    graph = onnx.load(bundle.path / "canvas" / "model.onnx", load_external_data=False)
+    graph.graph.node[0].op_type = "Nothing\x1b[2J\n"
+    change_graph(bundle, "canvas/model.onnx", graph)
+    with pytest.raises(EngineError, match="canvas: ONNX Runtime refused the graph") as caught:
+        canvasmar_rt.load(bundle.path)
+    assert str(caught.value).isprintable()
 
 
 def test_a_component_that_is_not_finite_is_refused(bundle: Bundle) -> None:
