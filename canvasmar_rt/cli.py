@@ -633,6 +633,11 @@ def bench(
     )  # fmt: skip
     if json_ is not None and csv is not None and json_.resolve() == csv.resolve():
         raise ConfigError("bench: give --json and --csv two files")
+    for path in (json_, csv):
+        if path is None or plot is None or path.suffix.lower() != ".png":
+            continue
+        if path.resolve().parent == plot.resolve():  # a picture would take its place
+            raise ConfigError(f"bench: {path} lies where --plot draws; name it .json or .csv")
     for path in (json_, csv, plot and plot / "first_frame.png"):
         if path is not None:
             check_writable(path)

@@ -154,6 +154,7 @@ def test_a_folder_of_clips_skips_the_broken_one(tmp_path: Path) -> None:
         (["verify", "nowhere"], "nowhere"),
         (["info", "nowhere"], "nowhere"),
         (["bench", "--batch", "many"], "1,8,32"),
+        (["bench", "--json", "p/clip.png", "--plot", "p"], r"p/clip.png lies where --plot draws"),
         (["bench", "--baseline", "dream"], "eager, "),
         (["bench", "--profile", "slow"], "default, fast"),
         (["predict", DEMO_CLIP, "-o", "x.mp4", "--model", ""], "not a bundle directory"),
