@@ -48,9 +48,12 @@ def run_command(app: typer.Typer) -> None:
         _discard_stdout()
         if isinstance(error, BrokenPipeError):  # as typer leaves when the reader went away
             sys.exit(1)
-        print_error(
-            CanvasMarError(f"cannot go on ({error}); see that what is written to has space")
-        )
+        then = "see that what is written to has space"
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            then = "the current directory is gone: cd to another"
+        print_error(CanvasMarError(f"cannot go on ({error}); {then}"))
         sys.exit(2)
     except SystemExit as leaving:
         if leaving.code == INTERRUPTED:

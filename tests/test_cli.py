@@ -208,6 +208,23 @@ def test_a_full_stdout_is_one_line(arguments: tuple[str, ...]) -> None:
     assert re.fullmatch(r"error: .*No space left on device.*\n", done.stderr)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a directory in use stays there")
+def test_a_current_directory_that_is_gone_is_said_to_be(tmp_path: Path) -> None:
+    """Another program's clean-up may take it from under a shell; the disk is not full then."""
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    code = (
+        "import os, sys; from canvasmar_rt.cli import main; os.rmdir(os.getcwd()); "
+        f"sys.argv = ['canvasmar-rt', 'predict', {str(DEMO_CLIP)!r}, '-o', 'o.mp4']; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=gone, capture_output=True, text=True, timeout=120,
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*the current directory is gone: cd to another\n", done.stderr)
+
+
 @pytest.mark.parametrize("arguments", [("doctor", "--json"), ("info", DEFAULT_MODEL, "--json")])
 def test_a_reader_that_goes_away_is_no_error_to_tell(arguments: tuple[str, ...]) -> None:
     reader, writer = os.pipe()
