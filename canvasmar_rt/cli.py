@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -652,6 +653,9 @@ def bench(
     loading |= _engine_options(engine_option)
     if preset_ is not None and model is not None:
         raise ConfigError("bench: give --model or --preset, not both")
+    cores = os.cpu_count()
+    if threads is not None and cores is not None and threads > cores and not quiet:
+        stderr.print(f"note: {threads} threads share {cores} cores, and wait for each other")
     with ExitStack() as stack:
         source: str | Path = _model(model, device)
         if preset_ is not None:

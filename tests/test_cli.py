@@ -237,6 +237,14 @@ def test_a_reader_that_goes_away_is_no_error_to_tell(arguments: tuple[str, ...])
     assert (done.returncode, done.stderr) == (1, "")
 
 
+def test_bench_says_that_there_are_more_threads_than_cores(tmp_path: Path) -> None:
+    """It would be many times slower without a word."""
+    done = run("bench", "--threads", "1024", "--profile", "none", cwd=tmp_path, code=2)
+    assert done.stderr.startswith(f"note: 1024 threads share {os.cpu_count()} cores")
+    done = run("bench", "--threads", "1", "--profile", "none", cwd=tmp_path, code=2)
+    assert done.stderr.startswith("error: ")
+
+
 def test_bench_says_first_that_it_cannot_draw(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
