@@ -288,8 +288,8 @@ def read_latent_actions(source: Path, config: ModelConfig, latents: int) -> Late
     rows = read_actions(source)
     t, size = config.autoencoder.temporal_compression, config.action_dim // config.group
     found = rows.shape
-    row_frames = 1 if found[1] * t == size else t
-    if row_frames == 1:
+    row_frames = 1 if found[1] * t == size else t  # of t = 1 it is 1 whatever they have
+    if found[1] * t == size:
         rows = rows[: len(rows) // t * t].reshape(-1, size)
     if rows.shape[1] != size:
         wanted = f"({latents}, {size})"

@@ -167,6 +167,17 @@ def test_actions_of_another_size_are_told_what_fits(
         read_latent_actions(tmp_path / "a.npz", config, 3)
 
 
+def test_wide_actions_are_not_folded_for_a_model_of_single_frames(tmp_path: Path) -> None:
+    """Where a latent frame is one pixel frame, rows of 6 numbers were taken as 3 rows of 2."""
+    np.savez(tmp_path / "a.npz", actions=np.zeros((8, 6), np.float32))
+    single = dataclasses.replace(TOYTABLE.autoencoder, temporal_compression=1)
+    config = dataclasses.replace(TOYTABLE, autoencoder=single, action_dim=2)
+    with pytest.raises(InputError, match=r"shape \(8, 6\), expected at least \(3, 2\)$"):
+        read_latent_actions(tmp_path / "a.npz", config, 3)
+    np.savez(tmp_path / "a.npz", actions=np.arange(16, dtype=np.float32).reshape(8, 2))
+    assert read_latent_actions(tmp_path / "a.npz", config, 3).latent.shape == (8, 2)
+
+
 def test_one_step_without_actions_is_said_to_blur(tmp_path: Path) -> None:
     predictor = canvasmar_rt.load("toytable-int8", threads=1)
     more = dataclasses.replace(predictor.sampling, ar_steps=2)
