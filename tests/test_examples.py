@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ import pytest
 import canvasmar_rt
 from canvasmar_rt.video import read_clip
 from examples import plan_push as push
+from examples import robot_loop
 from training import toytable
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -106,6 +108,41 @@ def test_the_robot_loop_runs(tmp_path: Path, simulated: bool) -> None:
     assert len(ticks) == 10
     assert max(float(surprise) for *_, surprise in ticks) < 25
     assert re.search(r"^10 ticks, missed \d+; prediction p50 [\d.]+ ms, worst", out, re.M)
+
+
+def test_a_robot_that_stalled_does_not_act_in_a_burst(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ten ticks a second, on a clock of the test's own."""
+    now, acted = 0.0, []
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += seconds
+
+    class Stalling(robot_loop.Recording):
+        def act(self, action: np.ndarray) -> np.ndarray:
+            acted.append(now)
+            sleep(2 if len(acted) == 3 else 0.01)
+            return super().act(action)
+
+    frames = np.zeros((1, 2, 64, 64, 3), np.uint8)
+    prediction = SimpleNamespace(frames=frames, ar_steps=1, deadline_met=True)
+    rollout = SimpleNamespace(
+        latency=(),
+        warmup=lambda **_: None,
+        step=lambda *_, **__: prediction,
+        observe=lambda frames: None,
+    )
+    predictor = SimpleNamespace(config=SimpleNamespace(action_dim=4), start=lambda _: rollout)
+    clock = SimpleNamespace(perf_counter=lambda: now, sleep=sleep)
+    monkeypatch.setattr(robot_loop, "time", clock)
+    monkeypatch.setattr(robot_loop, "robot", Stalling)
+    monkeypatch.setattr(canvasmar_rt, "load", lambda *_, **__: predictor)
+    monkeypatch.setattr("sys.argv", ["robot_loop", "--seconds", "0.7"])
+    robot_loop.main()
+    np.testing.assert_allclose(np.diff(acted), [0.1, 0.1, 2.0, 0.1, 0.1, 0.1])
+    assert "7 ticks, missed 1;" in capsys.readouterr().out
 
 
 def test_the_game_loop_shows_the_arm_moving(tmp_path: Path) -> None:
