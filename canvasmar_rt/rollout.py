@@ -755,6 +755,10 @@ class Rollout:
             raise InputError(f"fork: `into` is an earlier fork, got {type(into).__name__}")
         if into is self:
             raise StateError("fork: `into` is an earlier fork, not the rollout itself")
+        if into is not None and into._calls:
+            raise StateError(
+                "fork: `into` is in the middle of a call; wait for it, or take another"
+            )
         copied = {
             k: np.repeat(v, n, axis=1 if k.startswith("cache_") else 0)
             for k, v in self._program.snapshot().items()

@@ -523,6 +523,7 @@ def test_a_ladder_that_was_cut_off_is_made_whole(
 
 def test_a_call_in_the_middle_of_another_changes_nothing(rollout: Rollout) -> None:
     kept = rollout.state()
+    other = rollout.fork()
     want = latents(rollout, 2)
     rollout.restore(kept)
     refused = []
@@ -534,6 +535,8 @@ def test_a_call_in_the_middle_of_another_changes_nothing(rollout: Rollout) -> No
             with pytest.raises(StateError, match="in the middle of another call"):
                 call()
             refused.append(call)
+        with pytest.raises(StateError, match="fork: `into` is in the middle of a call"):
+            other.fork(into=rollout)
 
     found = [rollout.step(on_canvas=meanwhile).latent for _ in range(2)]
     assert len(refused) == 12
