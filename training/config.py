@@ -155,7 +155,10 @@ class ModelTraining(RunConfig):
         _require(0 <= self.history_noise <= 1, "training: history_noise must lie in [0, 1]")
         _require(0 <= self.mask_ratio_min <= 1, "training: mask_ratio_min must lie in [0, 1]")
         _require(0 <= self.mask_all <= 1, "training: mask_all must lie in [0, 1]")
-        _require(self.mask_ratio_std > 0, "training: mask_ratio_std must be above 0")
+        _require(
+            0 < self.mask_ratio_std < math.inf,
+            "training: mask_ratio_std must be above 0 and finite",
+        )
         for name in ("mar_weight", "canvas_weight", "static_weight"):
             weight = getattr(self, name)
             _require(

@@ -640,6 +640,12 @@ def test_weights_of_losses_are_finite_and_not_negative(name: str, value: float) 
         ModelTraining(steps=1, batch=1, **{name: value})
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 0.0])
+def test_deviations_of_the_mask_ratio_are_finite(value: float) -> None:
+    with pytest.raises(ConfigError, match="mask_ratio_std must be above 0 and finite"):
+        ModelTraining(steps=1, batch=1, mask_ratio_std=value)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_gradient_that_is_no_number_changes_nothing(value: float, tmp_path: Path) -> None:
     run = trainer(model_stage(checkpoint_every=1), tmp_path)
