@@ -378,6 +378,22 @@ def test_a_checkpoint_is_the_averaged_model(tmp_path: Path) -> None:
     assert sample.frames.shape == (1, 2, 16, 16, 3)
 
 
+def test_samples_are_of_the_averaged_model(tmp_path: Path) -> None:
+    run = trainer(model_stage(steps=2, sample_every=2), tmp_path)
+    seen: list[dict[str, Tensor]] = []
+
+    def sample(*_: Any) -> None:
+        assert not run.stage.loss.training
+        seen.append({n: p.detach().clone() for n, p in run.stage.loss.named_parameters()})
+
+    run.stage.sample = sample  # type: ignore[method-assign]
+    run.run()
+    (weights,) = seen
+    assert all(torch.equal(weights[n], average) for n, average in run.average.shadow.items())
+    own = dict(run.stage.loss.named_parameters())
+    assert any((weights[n] != own[n]).any() for n in own)
+
+
 def test_two_processes_do_not_train_in_one_directory(tmp_path: Path) -> None:
     words = "another process trains there; wait for it, or choose another directory"
     waiting = trainer(model_stage(), tmp_path)
@@ -701,7 +717,7 @@ def test_an_autoencoder_needs_no_actions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", STAGES)
 def test_event_files_hold_curves_and_pictures(name: str, tmp_path: Path) -> None:
-    stage = STAGES[name](steps=4, log_every=2, sample_every=2, warmup_steps=1, decay_steps=1)
+    stage = STAGES[name](steps=4, log_every=2, sample_every=2, warmup_steps=1, decay_steps=2)
     trainer(stage, tmp_path).run()
     events = EventAccumulator(str(tmp_path), size_guidance={"images": 0}).Reload()
     for term in (
@@ -715,7 +731,7 @@ def test_event_files_hold_curves_and_pictures(name: str, tmp_path: Path) -> None
         np.testing.assert_allclose([p.value for p in points], values, rtol=1e-6)
     rate = stage.config.learning_rate
     rates = [p.value for p in events.Scalars(f"{stage.name}/learning_rate")]
-    np.testing.assert_allclose(rates, [rate, rate], rtol=1e-6)
+    np.testing.assert_allclose(rates, [rate, rate / 2], rtol=1e-6)
     pictures = events.Images(f"{stage.name}/samples")
     assert [p.step for p in pictures] == [2, 4]
     with Image.open(io.BytesIO(pictures[0].encoded_image_string)) as film:
