@@ -786,8 +786,12 @@ def test_every_clip_has_its_own_noise_of_the_seed_asked_for(
         network: CanvasMAR, sampling: SamplingConfig, clips: Clips, **options: Any
     ) -> Continuation:
         first, (count, length) = options["first_stream"], clips.frames.shape[:2]
+        true = held_out(first, count, length, 64)
         assert options["seed"] == 9
-        assert torch.equal(clips.frames, held_out(first, count, length, 64).frames)
+        assert torch.equal(clips.frames, true.frames)
+        assert clips.actions is not None
+        assert true.actions is not None
+        assert torch.equal(clips.actions, true.actions)
         rows.extend(range(first, first + count))
         return predicting(perfect)(network, sampling, clips, **options)
 
