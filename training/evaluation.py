@@ -462,6 +462,8 @@ def recordings(
     picture = output.with_suffix(".png")
     if picture == output:
         raise InputError(f"{output}: is for the JSON; the sheet is drawn beside it")
+    if is_stream(output):
+        raise InputError(f"{output}: the sheet is drawn beside the JSON; give the name of a file")
     check_writable(picture)
     model, sampling = _load(checkpoint, output, device, threads, set_)
     predictor = _predictor(checkpoint, engine, device, threads)

@@ -641,6 +641,8 @@ def test_recordings_without_actions_or_of_other_ones(
         assert reason in refused(command, output, *arguments, *options)
     line = refused(command, output.with_suffix(".jpeg.png"), *arguments)
     assert "is for the JSON; the sheet is drawn beside it" in line
+    line = refused(command, Path(os.devnull), *arguments)
+    assert "the sheet is drawn beside the JSON; give the name of a file" in line
 
 
 # Numbers that behave
