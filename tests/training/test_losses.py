@@ -379,11 +379,13 @@ def without_spatial(loss: CanvasMarLoss, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_guidance_drops_have_their_chances(monkeypatch: pytest.MonkeyPatch) -> None:
-    loss = model_loss()
+    chances = {"canvas": 0.05, "temporal": 0.1, "both": 0.2}
+    drops: dict[str, Any] = {f"{name}_drop": chance for name, chance in chances.items()}
+    loss = model_loss(**drops)
     without_spatial(loss, monkeypatch)
     calls = Calls(loss.spatial)
     clips = 64
-    latents, count = normal(clips, T, N, C), {"canvas": 0, "temporal": 0, "both": 0}
+    latents, count = normal(clips, T, N, C), dict.fromkeys(chances, 0)
     steps = 20
     with torch.no_grad():
         for step in range(steps):
@@ -398,8 +400,8 @@ def test_guidance_drops_have_their_chances(monkeypatch: pytest.MonkeyPatch) -> N
             count["temporal"] += int((no_t & ~no_c).sum())
             count["both"] += int((no_t & no_c).sum())
     for name, found in count.items():
-        chance = stats.binomtest(found, steps * clips * (T - 1), 0.05)
-        assert chance.pvalue > 1e-3, (name, found)
+        test = stats.binomtest(found, steps * clips * (T - 1), chances[name])
+        assert test.pvalue > 1e-3, (name, found)
 
 
 def test_temporal_reads_the_past(clip: tuple[Tensor, Tensor]) -> None:
