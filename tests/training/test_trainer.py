@@ -145,6 +145,7 @@ def test_every_weight_has_one_optimizer(name: str, optimizer: str) -> None:
         )
         assert owner == ("muon" if optimizer == "muon" and hidden else "adamw"), parameter
     assert ("muon" in optimizers) == (optimizer == "muon")
+    assert {group["betas"] for group in optimizers["adamw"].param_groups} == {(0.9, 0.95)}
 
 
 def test_muon_treats_a_convolution_as_a_matrix() -> None:
@@ -163,6 +164,20 @@ def test_muon_treats_a_convolution_as_a_matrix() -> None:
         ours.zero_grad()
         assert conv.weight.grad is None
     assert torch.equal(conv.weight.flatten(1), matrix.weight)
+
+
+def test_updates_of_muon_have_the_size_of_adamw_s() -> None:
+    """A fifth of the learning rate, whatever the shape of the matrix."""
+    stage = model_stage(optimizer="muon", weight_decay=0.0)
+    muon = make_optimizers(stage.loss, stage.config)["muon"]
+    assert isinstance(muon, Muon)
+    before = [p.detach().clone() for p in muon.whole]
+    for p in muon.whole:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(0))
+    muon.step()
+    for p, old in zip(muon.whole, before, strict=True):
+        size = float((p.detach() - old).square().mean().sqrt()) / stage.config.learning_rate
+        assert 0.14 < size < 0.25, p.shape
 
 
 # Learning
