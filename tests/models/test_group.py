@@ -340,6 +340,18 @@ def test_canvas_losses_are_of_groups_with_a_frame_before_them(step: int) -> None
     torch.testing.assert_close(terms["static"], torch.stack(misses).mean())
 
 
+def test_a_batch_of_groups_is_the_mean_of_its_clips() -> None:
+    loss = group_loss()
+    latents, actions = clip_of(loss.model_config)
+    assert actions is not None
+    whole, _ = loss(latents, actions, draws())
+    each = [
+        loss(latents[i : i + 1], actions[i : i + 1], draws(rows=range(i, i + 1)))[0]
+        for i in range(B)
+    ]
+    torch.testing.assert_close(whole, torch.stack(each).mean())
+
+
 @pytest.mark.parametrize("step", BEGINS)
 def test_a_residual_group_learns_what_changes_from_the_frame_before_it(
     step: int, monkeypatch: pytest.MonkeyPatch
