@@ -592,7 +592,7 @@ class TorchProgram:
                 if row is not None:
                     target, values = target[row_index(name, row)], values[row_index(name, 0)]
                 # PyTorch warns of what cannot be written to, as of a mapped file or from JAX
-                given = torch.from_numpy(np.require(values, requirements="CW"))
+                given = torch.from_numpy(np.require(values, requirements=("C", "W")))
                 if target.dtype == torch.bfloat16:
                     given = given.view(torch.bfloat16)
                 target.copy_(given)
