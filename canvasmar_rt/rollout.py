@@ -626,7 +626,9 @@ class Rollout:
 
         Raises:
             InputError: if it is no `RolloutState`.
-            StateError: if the state is of another bundle or batch size.
+            StateError: if the state is of another bundle or batch size, or its numbers are none of
+                a rollout's.
+            ConfigError: if its seed or streams are no 64-bit keys.
         """
         self._restore("restore", state)
 
@@ -668,6 +670,12 @@ class Rollout:
                 f"{what}: seed, time and unobserved are integers, streams and since of {batch}; "
                 f"got {state.seed!r}, {state.time!r}, {state.unobserved!r}, {state.streams!r} and "
                 f"{state.since!r}; after loading a file say int(...) or .tolist()"
+            )
+        _keys(f"{what}: seed and streams", state.seed, *state.streams)
+        if state.unobserved < 0 or not all(0 <= s <= state.time < 2**63 for s in state.since):
+            raise StateError(
+                f"{what}: a video cannot begin with frame {max(state.since)} and be at frame "
+                f"{state.time} with {state.unobserved} unobserved; take the state by state()"
             )
 
     @_exclusive

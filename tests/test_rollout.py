@@ -662,6 +662,12 @@ def test_a_state_from_a_file_has_numbers_that_stay(rollout: Rollout) -> None:
     for change in wrong:
         with pytest.raises(StateError, match="are integers, streams and since of 1; got"):
             rollout.restore(dataclasses.replace(before, **change))
+    for change in ({"time": -5}, {"time": 2**63}, {"since": (before.time + 1,)}, {"since": (-1,)}):
+        with pytest.raises(StateError, match="a video cannot begin with frame"):
+            rollout.restore(dataclasses.replace(before, **change))
+    for change in ({"seed": 2**70}, {"streams": (-1,)}):
+        with pytest.raises(ConfigError, match="restore: seed and streams must be integers in"):
+            rollout.restore(dataclasses.replace(before, **change))
     listed = {k: v.tolist() for k, v in before.arrays.items()}
     with pytest.raises(StateError, match="not the arrays of a state"):
         rollout.restore(dataclasses.replace(before, arrays=listed))
