@@ -65,8 +65,15 @@ class Settings:
                 )
 
     def tick_s(self, config: ModelConfig) -> float:
-        """Seconds of a tick, in which one latent frame, or one group of them, is predicted."""
-        return config.step_frames / (self.fps or config.fps)
+        """Seconds of a tick, in which one latent frame, or one group of them, is predicted.
+
+        Raises:
+            ConfigError: if that is more than an hour: threads cannot wait for any length of time.
+        """
+        tick = config.step_frames / (self.fps or config.fps)
+        if tick > 3600:
+            raise ConfigError(f"fps: a tick would take {tick:g} s, at most 3600; raise fps")
+        return tick
 
     def budget_s(self, config: ModelConfig) -> float:
         """Seconds from a tick's start to its deadline.

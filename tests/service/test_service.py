@@ -573,6 +573,8 @@ def test_settings_the_model_cannot_run_with(fake: FakePredictor) -> None:
             Settings(**{name: value})
     with pytest.raises(ConfigError, match="more than a tick of 200 ms"):
         create_app(fake, Settings(budget_ms=201))
+    with pytest.raises(ConfigError, match="fps: a tick would take 2e"):
+        create_app(fake, Settings(fps=1e-12))
     with pytest.raises(InputError, match=r"batch 9 is outside the 1\.\.8"):
         create_app(fake, Settings(slots=9))
     with pytest.raises(VideoError):
