@@ -914,8 +914,9 @@ def test_losses_are_means_over_clips_in_evaluation_mode(
             self.network = network
 
         def forward(
-            self, latents: Tensor, actions: Tensor | None, draws: object
+            self, latents: Tensor, actions: Tensor | None, draws: AlikeDraws
         ) -> tuple[Tensor, dict[str, Tensor]]:
+            ratios.append(draws.shared_uniform())
             assert not any(module.training for module in self.modules())
             assert not torch.is_grad_enabled()
             assert actions is not None
@@ -923,11 +924,13 @@ def test_losses_are_means_over_clips_in_evaluation_mode(
             return latents.sum(), {"mean": latents.mean(), "action": actions.mean()}
 
     monkeypatch.setattr(measures, "model_loss", Spy)
+    ratios: list[float] = []
     ticks: list[int] = []
     result = measure_losses(model, clips=3, batch=2, tick=ticks.append)
     clips = held_out(0, 3, 17, 64)
     assert clips.actions is not None
     assert ticks == [2, 1]
+    assert ratios[0] != ratios[1]  # every batch has its own
     latents = stages.encode_clips(model, clips.frames)
     assert result["mean"] == pytest.approx(float(latents.mean()), rel=1e-4)
     assert result["action"] == pytest.approx(float(clips.actions.mean()), rel=1e-4)
