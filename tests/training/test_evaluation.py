@@ -203,6 +203,11 @@ def test_reconstruction(command: Run, runs: Path, tmp_path: Path) -> None:
     latents = report["result"]["latents"]
     assert 0 < latents["still_move"] < latents["other_move"]
     assert 0 < latents["still_share"] < 1
+    still = still_patches(model.config.autoencoder, clips).numpy()
+    moves = np.square(np.diff(stages.encode_clips(model, clips).numpy(), axis=1)).mean(-1)
+    assert latents["still_share"] == pytest.approx(still.mean(), rel=1e-4)
+    assert latents["still_move"] == pytest.approx(moves[still].mean() ** 0.5, rel=0.02)
+    assert latents["other_move"] == pytest.approx(moves[~still].mean() ** 0.5, rel=0.02)
 
 
 def test_patches_are_still_where_no_pixel_changes() -> None:
