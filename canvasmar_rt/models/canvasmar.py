@@ -313,7 +313,8 @@ class SpatialBlock(nn.Module):
             values = torch.cat([condition[1], v], dim=1)
         if select is not None:
             start, (i, x) = lengths[0], there[0]
-            torch._check(start + select <= x.shape[1])  # torch 2.11 cannot trace a slice without
+            for sliced in (x, q):  # torch 2.11 cannot trace a slice without
+                torch._check(start + select <= sliced.shape[1])
             q, there = q[:, start : start + select], [(i, x[:, start : start + select])]
             lengths = (0, select, 0)
         mixed = attention(q, keys, values, self.heads)
