@@ -416,10 +416,10 @@ def _check_files(directory: Path, manifest: Manifest, progress: Callable[[str], 
         used = [component.file]
         if component.file in listed:
             used = [p for p in _within(directory, folder, listed) if p not in listed]
-        for path in sorted(used):
-            if path == component.file or _may_read(directory / component.file, folder, path):
+        for file in sorted(used):
+            if file == component.file or _may_read(directory / component.file, folder, file):
                 raise BundleError(
-                    f"{directory}: {name}: {path} is not a listed file; remove it, or export or "
+                    f"{directory}: {name}: {file} is not a listed file; remove it, or export or "
                     "copy the bundle again"
                 )
 
