@@ -666,7 +666,9 @@ def test_losses_of_many_steps_are_looked_at_together(tmp_path: Path) -> None:
     assert "step_00000005" not in names(tmp_path)
 
 
-@pytest.mark.parametrize("name", ["mar_weight", "canvas_weight", "static_weight"])
+@pytest.mark.parametrize(
+    "name", ["mar_weight", "canvas_weight", "static_weight", "weight_decay", "minutes"]
+)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -0.1])
 def test_weights_of_losses_are_finite_and_not_negative(name: str, value: float) -> None:
     with pytest.raises(ConfigError, match=f"{name} must be finite and not negative"):
