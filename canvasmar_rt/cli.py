@@ -353,10 +353,11 @@ def export(
         raise InputError(f"--card {card}: cannot be read as text ({error})") from None
     need_torch("export")
     from canvasmar_rt.bundle import BatchRange
-    from canvasmar_rt.export.exporter import ExportOptions, export_bundle
+    from canvasmar_rt.export.exporter import ExportOptions, check_free, export_bundle
     from canvasmar_rt.models.checkpoint import load_checkpoint
     from canvasmar_rt.models.families import build
 
+    check_free(output, force)  # before a model of gigabytes is made
     model = None
     if Path(source).is_dir():  # also of a preset's name
         model, base = load_checkpoint(Path(source))

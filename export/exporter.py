@@ -160,7 +160,7 @@ def export_bundle(
         ParityError: if a component or a rollout is further from PyTorch than the tolerance, or a
             weight or a rollout is not finite.
     """
-    _check_free(output, force)
+    check_free(output, force)
     profiles = [s for s in (sampling, options.fast) if s is not None]
     for profile in profiles:  # more steps than tokens are refused before anything is traced
         set_sizes(model.config.tokens, profile.ar_steps)
@@ -176,7 +176,7 @@ def export_bundle(
         try:
             work.mkdir()
             _write(model, sampling, work, options, source, progress)
-            _check_free(output, force)  # another may have come meanwhile
+            check_free(output, force)  # another may have come meanwhile
             if _taken(output):
                 old = Path(tempfile.mkdtemp(prefix=f".{output.name}.old.", dir=output.parent))
                 os.replace(output, old / output.name)
@@ -200,7 +200,7 @@ def _taken(output: Path) -> bool:
     return output.exists() and not (output.is_dir() and not any(output.iterdir()))
 
 
-def _check_free(output: Path, force: bool) -> None:
+def check_free(output: Path, force: bool) -> None:
     """Raise `BundleError` if a bundle may not take this place."""
     if not _taken(output):
         return

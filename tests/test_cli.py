@@ -18,11 +18,13 @@ import av
 import numpy as np
 import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
 from canvasmar_rt import cli
 from canvasmar_rt.bundle import DEMO_CLIP, PACKAGED, Bundle
 from canvasmar_rt.cli import DEFAULT_MODEL, GPU_MODEL
-from canvasmar_rt.errors import ConfigError
+from canvasmar_rt.errors import BundleError, ConfigError
+from canvasmar_rt.models import families
 from canvasmar_rt.video import read_clip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -171,6 +173,18 @@ def test_a_mistake_is_one_line(arguments: list[str], message: str, tmp_path: Pat
     assert lines[0].startswith("error: ")
     assert re.search(message, lines[0])
     assert not list(tmp_path.iterdir())
+
+
+def test_a_place_that_is_taken_is_told_before_a_model_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """kinetics600 takes a minute and three gigabytes."""
+    monkeypatch.setattr(families, "build", lambda *_: pytest.fail("a model was made"))
+    arguments = ["export", "kinetics600", "-o", str(tmp_path)]
+    (tmp_path / "notes.txt").touch()
+    refused = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(refused.exception, BundleError)
+    assert "exists and is not a bundle" in str(refused.exception)
 
 
 def test_verify_info_doctor_and_bench_answer(tmp_path: Path) -> None:
