@@ -412,16 +412,18 @@ def _check_files(directory: Path, manifest: Manifest, progress: Callable[[str], 
             )
     listed = manifest.files
     for name, component in manifest.components.items():
-        folder = PurePosixPath(component.file).parent
+        folder, graph = PurePosixPath(component.file).parent, directory / component.file
         used = [component.file]
         if component.file in listed:
-            used = [p for p in _within(directory, folder, listed) if p not in listed]
-        for file in sorted(used):
-            if file == component.file or _may_read(directory / component.file, folder, file):
-                raise BundleError(
-                    f"{directory}: {name}: {file} is not a listed file; remove it, or export or "
-                    "copy the bundle again"
-                )
+            unlisted = [file for file in _within(directory, folder, listed) if file not in listed]
+            # some file systems know no capitals
+            held = graph.read_bytes().lower() if unlisted else b""
+            used = [file for file in unlisted if _may_read(held, folder, file)]
+        if used:
+            raise BundleError(
+                f"{directory}: {name}: {min(used)} is not a listed file; remove it, or export or "
+                "copy the bundle again"
+            )
 
 
 def _within(directory: Path, folder: PurePosixPath, listed: Collection[str]) -> Iterator[str]:
@@ -443,14 +445,13 @@ def _within(directory: Path, folder: PurePosixPath, listed: Collection[str]) -> 
                 yield from beside(path) if parts else (str(path),)
 
 
-def _may_read(graph: Path, folder: PurePosixPath, path: str) -> bool:
-    """Whether a graph may read an unlisted file as weights. What file managers leave, or what lies
-    in other folders, it reads only if it names it."""
+def _may_read(graph: bytes, folder: PurePosixPath, path: str) -> bool:
+    """Whether a graph, in small letters, may read an unlisted file as weights. What file managers
+    leave, or what lies in other folders, it reads only if it names it."""
     parts = PurePosixPath(path).relative_to(folder).parts
     if folder.parts and not parts[-1].startswith("."):
         return True
-    held = graph.read_bytes().lower()  # some file systems know no capitals
-    return all(os.fsencode(part.lower()) in held for part in parts)
+    return all(os.fsencode(part.lower()) in graph for part in parts)
 
 
 def _inside(directory: Path, name: str) -> Path:
