@@ -58,6 +58,7 @@ from canvasmar_rt.export.quantize import (
 )
 from canvasmar_rt.files import refusals, replacing
 from canvasmar_rt.models.canvasmar import FrameModel
+from canvasmar_rt.models.checkpoint import is_finite
 from canvasmar_rt.models.families import cast
 from canvasmar_rt.models.graphs import FlowEvaluation, FlowPrepare, graph
 from canvasmar_rt.schedule import flow_plan, set_sizes
@@ -228,7 +229,7 @@ def _write(
     cast_model = cast(copy.deepcopy(reference), dtype) if narrowed else reference
     weights_dtype: DTypeName = "float16" if halved else dtype_name
     for name, tensor in cast_model.state_dict().items():  # before minutes go into tracing
-        if not torch.stack(tensor.aminmax()).isfinite().all():
+        if not is_finite(tensor):
             raise parity.not_finite(
                 f"weight {name} is not finite in {weights_dtype}", weights_dtype
             )

@@ -105,8 +105,7 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
                 f"{where}: tensor {name} is {str(tensor.dtype).removeprefix('torch.')}; weights "
                 f"are float32, float16, bfloat16 or float64"
             )
-        # the extremes are NaN where a value is; they need no mask as large as the tensor
-        if tensor.numel() and not torch.stack(tensor.float().aminmax()).isfinite().all():
+        if not is_finite(tensor):
             raise BundleError(
                 f"{where}: tensor {name} holds values that are not finite: its training diverged, "
                 "or the file is damaged; take an earlier checkpoint or another copy"
@@ -119,3 +118,9 @@ def load_state(config: ModelConfig, state: dict[str, Tensor], where: str) -> Fra
     model = build(config)
     model.load_state_dict({k: v.float() for k, v in state.items()})
     return model
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether every value is. The extremes are NaN where one is; they need no mask as large as the
+    tensor."""
+    return not tensor.numel() or bool(torch.stack(tensor.float().aminmax()).isfinite().all())
