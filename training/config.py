@@ -25,7 +25,7 @@ def _require(ok: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def _require_weights(config: object, *names: str) -> None:
+def _require_amounts(config: object, *names: str) -> None:
     for name in names:
         _require(
             0 <= getattr(config, name) < math.inf,
@@ -67,7 +67,7 @@ class RunConfig:
             _require(getattr(self, name) >= 1, f"training: {name} must be at least 1")
         for name in ("warmup_steps", "decay_steps", "sample_every"):
             _require(getattr(self, name) >= 0, f"training: {name} must not be negative")
-        _require_weights(self, "weight_decay", "minutes")
+        _require_amounts(self, "weight_decay", "minutes")
         _require(self.log_every >= 1, "training: log_every must be at least 1")
         _require(0 <= self.seed < 2**63, "training: seed must lie in [0, 2**63)")
         _require(
@@ -93,7 +93,7 @@ class AutoencoderTraining(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_weights(self, "kl_weight", "gradient_weight")
+        _require_amounts(self, "kl_weight", "gradient_weight")
         _require(self.statistics_clips >= 1, "training: statistics_clips must be at least 1")
 
 
@@ -166,7 +166,7 @@ class ModelTraining(RunConfig):
             0 < self.mask_ratio_std < math.inf,
             "training: mask_ratio_std must be above 0 and finite",
         )
-        _require_weights(self, "mar_weight", "canvas_weight", "static_weight")
+        _require_amounts(self, "mar_weight", "canvas_weight", "static_weight")
         _require(self.own_history >= 0, "training: own_history must not be negative")
         _require(self.flow_repeat >= 1, "training: flow_repeat must be at least 1")
 
